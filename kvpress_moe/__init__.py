@@ -1,0 +1,40 @@
+"""
+kvpress-moe: a mixture-of-experts router press for NVIDIA's kvpress.
+
+Names are loaded when they are first used, so that importing the package costs nothing and patches nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BaseMoERouter": "kvpress_moe.routers",
+    "CheckpointError": "kvpress_moe.errors",
+    "ExpertError": "kvpress_moe.errors",
+    "KVPressMoEError": "kvpress_moe.errors",
+    "MoERouterPress": "kvpress_moe.press",
+    "PiKVMoERouter": "kvpress_moe.routers",
+    "RouterConfig": "kvpress_moe.routers",
+    "RouterOutput": "kvpress_moe.routers",
+    "Routers": "kvpress_moe.routers",
+    "SettingError": "kvpress_moe.errors",
+    "UnsupportedInputError": "kvpress_moe.errors",
+    "UnsupportedModelError": "kvpress_moe.errors",
+    "load_model": "kvpress_moe.models",
+    "load_routers": "kvpress_moe.checkpoint",
+    "save_routers": "kvpress_moe.checkpoint",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

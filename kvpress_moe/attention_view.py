@@ -1,0 +1,76 @@
+"""AttentionView: an attention layer as scorers see it, with projections shared and nothing on the model changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+
+
+class AttentionView:
+    """
+    Stands in for an attention layer while experts score it.
+
+    In kvpress ExpectedAttention, Cap and NonCausalAttn each project all hidden states to queries, a tenth of a layer's
+    time each. Here the first projection of (nearly) all tokens is kept and the others are slices of it. It also gives
+    Gemma 3's rotary embedding the layer type that kvpress's presses do not pass.
+
+    Everything else is the layer's own; ``isinstance`` says what it says of the layer.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention layer.
+    hidden_states : Tensor, shape (B, Q, C)
+        The tokens whose projections are worth keeping.
+    """
+
+    def __init__(self, module: nn.Module, hidden_states: Tensor):
+        self._module = module
+        self._hidden_states = hidden_states
+        self._projected: dict[str, Tensor] = {}
+
+    @property
+    def __class__(self):  # kvpress asks isinstance(module, Qwen3Attention) to find QK norms
+        return type(self._module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def q_proj(self, hidden_states: Tensor) -> Tensor:
+        return self._project("q_proj", hidden_states)
+
+    def k_proj(self, hidden_states: Tensor) -> Tensor:
+        return self._project("k_proj", hidden_states)
+
+    def qkv_proj(self, hidden_states: Tensor) -> Tensor:
+        return self._project("qkv_proj", hidden_states)
+
+    def rotary_emb(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self._module, Gemma3Attention):
+            return self._module.rotary_emb(states, position_ids, self._module.layer_type)
+        return self._module.rotary_emb(states, position_ids)
+
+    def _project(self, name: str, hidden_states: Tensor) -> Tensor:
+        projection = getattr(self._module, name)
+        start = self._start(hidden_states)
+        n_tokens, n_all = hidden_states.shape[1], self._hidden_states.shape[1]
+        if start is None or (name not in self._projected and 2 * n_tokens < n_all):
+            return projection(hidden_states)
+        if name not in self._projected:
+            self._projected[name] = projection(self._hidden_states)
+        return self._projected[name][:, start : start + n_tokens]
+
+    def _start(self, given: Tensor) -> int | None:
+        """Where ``given`` begins in the shared hidden states, None if it is no slice of tokens of them."""
+        whole = self._hidden_states
+        same = (
+            given.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+            and given.stride() == whole.stride()
+            and given.shape[0] == whole.shape[0]
+            and given.shape[2] == whole.shape[2]
+        )
+        if not same:
+            return None
+        return (given.storage_offset() - whole.storage_offset()) // whole.stride(1)

@@ -1,0 +1,106 @@
+"""Routers on disk: safetensors beside one JSON with configuration, fingerprint and versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kvpress_moe.errors import CheckpointError
+from kvpress_moe.routers import RouterConfig, Routers
+
+WEIGHTS = "routers.safetensors"
+CONFIG = "routers.json"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: a reader never sees half a file."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        write(Path(temporary))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_routers(routers: Routers, directory: str | Path, metrics: dict[str, Any] | None = None) -> Path:
+    """
+    Write routers to a directory, which is made if need be.
+
+    Parameters
+    ----------
+    routers : Routers
+    directory : path
+        Gets ``routers.safetensors`` and ``routers.json``.
+    metrics : dict, optional
+        Anything worth keeping beside the weights.
+
+    Returns
+    -------
+    Path
+        The directory.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    card = {
+        "config": routers.config.as_dict(),
+        "fingerprint": routers.fingerprint,
+        "metrics": metrics or {},
+        "versions": {name: version(name) for name in ("kvpress-moe", "kvpress", "torch", "transformers")},
+    }
+    weights = {name: tensor.contiguous().cpu() for name, tensor in routers.state_dict().items()}
+    write_atomically(directory / WEIGHTS, lambda path: save_file(weights, path))
+    write_atomically(directory / CONFIG, lambda path: path.write_text(json.dumps(card, indent=1)))
+    return directory
+
+
+def load_routers(source: str | Path) -> Routers:
+    """
+    Read routers from a directory, or from a repository of the Hugging Face hub.
+
+    Parameters
+    ----------
+    source : path or str
+        A directory written by :func:`save_routers`, or a hub id such as ``"user/name"``.
+
+    Raises
+    ------
+    CheckpointError
+        If nothing is there, or what is there is broken.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = _download(str(source))
+    try:
+        card = json.loads((directory / CONFIG).read_text())
+        config = RouterConfig(**{**card["config"], "experts": tuple(card["config"]["experts"])})
+        routers = Routers(config, card["fingerprint"])
+        routers.load_state_dict(load_file(directory / WEIGHTS))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"router: {source} cannot be read ({type(error).__name__}: {error}), expected {WEIGHTS} and {CONFIG} as "
+            "written by save_routers. Save it again."
+        ) from error
+    return routers
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[WEIGHTS, CONFIG]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"router: {repo_id!r} is no directory here and could not be had from the hub ({type(error).__name__}). "
+            "Check the path, or the hub id and the network."
+        ) from error

@@ -1,0 +1,44 @@
+"""kvpress-moe: one file a subcommand; torch is imported inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from kvpress_moe import __version__
+from kvpress_moe.cli.ask import EPILOG, ask
+from kvpress_moe.errors import KVPressMoEError
+
+app = typer.Typer(
+    name="kvpress-moe",
+    help="A mixture-of-experts router that decides what a KV cache keeps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(epilog=EPILOG)(ask)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvpress-moe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
+) -> None:
+    """A mixture-of-experts router that decides what a KV cache keeps."""
+
+
+def main() -> None:
+    """Entry point: errors that this package raises on purpose become one line and exit status 2."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the commands have progress bars of their own
+    try:
+        app()
+    except KVPressMoEError as error:
+        typer.echo(f"kvpress-moe: error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,39 @@
+"""
+The package's errors; every one says the field or input, what it got, what it takes and the remedy.
+
+KVPressMoEError
+├── SettingError (ValueError)            a setting of the press or of a command
+├── UnsupportedModelError (ValueError)   a model class or configuration that a press cannot serve
+├── UnsupportedInputError (ValueError)   an input (empty, padded, uncached) that a press cannot serve
+├── CheckpointError (ValueError)         a router file that is broken or belongs to another model
+└── ExpertError (RuntimeError)           an expert failed to score, or returned something that is no score
+"""
+
+from __future__ import annotations
+
+
+class KVPressMoEError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+
+class SettingError(KVPressMoEError, ValueError):
+    """A setting is wrong. Its text names the field, the value, the accepted values and the remedy."""
+
+    def __init__(self, field: str, got: object, expected: str, remedy: str):
+        super().__init__(f"{field}: got {got!r}, expected {expected}. {remedy}")
+
+
+class UnsupportedModelError(KVPressMoEError, ValueError):
+    """The model cannot be compressed by this press."""
+
+
+class UnsupportedInputError(KVPressMoEError, ValueError):
+    """The input of a forward pass cannot be compressed by this press."""
+
+
+class CheckpointError(KVPressMoEError, ValueError):
+    """A router checkpoint cannot be used."""
+
+
+class ExpertError(KVPressMoEError, RuntimeError):
+    """An expert could not score a layer."""

@@ -1,0 +1,30 @@
+"""Scores and a budget -> which pairs stay; keys and values -> smaller keys and values."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# B = batch, H = KV heads, S = cached tokens, K = kept tokens, D = head dim
+
+
+def select(scores: Float[Tensor, "B H S"], n_kept: int) -> Int[Tensor, "B H K"]:
+    """
+    Indices of the ``n_kept`` best pairs of each head, in their original order.
+
+    kvpress leaves them in score order, which breaks presses that read positions from the cache index when a cache is
+    compressed again.
+    """
+    return scores.topk(n_kept, dim=-1).indices.sort(dim=-1).values
+
+
+def evict(states: Float[Tensor, "B H S D"], indices: Int[Tensor, "B H K"]) -> Float[Tensor, "B H K D"]:
+    """Keep only the pairs at ``indices``, in fresh memory."""
+    return states.gather(2, indices[..., None].expand(-1, -1, -1, states.shape[-1]))
+
+
+def kept_mask(indices: Int[Tensor, "B H K"], k_len: int) -> Bool[Tensor, "B H S"]:
+    """True at the pairs that stay."""
+    mask = torch.zeros(*indices.shape[:2], k_len, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, indices, True)

@@ -1,0 +1,71 @@
+"""Which model a router belongs to: its sizes, and a few of its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpress_moe.errors import CheckpointError
+
+_SIZES = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_N_SAMPLES = 64
+_MIN_COSINE = 0.9  # a 4-bit copy of a model or a fine-tune of it stays above .98; another model is near 0
+
+
+def sizes(config: Any) -> dict[str, Any]:
+    """The facts of a text configuration that a router depends on."""
+    config = config.get_text_config(decoder=True)
+    return {name: getattr(config, name) for name in _SIZES}
+
+
+def samples(output_projection: Tensor) -> list[float] | None:
+    """64 weights, evenly spaced, of the first layer's output projection; None for packed (quantised) weights."""
+    if not output_projection.is_floating_point() or output_projection.device.type == "meta":
+        return None
+    flat = output_projection.detach().flatten()
+    step = torch.linspace(0, flat.numel() - 1, _N_SAMPLES, device=flat.device).long()
+    return flat[step].float().cpu().tolist()
+
+
+def fingerprint(config: Any, first_attention: nn.Module) -> dict[str, Any]:
+    """
+    What identifies a model across dtypes, quantisations and fine-tunes.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+    first_attention : nn.Module
+        Attention module of layer 0.
+
+    Returns
+    -------
+    dict
+        Sizes, and 64 sampled weights (or None where they cannot be read).
+    """
+    return {**sizes(config), "samples": samples(first_attention.o_proj.weight)}
+
+
+def check_fingerprint(saved: dict[str, Any], model: dict[str, Any], source: str) -> None:
+    """
+    Raise unless two fingerprints are of the same model.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the first fact that differs.
+    """
+    for name in _SIZES:
+        if saved.get(name) != model[name]:
+            raise CheckpointError(
+                f"router: {source} was made for a model with {name} = {saved.get(name)!r}, this one has {model[name]!r}. "
+                "Use a router of this model, or router=None."
+            )
+    if saved.get("samples") and model["samples"]:
+        cosine = torch.cosine_similarity(torch.tensor(saved["samples"]), torch.tensor(model["samples"]), dim=0).item()
+        if cosine < _MIN_COSINE:
+            raise CheckpointError(
+                f"router: {source} was made for another model of the same size (its weights agree to a cosine of "
+                f"{cosine:.2f}, expected at least {_MIN_COSINE}). Use a router of this model, or router=None."
+            )

@@ -1,0 +1,49 @@
+"""Scores of several experts -> one score per KV pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# B = batch, H = KV heads, S = cached tokens, E = experts; h is H, or 1 where all heads share their weights
+
+
+def rank_within_head(scores: Float[Tensor, "B H S"]) -> Float[Tensor, "B H S"]:
+    """
+    Replace scores by their mid-rank within the head, in (0, 1): the share of the head's pairs that score lower.
+
+    Scorers' raw scales differ by forty orders of magnitude; ranks do not. Equal scores get equal ranks. NaN stays NaN.
+    """
+    scores = scores.contiguous()
+    ordered = scores.sort(dim=-1).values
+    below = torch.searchsorted(ordered, scores)
+    not_above = torch.searchsorted(ordered, scores, right=True)
+    ranks = (below + not_above).to(torch.float32) / (2 * scores.shape[-1])
+    return ranks.masked_fill(scores.isnan(), torch.nan)
+
+
+def mix(
+    score_expert: Callable[[int], Tensor], active: Sequence[int], weights: Float[Tensor, "B h S E"]
+) -> Float[Tensor, "B H S"]:
+    """
+    Weighted mean over experts of their ranks.
+
+    Parameters
+    ----------
+    score_expert : callable
+        Expert index -> scores (B, H, S). Called once for every active expert, for no other.
+    active : sequence of int
+        Experts with a non-zero weight somewhere. One alone passes through untouched, bit for bit.
+    weights : Tensor, shape (B, H or 1, S, E)
+        Routing weights, summing to 1 over E.
+    """
+    if len(active) == 1:
+        return score_expert(active[0])
+    mixed = None
+    for expert in active:  # one expert at a time: no tensor of shape (B, H, S, E) is ever made
+        ranks = rank_within_head(score_expert(expert)) * weights[..., expert]
+        mixed = ranks if mixed is None else mixed.add_(ranks)
+    return mixed

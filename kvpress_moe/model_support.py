@@ -1,0 +1,93 @@
+"""Which models, layers and inputs the press serves. All checks run before any work is done."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
+from torch import Tensor, nn
+from transformers import Gemma3ForCausalLM, PreTrainedModel, StaticCache
+
+from kvpress_moe.errors import UnsupportedInputError, UnsupportedModelError
+
+SUPPORTED_MODELS = (*KVPRESS_MODELS, Gemma3ForCausalLM)
+
+
+def language_model(model: PreTrainedModel) -> nn.Module:
+    """The stack of decoder layers inside a causal or multimodal model."""
+    return getattr(model.model, "language_model", model.model)
+
+
+def slides(config: Any, layer_idx: int) -> bool:
+    """Whether a layer attends to a sliding window only (such a layer's cache is bounded anyway and is left alone)."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return layer_types[layer_idx] == "sliding_attention"
+    return getattr(config, "sliding_window", None) is not None
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """
+    Raise if the press cannot serve a model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For a class that kvpress's scorers do not understand, or a model with sliding-window layers only.
+    """
+    if not isinstance(model, SUPPORTED_MODELS):
+        raise UnsupportedModelError(
+            f"model: got {type(model).__name__}, expected one of "
+            f"{', '.join(sorted(supported.__name__ for supported in SUPPORTED_MODELS))}. "
+            "Scorers would compute wrong queries for other classes, without a word."
+        )
+    config = model.config.get_text_config(decoder=True)
+    if all(slides(config, layer_idx) for layer_idx in range(config.num_hidden_layers)):
+        raise UnsupportedModelError(
+            f"model: every layer of this {type(model).__name__} attends to a sliding window of {config.sliding_window} "
+            "tokens, expected at least one layer with full attention. For prompts shorter than the window, load it "
+            "with sliding_window=None."
+        )
+
+
+def check_forward(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """
+    Forward pre-hook of the decoder stack: raise on inputs that would be compressed wrongly without a word.
+
+    Raises
+    ------
+    UnsupportedInputError
+        For an empty prompt, padding in the prompt, ``use_cache=False``, or a StaticCache.
+    """
+    inputs = kwargs.get("input_ids", args[0] if args else None)
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None:
+        return  # the model itself complains
+    if inputs.shape[1] == 0:
+        raise UnsupportedInputError(
+            f"input_ids: got a prompt without tokens, shape {tuple(inputs.shape)}, expected at least one token. "
+            "Check the tokenizer's input."
+        )
+    cache = kwargs.get("past_key_values")
+    if kwargs.get("use_cache") is False or (cache is None and not getattr(stack.config, "use_cache", True)):
+        raise UnsupportedInputError("use_cache: got False, expected True. A press compresses the cache; give it one.")
+    if isinstance(cache, StaticCache):
+        raise UnsupportedInputError(
+            "past_key_values: got a StaticCache, expected a cache that can shrink. Use a DynamicCache."
+        )
+    if cache is not None and cache.get_seq_length() > 0:
+        if inputs.shape[1] > 1:
+            warnings.warn(
+                f"{inputs.shape[1]} tokens meet a cache that already holds {cache.get_seq_length()}: they are not "
+                "compressed, as kvpress compresses a prompt that is prefilled in one pass into an empty cache only. "
+                "(Chunked prefill, a second turn, or a question asked inside the `with` block.)",
+                stacklevel=2,
+            )
+        return
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
+        raise UnsupportedInputError(
+            "attention_mask: got a padded batch, expected prompts of equal length without padding. After compression "
+            "the mask would hide the wrong pairs. Run prompts of different lengths one by one."
+        )

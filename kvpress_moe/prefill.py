@@ -1,0 +1,73 @@
+"""One prefill, many caches: a prompt is read once, and every press compresses a copy of what it left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kvpress.presses.base_press import BasePress
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from kvpress_moe.model_support import language_model
+
+
+class Prefill:
+    """
+    The state that a prompt leaves behind, with what presses need to judge it.
+
+    A press acts after a layer's attention, so its choice does not change what the layers above compute: compressing a
+    recorded prefill gives exactly the cache that the press would have left had it been hooked in.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    input_ids : Tensor, shape (B, S)
+    on_layer : callable, optional
+        Called without arguments after each layer, for a progress bar.
+
+    Attributes
+    ----------
+    cache : DynamicCache
+        The full cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, on_layer: Callable[[], Any] = lambda: None):
+        self.model = model
+        self.cache = DynamicCache()
+        self._calls: list[tuple[nn.Module, dict[str, Any], Tensor | None]] = []
+
+        def record(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+            self._calls.append((attention, kwargs, output[1]))
+            on_layer()
+
+        stack = language_model(model)
+        hooks = [layer.self_attn.register_forward_hook(record, with_kwargs=True) for layer in stack.layers]
+        try:
+            with torch.no_grad():
+                model.model(input_ids=input_ids.to(model.device), past_key_values=self.cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def compress(self, press: BasePress | None) -> DynamicCache:
+        """
+        A cache of its own for one method: compressed by ``press``, or a full copy for ``None``.
+
+        For presses that shrink layers in ``compress`` (every ``ScorerPress``); not for those that only mask keys or
+        change the prefill.
+        """
+        pairs = [(layer.keys, layer.values) for layer in self.cache.layers]
+        if press is not None:
+            with torch.no_grad(), press(self.model):
+                pairs = [
+                    press.compress(attention, kwargs["hidden_states"], *pair, attentions, kwargs)
+                    for pair, (attention, kwargs, attentions) in zip(pairs, self._calls, strict=True)
+                ]
+        return DynamicCache(pairs)
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of the keys and values in a cache, counted from its tensors."""
+    return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))

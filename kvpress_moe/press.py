@@ -1,0 +1,376 @@
+"""MoERouterPress: hidden states in, smaller cache out. This file names every stage in order."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvpress import ScorerPress
+from kvpress.utils import compute_n_kept
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvpress_moe.attention import per_kv_head
+from kvpress_moe.budget import mixed_keep_fraction, pairs_kept
+from kvpress_moe.errors import SettingError
+from kvpress_moe.eviction import evict, kept_mask, select
+from kvpress_moe.experts import Expert, OwnExpert, expert_specs, make_expert
+from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
+from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.memory import RoutingMemory
+from kvpress_moe.mixing import mix
+from kvpress_moe.model_support import check_forward, check_model, language_model, slides
+from kvpress_moe.router_setup import check_routers, fits, trained_routers, untrained_routers, warn_untrained
+from kvpress_moe.routers import Routers
+from kvpress_moe.selection import score_selection
+from kvpress_moe.settings import CHECKS, Default, check_number_of_experts, check_top_k_fits
+from kvpress_moe.stats import RoutingStats
+from kvpress_moe.strategies import ExpertStrategies
+
+
+@dataclass
+class MoERouterPress(ScorerPress):
+    """
+    A mixture-of-experts router over compression experts.
+
+    Each layer's router decides for every token of the prompt which experts judge its KV pairs. An expert gives every
+    pair a score; scores are made comparable (rank within the head), mixed by the router's weights, and the best
+    ``1 - compression_ratio`` of the pairs of each head stay, in their original order. Only the prompt is compressed,
+    once.
+
+    Works wherever a kvpress ``ScorerPress`` works: ``with press(model): model.generate(...)``, the
+    ``kv-press-text-generation`` pipeline, and inside kvpress's wrappers (which need a number for ``compression_ratio``).
+
+    Parameters
+    ----------
+    compression_ratio : float or None, default=0.5
+        Share of the KV pairs to remove, in [0, 1); exact for each layer and head
+        (``kvpress.utils.compute_n_kept``). ``None``: each expert's own keep fraction decides, see :meth:`n_kept`.
+    num_experts : int, default=4
+        Experts to choose from: the first of the guide's table, up to 8. With ``experts`` it follows their number.
+    top_k : int, default=2
+        Experts that judge a token. Where ``num_experts`` is 1, the default becomes 1.
+    capacity_factor : float, default=1.5
+        An expert takes at most ``ceil(capacity_factor * tokens * top_k / num_experts)`` tokens of a prompt, at least 1.
+    dropout : float, default=0.1
+        Dropout inside the routers, in training mode only.
+    router_type : {"pikv", "base"}, default="pikv"
+        ``"pikv"`` listens to the experts' hit rates, ``"base"`` does not.
+    cache_aware : bool, default=True
+        ``False`` makes a ``"pikv"`` router behave exactly like a ``"base"`` one.
+    aux_loss_weight : float, default=0.01
+        Scale of the load-balancing loss when routers are trained.
+    experts : str or sequence, optional
+        ``"guide"``, ``"strong"``, or a list of names, kvpress scorers and functions with the signature of ``score``.
+    router : path, str or Routers, optional
+        Trained routers: a directory, a hub id, or the object. ``None`` starts untrained ones, which weigh all experts
+        alike until cache feedback moves them.
+
+    Raises
+    ------
+    SettingError
+        A ``ValueError``; at once, for any setting that is wrong.
+
+    Notes
+    -----
+    Cache feedback is state: a second call routes by what the first one saw. ``del press.routers`` forgets it,
+    ``cache_aware=False`` does without.
+    """
+
+    compression_ratio: float | None = 0.5
+    num_experts: int = Default(4)
+    top_k: int = Default(2)
+    capacity_factor: float = 1.5
+    dropout: float = 0.1
+    router_type: str = "pikv"
+    cache_aware: bool = True
+    aux_loss_weight: float = 0.01
+    experts: str | Iterable | None = None
+    router: str | Path | Routers | None = None
+
+    _experts: list[Expert] = field(default_factory=list, init=False, repr=False, compare=False)
+    _routers: Routers | None = field(default=None, init=False, repr=False, compare=False)
+    _stats: RoutingStats = field(default_factory=RoutingStats, init=False, repr=False, compare=False)
+    _memory: RoutingMemory = field(default_factory=RoutingMemory, init=False, repr=False, compare=False)
+    _keep_fraction: float = field(default=1.0, init=False, repr=False, compare=False)
+    _entered: int = field(default=0, init=False, repr=False, compare=False)
+    _ready: bool = field(default=False, init=False, repr=False, compare=False)
+
+    # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def __post_init__(self) -> None:
+        specs = expert_specs(self.experts, self.num_experts)
+        if self.experts is None or not isinstance(self.num_experts, Default):
+            check_number_of_experts(self.num_experts, len(specs), given=self.experts is not None)
+        if not specs:
+            raise SettingError("experts", self.experts, "at least one expert", "None takes the guide's.")
+        self.num_experts = len(specs)
+        self.top_k = min(2, self.num_experts) if isinstance(self.top_k, Default) else self.top_k
+        check_top_k_fits(self.top_k, self.num_experts)
+        self._experts = [self._make_expert(spec) for spec in specs]
+        self._ready = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in CHECKS:
+            CHECKS[name](value)
+        if self.__dict__.get("_ready"):
+            self._before_change(name, value)
+        super().__setattr__(name, value)
+
+    def _before_change(self, name: str, value: Any) -> None:
+        """Bring what was derived from a setting in line with its new value; raise before anything has changed."""
+        if name == "top_k":
+            check_top_k_fits(value, self.num_experts)
+        elif name in ("num_experts", "experts"):
+            given = value if name == "experts" else self.experts
+            specs = expert_specs(given, value if name == "num_experts" else self.num_experts)
+            if name == "num_experts":
+                check_number_of_experts(value, len(specs), given=given is not None)
+            check_top_k_fits(self.top_k, len(specs))
+            self._experts = [self._make_expert(spec) for spec in specs]
+            self.__dict__["num_experts"] = len(specs)
+            self._forget()
+        elif name in ("router", "router_type"):
+            del self.routers
+        elif name in ("cache_aware", "dropout"):
+            self._apply_to_routers(name, value)
+
+    @property
+    def expert_strategies(self) -> ExpertStrategies:
+        """Index -> name of the expert, readable and writable: ``press.expert_strategies[0] = "ultra_aggressive"``."""
+        return ExpertStrategies(lambda: [expert.name for expert in self._experts], self._replace_expert)
+
+    @expert_strategies.setter
+    def expert_strategies(self, strategies: Mapping[int, object]) -> None:
+        if set(strategies) != set(range(self.num_experts)):
+            raise SettingError(
+                "expert_strategies",
+                dict(strategies),
+                f"one entry for each of the {self.num_experts} experts, numbered from 0",
+                "Set num_experts first, or change single entries.",
+            )
+        self._experts = [self._make_expert(strategies[index]) for index in range(self.num_experts)]
+        self._forget()
+
+    def _replace_expert(self, index: int, given: object) -> None:
+        self._experts[index] = self._make_expert(given)
+        self._forget()
+
+    def _make_expert(self, given: Any) -> Expert:
+        """An expert as given; unknown names go to ``_apply_expert_compression`` where a subclass overrides it."""
+        overridden = type(self)._apply_expert_compression is not MoERouterPress._apply_expert_compression
+        try:
+            return make_expert(given)
+        except SettingError:
+            if not (overridden and isinstance(given, str)):
+                raise
+        return OwnExpert(given, partial(self._score_custom, given))
+
+    def _forget(self) -> None:
+        """Routers and counts belong to a list of experts; a new list starts anew."""
+        del self.routers
+        self.reset_stats()
+
+    # ── model ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """
+        Check the model, let the experts prepare themselves, and have the routers ready.
+
+        Raises
+        ------
+        UnsupportedModelError, CheckpointError, SettingError
+            Before any hook is registered.
+        """
+        check_model(model)
+        for expert in self._experts:
+            if expert.name == "observed_attention" and model.config._attn_implementation != "eager":
+                raise SettingError(
+                    "experts",
+                    expert.name,
+                    "a model with eager attention, the only one that returns attention weights",
+                    "Load it with attn_implementation='eager'.",
+                )
+            if isinstance(expert.scorer, ScorerPress):
+                expert.scorer.post_init_from_model(model)
+        attention = language_model(model).layers[0].self_attn
+        routers = self._routers_for(attention)
+        if self.router is not None:  # once more: the same press may meet another model of the same size
+            check_routers(routers, list(self.expert_strategies.values()), attention, str(self.router))
+        if not routers.config.trained:
+            warn_untrained()
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Generator:
+        """
+        Compress every prompt that is prefilled inside the ``with`` block.
+
+        kvpress's own context manager, which owns the compression hooks, plus two things: inputs that a press would
+        compress wrongly without a word are refused before the first layer runs, and the ``rotary_emb`` that kvpress
+        puts on the attention layers is taken off again.
+        """
+        check_model(model)
+        stack = language_model(model)
+        bare = [layer.self_attn for layer in stack.layers if not hasattr(layer.self_attn, "rotary_emb")]
+        guard = None
+        try:
+            with super().__call__(model):
+                guard = stack.register_forward_pre_hook(check_forward, with_kwargs=True)
+                self._entered += 1
+                yield
+        finally:
+            if guard is not None:
+                guard.remove()
+                self._entered -= 1
+            for attention in bare:
+                attention._modules.pop("rotary_emb", None)
+
+    @property
+    def routers(self) -> Routers | None:
+        """The routers in use, one per layer; None before the first use. ``del press.routers`` frees them."""
+        return self._routers
+
+    @routers.deleter
+    def routers(self) -> None:
+        self._routers = None
+        self._memory = RoutingMemory()
+
+    def _routers_for(self, attention: nn.Module) -> Routers:
+        """The routers of the model that an attention layer belongs to, built or loaded at the first use."""
+        if self._routers is None or not fits(self._routers, attention):
+            names = list(self.expert_strategies.values())
+            if self.router is None:
+                self._routers = untrained_routers(self.router_type, names, self.dropout, attention)
+            else:
+                self._routers = trained_routers(self.router, names, attention)
+            self._apply_to_routers("cache_aware", self.cache_aware)
+        return self._routers
+
+    def _apply_to_routers(self, name: str, value: Any) -> None:
+        for router in self._routers.layers if self._routers is not None else ():
+            if name == "dropout":
+                router.dropout.p = value
+            elif name == "cache_aware" and hasattr(router, "cache_aware"):
+                router.cache_aware = value
+
+    # ── the data flow ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def score(self, module, hidden_states, keys, values, attentions, kwargs) -> Tensor:
+        """Route, then mix the experts' scores: (B, H, S), higher = keep."""
+        if self.compression_ratio is None:
+            raise SettingError(
+                "compression_ratio",
+                None,
+                "a number inside a kvpress wrapper, which reads the budget from it",
+                "Set press.compression_ratio, or use MoERouterPress without a wrapper.",
+            )
+        call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
+        self.route(call)
+        return self.mix(call)
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs) -> tuple[Tensor, Tensor]:
+        """Score all pairs, keep the best of each head in their original order, and record what that cost."""
+        if self.compression_ratio == 0 or slides(module.config, module.layer_idx):
+            return keys, values
+        call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
+        self.route(call)
+        scores = self.mix(call)
+        indices = select(scores, self.n_kept(call))
+        self.record(call, indices)
+        return evict(keys, indices), evict(values, indices)
+
+    @torch.no_grad()
+    def route(self, call: LayerCall) -> None:
+        """Decide who judges which pair: sets ``call.weights``, shape (B, 1 or H, S, E)."""
+        hidden_states = call.hidden_states
+        router = self._routers_for(call.module).place(call.layer_idx, hidden_states.device, hidden_states.dtype)
+        output = router(hidden_states, self.top_k, self.capacity_factor)
+        assigned = output.chosen.sum((0, 1))  # (E,)
+        n_tokens = output.chosen[..., 0].numel()
+        self._stats.add(
+            call.layer_idx, calls=1, tokens=n_tokens, aux_loss=output.aux_loss, assigned=assigned, used=assigned > 0
+        )
+        call.weights = self._memory.align(call, output.weights)
+
+    @torch.no_grad()
+    def mix(self, call: LayerCall) -> Tensor:
+        """Mixed score (B, H, S) of the experts that judge any pair; the others are not computed."""
+        active = call.routed.flatten(0, 2).any(0).nonzero().flatten().tolist()
+        return mix(lambda index: self._experts[index].score(call, self.compression_ratio), active, call.weights)
+
+    def n_kept(self, call: LayerCall) -> int:
+        """
+        Pairs that each head keeps.
+
+        With ``compression_ratio=None``: the sum over experts of usage share × own keep fraction, as the first
+        compressed layer of the prompt routes; all layers then keep as many, since transformers' masks need layers of
+        equal length.
+        """
+        if self.compression_ratio is not None:
+            return compute_n_kept(call.k_len, self.compression_ratio)
+        if all(slides(call.module.config, layer_idx) for layer_idx in range(call.layer_idx)):
+            keeps = [expert.keep_fraction(call.k_len) for expert in self._experts]
+            self._keep_fraction = mixed_keep_fraction(call.routed.sum((0, 1, 2)).tolist(), keeps)
+        return pairs_kept(call.k_len, self._keep_fraction)
+
+    @torch.no_grad()
+    def record(self, call: LayerCall, indices: Tensor) -> None:
+        """Count what each expert's tokens lost, and tell the router."""
+        kept = kept_mask(indices, call.k_len)  # (B, H, S)
+        mass = per_kv_head(call.window_mass, call.keys.shape[1])  # (B, H, S)
+        by_expert = {
+            "judged": pairs_by_expert(torch.ones_like(kept), call.routed),
+            "kept": pairs_by_expert(kept, call.routed),
+            "mass": mass_by_expert(mass, call.routed),
+            "hit": mass_by_expert(mass * kept, call.routed),
+        }
+        self._stats.add(call.layer_idx, **by_expert)
+        hit_rates = by_expert["hit"] / by_expert["mass"]  # 0 / 0: unknown, NaN
+        self._routers_for(call.module).layers[call.layer_idx].observe(hit_rates)
+        if not self._entered:  # a wrapper is at work and may compress this cache again
+            self._memory.remember(call, indices)
+
+    # ── experts of a subclass ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _apply_expert_compression(
+        self, keys: Tensor, values: Tensor, strategy: str, router_probs: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """
+        Judge pairs by a strategy that the table of experts does not hold. For subclasses to override.
+
+        Parameters
+        ----------
+        keys, values : Tensor, shape (B, H, S, D)
+        strategy : str
+            The name that ``experts`` or ``expert_strategies`` gave.
+        router_probs : Tensor, shape (B, S, E)
+            Routing weights of the tokens (mean over heads where heads differ).
+
+        Returns
+        -------
+        Tensor or (Tensor, Tensor)
+            A score (B, H, S), higher = keep; or the keys and values (B, H, K, D) that the strategy would keep, a
+            selection of the given ones.
+        """
+        raise NotImplementedError
+
+    def _score_custom(self, strategy: str, call: LayerCall) -> Tensor:
+        opinion = self._apply_expert_compression(call.keys, call.values, strategy, call.weights.mean(1))
+        if isinstance(opinion, tuple):
+            return score_selection(opinion[0], call.keys, strategy)
+        return opinion
+
+    # ── statistics ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def get_stats(self) -> dict[str, Any]:
+        """What was counted since the last reset, see :meth:`kvpress_moe.stats.RoutingStats.as_dict`."""
+        return self._stats.as_dict(self.num_experts)
+
+    def reset_stats(self) -> None:
+        """Forget what was counted. The routers and their running hit rates stay."""
+        self._stats.reset()

@@ -1,0 +1,69 @@
+"""Routers for a model: built untrained, or loaded and checked against the experts and the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from kvpress_moe.checkpoint import load_routers
+from kvpress_moe.errors import CheckpointError
+from kvpress_moe.fingerprint import check_fingerprint, fingerprint
+from kvpress_moe.routers import RouterConfig, Routers
+
+logger = logging.getLogger(__name__)
+
+
+@cache  # once a process: a press is built per request by some
+def warn_untrained() -> None:
+    """Say that untrained routers are at work."""
+    logger.warning(
+        "MoERouterPress: the routers are untrained and weigh all experts alike until cache feedback moves them. "
+        "Pass router= (a directory, a hub id or a Routers object) to use trained ones."
+    )
+
+
+def fits(routers: Routers, attention: nn.Module) -> bool:
+    """Whether routers have the size of the model that an attention layer belongs to."""
+    config = attention.config
+    return (routers.config.num_layers, routers.config.hidden_size) == (config.num_hidden_layers, config.hidden_size)
+
+
+def untrained_routers(router_type: str, experts: Sequence[str], dropout: float, attention: nn.Module) -> Routers:
+    """Routers that prefer no expert yet, for the model that an attention layer belongs to."""
+    config = attention.config
+    return Routers(RouterConfig(router_type, tuple(experts), config.num_hidden_layers, config.hidden_size, dropout))
+
+
+def trained_routers(router: str | Path | Routers, experts: Sequence[str], attention: nn.Module) -> Routers:
+    """The given routers, or those saved where ``router`` says, checked by :func:`check_routers`."""
+    routers = router if isinstance(router, Routers) else load_routers(router)
+    check_routers(routers, experts, attention, "the Routers object" if routers is router else str(router))
+    return routers
+
+
+def check_routers(routers: Routers, experts: Sequence[str], attention: nn.Module, source: str) -> None:
+    """
+    Raise unless routers stand for these experts and belong to this model.
+
+    Raises
+    ------
+    CheckpointError
+        Saying what differs. The weights of the model are compared at layer 0, where they were sampled.
+    """
+    if routers.config.experts != tuple(experts):
+        raise CheckpointError(
+            f"router: {source} was made for experts {list(routers.config.experts)}, the press has {list(experts)}. "
+            f"Pass experts={list(routers.config.experts)}."
+        )
+    if not fits(routers, attention):
+        raise CheckpointError(
+            f"router: {source} has {routers.config.num_layers} layers of width {routers.config.hidden_size}, the model "
+            f"{attention.config.num_hidden_layers} of width {attention.config.hidden_size}. Use a router of this model, "
+            "or router=None."
+        )
+    if routers.fingerprint is not None and attention.layer_idx == 0:
+        check_fingerprint(routers.fingerprint, fingerprint(attention.config, attention), source)

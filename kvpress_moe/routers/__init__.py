@@ -1,0 +1,10 @@
+"""Routers: hidden states (B, S, C) in, routing weights (B, S, E) out. One class a file, one signature for all."""
+
+from kvpress_moe.routers.base import BaseMoERouter as BaseMoERouter
+from kvpress_moe.routers.base import RouterOutput as RouterOutput
+from kvpress_moe.routers.container import ROUTERS as ROUTERS
+from kvpress_moe.routers.container import RouterConfig as RouterConfig
+from kvpress_moe.routers.container import Routers as Routers
+from kvpress_moe.routers.pikv import PiKVMoERouter as PiKVMoERouter
+
+__all__ = ["ROUTERS", "BaseMoERouter", "PiKVMoERouter", "RouterConfig", "RouterOutput", "Routers"]

@@ -1,0 +1,95 @@
+"""BaseMoERouter: a two-layer map from hidden states to a preference for every expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvpress_moe.gate import gate, load_balance
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """
+    What a router returns for the tokens it was given.
+
+    Attributes
+    ----------
+    logits : Tensor, shape (B, S, E), float32
+        Preference for every expert, feedback included.
+    probs : Tensor, shape (B, S, E), float32
+        Softmax of the logits.
+    chosen : Tensor, shape (B, S, E), bool
+        The experts that judge each token, after capacity.
+    weights : Tensor, shape (B, S, E), float32
+        Routing weights: zero for experts not chosen, summing to 1 for every token.
+    aux_loss : Tensor, scalar
+        ``sum_e mean_prob_e * usage_share_e``, not yet scaled by ``aux_loss_weight``.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    chosen: Tensor
+    weights: Tensor
+    aux_loss: Tensor
+
+
+class BaseMoERouter(nn.Module):
+    """
+    Two linear maps with a bottleneck; softmax, top-k, renormalised.
+
+    The second map starts at zero: an untrained router prefers no expert, and its ties go round (see
+    :func:`kvpress_moe.gate.preference_order`). The first starts from a seed, so that two routers built alike are alike.
+
+    Parameters
+    ----------
+    hidden_size : int
+        Width C of the hidden states.
+    num_experts : int
+        E.
+    dropout : float, default=0.1
+        Dropout between the two maps; acts in training mode only.
+    bottleneck : int, default=32
+        Width between the two maps.
+    seed : int, default=0
+        Seed of the first map.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, dropout: float = 0.1, bottleneck: int = 32, seed: int = 0):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, bottleneck)
+        self.dropout = nn.Dropout(dropout)
+        self.up = nn.Linear(bottleneck, num_experts)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.down.weight, std=hidden_size**-0.5, generator=generator)
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Preference for every expert, shape (B, S, E), float32, from hidden states (B, S, C)."""
+        hidden_states = hidden_states.to(self.down.weight.dtype)
+        return self.up(self.dropout(F.silu(self.down(hidden_states)))).float()
+
+    def forward(self, hidden_states: Tensor, top_k: int, capacity_factor: float) -> RouterOutput:
+        """
+        Route every token.
+
+        Parameters
+        ----------
+        hidden_states : Tensor, shape (B, S, C)
+            Input of the attention layer, of all tokens of a prompt or of its newest ones only.
+        top_k : int
+            Experts per token.
+        capacity_factor : float
+            Bounds the tokens per expert.
+        """
+        logits = self.logits(hidden_states)
+        decision = gate(logits, top_k, capacity_factor)
+        return RouterOutput(logits, *decision, aux_loss=load_balance(decision.probs, decision.chosen))
+
+    @torch.no_grad()
+    def observe(self, hit_rates: Tensor) -> None:
+        """Take note of the experts' hit rates, shape (E,), NaN where unknown. A base router ignores them."""

@@ -1,0 +1,68 @@
+"""PiKVMoERouter: a router that listens to how well each expert's tokens fared in the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvpress_moe.routers.base import BaseMoERouter
+
+
+class PiKVMoERouter(BaseMoERouter):
+    """
+    :class:`BaseMoERouter` plus cache feedback.
+
+    Every expert's hit rate is a running average. Experts above the mean of the known rates get more of the next
+    routing, by multiplicative weights: their probabilities are multiplied by ``exp(feedback_strength * (rate - mean))``
+    before renormalising. A learned map of the same deviations is added; it starts at zero and moves in training only.
+    The idea of feeding cache hits back into a router is PiKV's (arXiv 2508.06526).
+
+    Parameters
+    ----------
+    cache_aware : bool, default=True
+        ``False`` switches the feedback off: the router is then exactly a :class:`BaseMoERouter`.
+    feedback_strength : float, default=4.0
+        Step size of the multiplicative weights.
+    momentum : float, default=0.9
+        Share of the old average that one observation leaves in place.
+    """
+
+    hit_rate: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        dropout: float = 0.1,
+        bottleneck: int = 32,
+        seed: int = 0,
+        cache_aware: bool = True,
+        feedback_strength: float = 4.0,
+        momentum: float = 0.9,
+    ):
+        super().__init__(hidden_size, num_experts, dropout, bottleneck, seed)
+        self.cache_aware = cache_aware
+        self.feedback_strength = feedback_strength
+        self.momentum = momentum
+        self.adjust = nn.Linear(num_experts, num_experts, bias=False)
+        nn.init.zeros_(self.adjust.weight)
+        self.register_buffer("hit_rate", torch.full((num_experts,), torch.nan))
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        logits = super().logits(hidden_states)
+        return logits + self.feedback() if self.cache_aware else logits
+
+    def feedback(self) -> Tensor:
+        """What the hit rates add to the logits, shape (E,); zero for experts whose rate is unknown."""
+        deviation = (self.hit_rate - self.hit_rate.nanmean()).nan_to_num(0.0)  # (E,)
+        return self.feedback_strength * deviation + self.adjust(deviation.to(self.adjust.weight.dtype)).float()
+
+    @torch.no_grad()
+    def observe(self, hit_rates: Tensor) -> None:
+        """Move the running averages towards ``hit_rates``, shape (E,); NaN leaves an expert's average alone."""
+        if not self.cache_aware:
+            return
+        hit_rates = hit_rates.to(self.hit_rate)
+        moved = self.momentum * self.hit_rate + (1 - self.momentum) * hit_rates
+        moved = torch.where(self.hit_rate.isnan(), hit_rates, moved)
+        self.hit_rate.copy_(torch.where(hit_rates.isnan(), self.hit_rate, moved))

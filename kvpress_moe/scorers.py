@@ -1,0 +1,34 @@
+"""Expert functions of our own besides the windows: LayerCall in, scores (B, H, S) out."""
+
+from __future__ import annotations
+
+import torch
+from kvpress import LagKVPress
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvpress_moe.attention import per_kv_head
+from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.mixing import rank_within_head
+
+
+def score_selective(call: LayerCall, kernel_size: int = 5) -> Tensor:
+    """
+    Attention of the latest queries, smoothed over neighbours, as SnapKV (arXiv 2404.14469) scores it.
+
+    SnapKV needs more than 64 tokens; here the window of observed queries shrinks to half of a shorter prompt. The
+    attention is the one that the hit rates are counted with, computed once.
+    """
+    observed = call.window_mass[..., : -call.window]  # (B, num_heads, S - window)
+    observed = F.avg_pool1d(observed, kernel_size, padding=kernel_size // 2, stride=1)
+    scores = per_kv_head(observed, call.keys.shape[1])
+    return F.pad(scores, (0, call.window), value=2.0)  # the window itself stays: no attention exceeds 1
+
+
+def score_temporal(call: LayerCall) -> Tensor:
+    """
+    Recency and lag-relative change in equal parts: mean of the position's rank and of LagKV's (arXiv 2504.04704) rank.
+    """
+    change = LagKVPress().score(call.view, call.hidden_states, call.keys, call.values, None, call.expert_kwargs)
+    recency = (torch.arange(call.k_len, device=change.device) + 0.5) / call.k_len
+    return (rank_within_head(change) + recency) / 2

@@ -1,0 +1,130 @@
+"""What each setting of the press takes, checked whenever it is set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from kvpress_moe.errors import SettingError
+from kvpress_moe.routers import ROUTERS, Routers
+
+
+class Default(int):
+    """A default that follows another setting; ``isinstance`` tells it from the same number written by a user."""
+
+
+def _is_number(value: Any, low: float, high: float, closed_high: bool = False) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return False
+    return low <= value <= high if closed_high else low <= value < high
+
+
+def _require(condition: bool, field: str, got: Any, expected: str, remedy: str) -> None:
+    if not condition:
+        raise SettingError(field, got, expected, remedy)
+
+
+def check_num_experts(value: Any) -> None:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    _require(whole and value >= 1, "num_experts", value, "a whole number, at least 1", "The guide's default is 4.")
+
+
+def check_top_k(value: Any) -> None:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    _require(whole and value >= 1, "top_k", value, "a whole number from 1 to num_experts", "The guide's default is 2.")
+
+
+def check_capacity_factor(value: Any) -> None:
+    _require(
+        _is_number(value, 1.0, math.inf),
+        "capacity_factor",
+        value,
+        "a finite number, at least 1",
+        "Below 1 the experts together have no room for every token.",
+    )
+
+
+def check_dropout(value: Any) -> None:
+    _require(_is_number(value, 0, 1), "dropout", value, "a number in [0, 1)", "The guide's default is 0.1.")
+
+
+def check_router_type(value: Any) -> None:
+    names = " or ".join(repr(name) for name in ROUTERS)
+    _require(isinstance(value, str) and value in ROUTERS, "router_type", value, names, "The default is 'pikv'.")
+
+
+def check_cache_aware(value: Any) -> None:
+    _require(isinstance(value, bool), "cache_aware", value, "True or False", "Only router_type='pikv' uses it.")
+
+
+def check_compression_ratio(value: Any) -> None:
+    _require(
+        value is None or _is_number(value, 0, 1),
+        "compression_ratio",
+        value,
+        "a number in [0, 1), the share of pairs to remove, or None",
+        "0.5 keeps half; None lets each expert's own keep fraction decide.",
+    )
+
+
+def check_aux_loss_weight(value: Any) -> None:
+    _require(
+        _is_number(value, 0, math.inf), "aux_loss_weight", value, "a finite number, at least 0", "The default is 0.01."
+    )
+
+
+def check_router(value: Any) -> None:
+    _require(
+        value is None or (isinstance(value, (str, Path)) and str(value) != "") or isinstance(value, Routers),
+        "router",
+        value,
+        "a directory, a hub id, a Routers object or None",
+        "None starts untrained routers.",
+    )
+
+
+CHECKS: dict[str, Callable[[Any], None]] = {
+    "num_experts": check_num_experts,
+    "top_k": check_top_k,
+    "capacity_factor": check_capacity_factor,
+    "dropout": check_dropout,
+    "router_type": check_router_type,
+    "cache_aware": check_cache_aware,
+    "compression_ratio": check_compression_ratio,
+    "aux_loss_weight": check_aux_loss_weight,
+    "router": check_router,
+}
+
+
+def check_top_k_fits(top_k: int, num_experts: int) -> None:
+    """Raise if a token is to be judged by more experts than there are."""
+    _require(
+        top_k <= num_experts,
+        "top_k",
+        top_k,
+        f"at most num_experts = {num_experts}",
+        "Lower top_k first, or raise num_experts.",
+    )
+
+
+def check_number_of_experts(num_experts: int, n_named: int, given: bool) -> None:
+    """Raise if ``num_experts`` asks for experts that are not there, or disagrees with the list that was given."""
+    if given:
+        _require(
+            num_experts == n_named,
+            "num_experts",
+            num_experts,
+            f"the number of `experts` given, {n_named}",
+            "Leave num_experts out; the list decides.",
+        )
+    else:
+        _require(
+            num_experts <= n_named,
+            "num_experts",
+            num_experts,
+            f"at most the {n_named} experts of the guide's table",
+            "Name more with `experts=[...]`.",
+        )
