@@ -147,12 +147,12 @@ class OwnExpert(Expert):
 
 
 def fitting_settings(scorer: ScorerPress, k_len: int) -> dict[str, Any]:
-    """Windows and sinks that kvpress asserts to be shorter than the prompt, cut to half of a prompt too short."""
+    """Windows and sinks that kvpress takes to be shorter than the prompt, cut to half of a prompt too short for them."""
     settings = {}
-    for name in ("window_size", "n_sink"):
-        length = getattr(scorer, name, None)
-        if isinstance(length, int) and length >= k_len:
-            settings[name] = k_len // 2
+    for names in (("window_size",), ("n_sink",), ("sink_size_start", "sink_size_end")):
+        lengths = [getattr(scorer, name, None) for name in names]
+        if all(isinstance(length, int) for length in lengths) and sum(lengths) >= k_len:
+            settings.update(dict.fromkeys(names, k_len // (2 * len(names))))
     return settings
 
 

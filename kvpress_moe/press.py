@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,12 +107,10 @@ class MoERouterPress(ScorerPress):
         specs = expert_specs(self.experts, self.num_experts)
         if self.experts is None or not isinstance(self.num_experts, Default):
             check_number_of_experts(self.num_experts, len(specs), given=self.experts is not None)
-        if not specs:
-            raise SettingError("experts", self.experts, "at least one expert", "None takes the guide's.")
+        self._experts = self._make_experts(specs)
         self.num_experts = len(specs)
         self.top_k = min(2, self.num_experts) if isinstance(self.top_k, Default) else self.top_k
         check_top_k_fits(self.top_k, self.num_experts)
-        self._experts = [self._make_expert(spec) for spec in specs]
         self._ready = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -131,8 +129,9 @@ class MoERouterPress(ScorerPress):
             specs = expert_specs(given, value if name == "num_experts" else self.num_experts)
             if name == "num_experts":
                 check_number_of_experts(value, len(specs), given=given is not None)
+            experts = self._make_experts(specs)
             check_top_k_fits(self.top_k, len(specs))
-            self._experts = [self._make_expert(spec) for spec in specs]
+            self._experts = experts
             self.__dict__["num_experts"] = len(specs)
             self._forget()
         elif name in ("router", "router_type"):
@@ -154,12 +153,17 @@ class MoERouterPress(ScorerPress):
                 f"one entry for each of the {self.num_experts} experts, numbered from 0",
                 "Set num_experts first, or change single entries.",
             )
-        self._experts = [self._make_expert(strategies[index]) for index in range(self.num_experts)]
+        self._experts = self._make_experts([strategies[index] for index in range(self.num_experts)])
         self._forget()
 
     def _replace_expert(self, index: int, given: object) -> None:
         self._experts[index] = self._make_expert(given)
         self._forget()
+
+    def _make_experts(self, specs: Sequence) -> list[Expert]:
+        if not specs:
+            raise SettingError("experts", specs, "at least one expert", "None takes the guide's.")
+        return [self._make_expert(spec) for spec in specs]
 
     def _make_expert(self, given: Any) -> Expert:
         """An expert as given; unknown names go to ``_apply_expert_compression`` where a subclass overrides it."""

@@ -1,0 +1,36 @@
+"""What all tests share. No network, one seed, models of a few thousand weights."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before torch and transformers are imported
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+
+from tests.tiny import byte_tokenizer, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def llama():
+    """A tiny Llama; tests leave it as they found it."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_directory(llama, tokenizer, tmp_path_factory):
+    """The tiny Llama and its tokenizer, saved as a user would."""
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    llama.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

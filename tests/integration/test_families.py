@@ -1,0 +1,168 @@
+"""
+Every model family that the press serves: prompts shrink exactly, generation runs, and what is left in the cache
+answers a question of several tokens as it answers the same tokens one by one.
+"""
+
+import copy
+
+import pytest
+import torch
+from kvpress.utils import compute_n_kept
+from transformers import DynamicCache
+
+from kvpress_moe import MoERouterPress
+from tests.tiny import FAMILIES, decoder, kept_positions, lengths, overlap, prefill, tiny_model, tokens
+
+PROMPT, QUESTION = 100, 5
+PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+GEMMA = ("gemma3_text", "gemma3")
+
+
+@pytest.fixture(scope="module", params=(*FAMILIES, "phi3_partial"))
+def model(request):
+    """A model of each family; ``phi3_partial`` rotates half of each head's dimensions, as Phi-4 mini does."""
+    if request.param == "phi3_partial":
+        return tiny_model("phi3", **PARTIAL)
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module", params=GEMMA)
+def gemma(request):
+    return tiny_model(request.param)
+
+
+def own_cache(model):
+    """The cache that ``generate`` makes: it knows which layers slide."""
+    return DynamicCache(config=model.config)
+
+
+def sliding(model):
+    return [layer.self_attn.layer_idx for layer in decoder(model).layers if getattr(layer.self_attn, "is_sliding", 0)]
+
+
+def expected_lengths(model, cache, n_full, n_sliding):
+    return [n_sliding if index in sliding(model) else n_full for index in range(len(cache.layers))]
+
+
+def ask(model, cache, question, one_by_one):
+    """Logits (B, Q, vocabulary) of a question that stands right after the prompt."""
+    positions = torch.arange(PROMPT, PROMPT + question.shape[1])[None]
+    step = 1 if one_by_one else question.shape[1]
+    with torch.no_grad():
+        logits = [
+            model(input_ids=some, past_key_values=cache, position_ids=where).logits
+            for some, where in zip(question.split(step, 1), positions.split(step, 1), strict=True)
+        ]
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("ratio", [0.25, 0.8])
+def test_a_prompt_shrinks_by_the_exact_number_of_pairs(model, ratio, batch_size):
+    press = MoERouterPress(compression_ratio=ratio)
+    cache = prefill(model, tokens(PROMPT, batch_size), press, own_cache(model))
+    assert lengths(cache) == expected_lengths(model, cache, compute_n_kept(PROMPT, ratio), 15)
+    assert all(layer.keys.isfinite().all() for layer in cache.layers)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_generation_runs(model, batch_size):
+    cache = own_cache(model)
+    with MoERouterPress()(model):
+        output = model.generate(tokens(PROMPT, batch_size), past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert output.shape == (batch_size, PROMPT + 6)
+    assert lengths(cache) == expected_lengths(model, cache, compute_n_kept(PROMPT, 0.5) + 5, 15)
+
+
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+@pytest.mark.parametrize("experts", ["strong", ["expected_attention", "selective"]], ids=["strong", "queries"])
+def test_experts_of_all_kinds_judge_every_family(model, experts):
+    cache = own_cache(model)
+    with MoERouterPress(experts=experts)(model):
+        output = model.generate(tokens(PROMPT), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert output.shape == (1, PROMPT + 3)
+    assert lengths(cache) == expected_lengths(model, cache, compute_n_kept(PROMPT, 0.5) + 2, 15)
+
+
+@pytest.mark.parametrize("name", ["expected_attention", "non_causal", "snapkv"])
+def test_an_expert_that_cannot_rotate_part_of_a_head_says_so(name):
+    model = tiny_model("phi3", **PARTIAL)
+    with pytest.raises(RuntimeError, match=f"expert '{name}' failed on layer 0"):
+        prefill(model, tokens(PROMPT), MoERouterPress(experts=[name]))
+
+
+@pytest.mark.parametrize("name", ["leverage", "cur", "keydiff", "knorm", "lagkv", "temporal_aware", "semantic_aware"])
+def test_experts_that_rotate_nothing_judge_heads_that_are_rotated_in_part(name):
+    model = tiny_model("phi3", **PARTIAL)
+    assert lengths(prefill(model, tokens(PROMPT), MoERouterPress(experts=[name]))) == [PROMPT // 2] * 2
+
+
+def test_a_question_sees_what_its_tokens_would_see_one_by_one(model):
+    cache = prefill(model, tokens(PROMPT), MoERouterPress(), own_cache(model))
+    question = tokens(QUESTION, seed=1)
+    one_by_one = ask(model, copy.deepcopy(cache), question, one_by_one=True)
+    torch.testing.assert_close(ask(model, cache, question, one_by_one=False), one_by_one, atol=1e-4, rtol=1e-4)
+    assert lengths(cache)[-1] == compute_n_kept(PROMPT, 0.5) + QUESTION
+
+
+def test_a_question_right_after_an_uncompressed_prompt_is_answered_as_in_one_piece(model):
+    prompt, question = tokens(PROMPT), tokens(QUESTION, seed=1)
+    cache = prefill(model, prompt, MoERouterPress(compression_ratio=0), own_cache(model))
+    with torch.no_grad():
+        whole = model(torch.cat((prompt, question), dim=1)).logits[:, PROMPT:]
+    torch.testing.assert_close(ask(model, cache, question, one_by_one=False), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_selective_judges_by_the_attention_that_the_model_itself_pays(model):
+    """Eager attention hands over the model's own weights; otherwise the press computes them from queries."""
+    press = MoERouterPress(experts=["selective"], compression_ratio=0.6)
+    full = prefill(model, tokens(PROMPT))
+    computed = kept_positions(full, prefill(model, tokens(PROMPT), press))
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("eager")
+        given = kept_positions(prefill(model, tokens(PROMPT)), prefill(model, tokens(PROMPT), press))
+    finally:
+        model.set_attn_implementation(before)
+    for one, other in zip(computed, given, strict=True):
+        assert overlap(one, other) >= 0.97  # rounding may swap a pair at the edge of the budget
+
+
+# ── Gemma 3: layers that slide ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_gemmas_sliding_layers_are_untouched(gemma):
+    without = prefill(gemma, tokens(PROMPT), None, own_cache(gemma))
+    cache = prefill(gemma, tokens(PROMPT), MoERouterPress(), own_cache(gemma))
+    for before, after in zip(without.layers[:1], cache.layers[:1], strict=True):
+        assert torch.equal(before.keys, after.keys)
+        assert torch.equal(before.values, after.values)
+        assert before.get_seq_length() == after.get_seq_length()
+
+
+def test_gemmas_sliding_layers_are_not_routed(gemma):
+    press = MoERouterPress()
+    prefill(gemma, tokens(PROMPT), press, own_cache(gemma))
+    assert list(press.get_stats()["layer_stats"]) == [1, 2]
+
+
+def test_gemma_answers_from_a_plain_dynamic_cache_too(gemma):
+    """The kvpress pipeline makes one: it does not know which layers slide, and holds the whole prompt in them."""
+    plain = prefill(gemma, tokens(PROMPT), MoERouterPress(cache_aware=False))
+    assert lengths(plain) == [PROMPT, 50, 50]
+    aware = prefill(gemma, tokens(PROMPT), MoERouterPress(cache_aware=False), own_cache(gemma))
+    question = tokens(QUESTION, seed=1)
+    one_by_one = ask(gemma, aware, question, one_by_one=True)
+    torch.testing.assert_close(ask(gemma, plain, question, one_by_one=False), one_by_one, atol=1e-4, rtol=1e-4)
+
+
+def test_gemma_decides_a_free_budget_in_its_first_full_layer(gemma):
+    cache = prefill(gemma, tokens(PROMPT), MoERouterPress(compression_ratio=None), own_cache(gemma))
+    _, first, second = lengths(cache)
+    assert first == second < PROMPT
+
+
+def test_a_model_whose_layers_all_slide_is_refused():
+    model = tiny_model("mistral", sliding_window=16)
+    with pytest.raises(ValueError, match="every layer of this MistralForCausalLM .* sliding window of 16"):
+        prefill(model, tokens(PROMPT), MoERouterPress())

