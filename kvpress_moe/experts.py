@@ -131,7 +131,7 @@ class Expert:
             return self.scorer(
                 call.view, call.hidden_states, call.keys, call.values, call.attentions, call.expert_kwargs
             )
-        settings = fitting_settings(self.scorer, call.k_len)
+        settings = fitting_settings(self.scorer, call)
         if compression_ratio is not None:
             settings["compression_ratio"] = compression_ratio
         arguments = (call.view, call.hidden_states, call.keys, call.values, call.attentions, call.expert_kwargs)
@@ -146,13 +146,17 @@ class OwnExpert(Expert):
         return self.scorer(call)
 
 
-def fitting_settings(scorer: ScorerPress, k_len: int) -> dict[str, Any]:
-    """Windows and sinks that kvpress takes to be shorter than the prompt, cut to half of a prompt too short for them."""
-    settings = {}
-    for names in (("window_size",), ("n_sink",), ("sink_size_start", "sink_size_end")):
+def fitting_settings(scorer: ScorerPress, call: LayerCall) -> dict[str, Any]:
+    """Windows and sinks that kvpress asserts to be shorter than the input, cut to half of an input too short for them."""
+    settings: dict[str, Any] = {}
+    for names, available in (
+        (("window_size",), min(call.k_len, call.q_len)),  # latest queries
+        (("n_sink",), call.k_len),
+        (("sink_size_start", "sink_size_end"), call.k_len),
+    ):
         lengths = [getattr(scorer, name, None) for name in names]
-        if all(isinstance(length, int) for length in lengths) and sum(lengths) >= k_len:
-            settings.update(dict.fromkeys(names, k_len // (2 * len(names))))
+        if all(isinstance(length, int) for length in lengths) and sum(lengths) >= available:
+            settings.update(dict.fromkeys(names, available // (2 * len(names))))
     return settings
 
 

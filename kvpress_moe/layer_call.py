@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from kvpress_moe.attention import window_attention_mass
 from kvpress_moe.attention_view import AttentionView
@@ -53,6 +54,11 @@ class LayerCall:
     @property
     def layer_idx(self) -> int:
         return self.module.layer_idx
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache that the pairs come from."""
+        return self.kwargs.get("past_key_values")
 
     @property
     def k_len(self) -> int:

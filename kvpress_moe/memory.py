@@ -28,17 +28,16 @@ class RoutingMemory:
 
     def remember(self, call: LayerCall, indices: Tensor) -> None:
         """Keep the call's weights of the pairs at ``indices``, shape (B, H, K)."""
-        cache = call.kwargs.get("past_key_values")
-        if cache is None:
+        if call.cache is None:
             return
         weights = call.weights.expand(-1, indices.shape[1], -1, -1)
         kept = weights.gather(2, indices[..., None].expand(-1, -1, -1, weights.shape[-1]))
-        self._entries[call.layer_idx] = (weakref.ref(cache), kept)
+        self._entries[call.layer_idx] = (weakref.ref(call.cache), kept)
 
     def recall(self, call: LayerCall) -> Tensor | None:
         """Weights of the oldest pairs in this call's cache, None if it was not seen before."""
         cache, weights = self._entries.get(call.layer_idx, (None, None))
-        if cache is None or cache() is not call.kwargs.get("past_key_values") or weights is None:
+        if cache is None or cache() is not call.cache or weights is None:
             return None
         fits = weights.shape[:2] == call.keys.shape[:2] and weights.shape[2] <= call.k_len - call.q_len
         return weights.to(call.keys.device) if fits else None

@@ -5,11 +5,17 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, PreTrainedModel, StaticCache
 
 from kvpress_moe.errors import UnsupportedInputError, UnsupportedModelError
+
+PADDED = (
+    "attention_mask: got a padded batch, expected prompts of equal length without padding. After compression the mask "
+    "would hide the wrong pairs. Run prompts of different lengths one by one."
+)
 
 SUPPORTED_MODELS = (*KVPRESS_MODELS, Gemma3ForCausalLM)
 
@@ -25,6 +31,12 @@ def slides(config: Any, layer_idx: int) -> bool:
     if layer_types is not None:
         return layer_types[layer_idx] == "sliding_attention"
     return getattr(config, "sliding_window", None) is not None
+
+
+def first_to_compress(attention: nn.Module) -> bool:
+    """Whether an attention layer is the first of its model that does not slide."""
+    layer_idx = attention.layer_idx
+    return not slides(attention.config, layer_idx) and all(slides(attention.config, i) for i in range(layer_idx))
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -51,9 +63,9 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
-def check_forward(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def check_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """
-    Forward pre-hook of the decoder stack: raise on inputs that would be compressed wrongly without a word.
+    Forward pre-hook of the model below its head: raise on inputs that would be compressed wrongly without a word.
 
     Raises
     ------
@@ -70,7 +82,7 @@ def check_forward(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
             "Check the tokenizer's input."
         )
     cache = kwargs.get("past_key_values")
-    if kwargs.get("use_cache") is False or (cache is None and not getattr(stack.config, "use_cache", True)):
+    if kwargs.get("use_cache") is False or (cache is None and not getattr(model.config.get_text_config(), "use_cache", True)):
         raise UnsupportedInputError("use_cache: got False, expected True. A press compresses the cache; give it one.")
     if isinstance(cache, StaticCache):
         raise UnsupportedInputError(
@@ -87,7 +99,24 @@ def check_forward(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
         return
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
-        raise UnsupportedInputError(
-            "attention_mask: got a padded batch, expected prompts of equal length without padding. After compression "
-            "the mask would hide the wrong pairs. Run prompts of different lengths one by one."
-        )
+        raise UnsupportedInputError(PADDED)
+
+
+def check_mask(mask: Tensor | None, k_len: int) -> None:
+    """
+    Raise if a layer's attention mask hides cached pairs from the newest query; for calls from inside a wrapper.
+
+    Parameters
+    ----------
+    mask : Tensor, shape (B, 1, Q, ≥ S), bool or additive; or None
+
+    Raises
+    ------
+    UnsupportedInputError
+        For padding.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] < k_len:
+        return
+    newest = mask[:, 0, -1, :k_len]
+    if not bool((newest if newest.dtype == torch.bool else newest == 0).all()):
+        raise UnsupportedInputError(PADDED)

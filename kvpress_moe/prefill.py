@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_moe.model_support import language_model
+from kvpress_moe.cache_layers import fit_masks
 
 
 class Prefill:
@@ -65,7 +66,9 @@ class Prefill:
                     press.compress(attention, kwargs["hidden_states"], *pair, attentions, kwargs)
                     for pair, (attention, kwargs, attentions) in zip(pairs, self._calls, strict=True)
                 ]
-        return DynamicCache(pairs)
+        cache = DynamicCache(pairs)
+        fit_masks(cache, self.model.config.get_text_config(decoder=True))
+        return cache
 
 
 def cache_bytes(cache: DynamicCache) -> int:

@@ -17,18 +17,19 @@ from transformers import PreTrainedModel
 
 from kvpress_moe.attention import per_kv_head
 from kvpress_moe.budget import mixed_keep_fraction, pairs_kept
-from kvpress_moe.errors import SettingError
+from kvpress_moe.errors import SettingError, UnsupportedModelError
 from kvpress_moe.eviction import evict, kept_mask, select
 from kvpress_moe.experts import Expert, OwnExpert, expert_specs, make_expert
 from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
 from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.memory import RoutingMemory
 from kvpress_moe.mixing import mix
-from kvpress_moe.model_support import check_forward, check_model, language_model, slides
+from kvpress_moe.model_support import check_forward, check_mask, check_model, first_to_compress, language_model, slides
 from kvpress_moe.router_setup import check_routers, fits, trained_routers, untrained_routers, warn_untrained
 from kvpress_moe.routers import Routers
 from kvpress_moe.selection import score_selection
 from kvpress_moe.settings import CHECKS, Default, check_number_of_experts, check_top_k_fits
+from kvpress_moe.cache_layers import fit_masks
 from kvpress_moe.stats import RoutingStats
 from kvpress_moe.strategies import ExpertStrategies
 
@@ -224,7 +225,7 @@ class MoERouterPress(ScorerPress):
         guard = None
         try:
             with super().__call__(model):
-                guard = stack.register_forward_pre_hook(check_forward, with_kwargs=True)
+                guard = model.model.register_forward_pre_hook(check_forward, with_kwargs=True)
                 self._entered += 1
                 yield
         finally:
@@ -273,9 +274,16 @@ class MoERouterPress(ScorerPress):
                 "a number inside a kvpress wrapper, which reads the budget from it",
                 "Set press.compression_ratio, or use MoERouterPress without a wrapper.",
             )
+        if slides(module.config, module.layer_idx):
+            raise UnsupportedModelError(
+                f"model: layer {module.layer_idx} has sliding-window attention, expected layers with full attention "
+                "inside this wrapper, which would evict from it. Use MoERouterPress without a wrapper."
+            )
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
+        if first_to_compress(module) and call.q_len == call.k_len:
+            check_mask(kwargs.get("attention_mask"), call.k_len)  # __call__ has not seen this input: it is the wrapper's
         self.route(call)
-        return self.mix(call)
+        return self.mix(call).contiguous()  # wrappers write into scores
 
     def compress(self, module, hidden_states, keys, values, attentions, kwargs) -> tuple[Tensor, Tensor]:
         """Score all pairs, keep the best of each head in their original order, and record what that cost."""
@@ -286,6 +294,8 @@ class MoERouterPress(ScorerPress):
         scores = self.mix(call)
         indices = select(scores, self.n_kept(call))
         self.record(call, indices)
+        if call.cache is not None:
+            fit_masks(call.cache, module.config)
         return evict(keys, indices), evict(values, indices)
 
     @torch.no_grad()
@@ -317,7 +327,7 @@ class MoERouterPress(ScorerPress):
         """
         if self.compression_ratio is not None:
             return compute_n_kept(call.k_len, self.compression_ratio)
-        if all(slides(call.module.config, layer_idx) for layer_idx in range(call.layer_idx)):
+        if first_to_compress(call.module):
             keeps = [expert.keep_fraction(call.k_len) for expert in self._experts]
             self._keep_fraction = mixed_keep_fraction(call.routed.sum((0, 1, 2)).tolist(), keeps)
         return pairs_kept(call.k_len, self._keep_fraction)

@@ -1,4 +1,4 @@
-"""Tiny models of every supported family, randomly initialised from a seed: nothing is downloaded, nothing is trained."""
+"""Tiny models of every supported family, initialised at random from a seed: nothing is downloaded or trained."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_generate_makes_a_cache_by_itself(llama):
 
 
 def test_a_static_cache_is_refused(model):
-    with pytest.raises(UnsupportedInputError, match="StaticCache.*Use a DynamicCache"):
+    with pytest.raises(UnsupportedInputError, match=r"StaticCache.*Use a DynamicCache"):
         prefill(model, tokens(PROMPT), MoERouterPress(), StaticCache(config=model.config, max_cache_len=256))
 
 
@@ -128,7 +128,7 @@ def test_a_padded_batch_is_refused(model, side):
     mask = torch.ones(2, PROMPT, dtype=torch.long)
     mask[1, :7] = 0
     mask = mask if side == "left" else mask.flip(1)
-    with pytest.raises(UnsupportedInputError, match="padded batch.*one by one"), MoERouterPress()(model):
+    with pytest.raises(UnsupportedInputError, match=r"padded batch.*one by one"), MoERouterPress()(model):
         model(tokens(PROMPT, 2), attention_mask=mask, past_key_values=DynamicCache(config=model.config))
 
 
@@ -182,7 +182,7 @@ def test_tokens_that_meet_a_full_cache_are_not_compressed_and_the_press_says_so(
     prefill(model, tokens(PROMPT), press, cache)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers[1:]]
     positions = torch.arange(PROMPT, PROMPT + QUESTION)[None]
-    with torch.no_grad(), press(model), pytest.warns(UserWarning, match="5 tokens meet a cache .* not compressed"):
+    with torch.no_grad(), press(model), pytest.warns(UserWarning, match=r"5 tokens meet a cache .* not compressed"):
         model(tokens(QUESTION, seed=1), past_key_values=cache, position_ids=positions)
     assert lengths(cache)[1:] == [N_KEPT + QUESTION] * (len(cache.layers) - 1)
     for layer, (keys, values) in zip(cache.layers[1:], before, strict=True):
@@ -192,7 +192,7 @@ def test_tokens_that_meet_a_full_cache_are_not_compressed_and_the_press_says_so(
 
 
 def test_a_prompt_prefilled_in_pieces_is_warned_of(llama):
-    with MoERouterPress()(llama), pytest.warns(UserWarning, match="not compressed.*Chunked prefill"):
+    with MoERouterPress()(llama), pytest.warns(UserWarning, match=r"not compressed.*Chunked prefill"):
         llama.generate(tokens(PROMPT), max_new_tokens=2, prefill_chunk_size=64, do_sample=False)
 
 

@@ -44,9 +44,9 @@ def expected_lengths(model, cache, n_full, n_sliding):
     return [n_sliding if index in sliding(model) else n_full for index in range(len(cache.layers))]
 
 
-def ask(model, cache, question, one_by_one):
+def ask(model, cache, question, one_by_one, n_prompt=PROMPT):
     """Logits (B, Q, vocabulary) of a question that stands right after the prompt."""
-    positions = torch.arange(PROMPT, PROMPT + question.shape[1])[None]
+    positions = torch.arange(n_prompt, n_prompt + question.shape[1])[None]
     step = 1 if one_by_one else question.shape[1]
     with torch.no_grad():
         logits = [
@@ -65,11 +65,13 @@ def test_a_prompt_shrinks_by_the_exact_number_of_pairs(model, ratio, batch_size)
     assert all(layer.keys.isfinite().all() for layer in cache.layers)
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_generation_runs(model, batch_size):
+def test_generation_runs(model, batch_size, num_beams):
     cache = own_cache(model)
+    settings = {"past_key_values": cache, "max_new_tokens": 6, "do_sample": False, "num_beams": num_beams}
     with MoERouterPress()(model):
-        output = model.generate(tokens(PROMPT, batch_size), past_key_values=cache, max_new_tokens=6, do_sample=False)
+        output = model.generate(tokens(PROMPT, batch_size), **settings)
     assert output.shape == (batch_size, PROMPT + 6)
     assert lengths(cache) == expected_lengths(model, cache, compute_n_kept(PROMPT, 0.5) + 5, 15)
 
@@ -146,14 +148,27 @@ def test_gemmas_sliding_layers_are_not_routed(gemma):
     assert list(press.get_stats()["layer_stats"]) == [1, 2]
 
 
-def test_gemma_answers_from_a_plain_dynamic_cache_too(gemma):
-    """The kvpress pipeline makes one: it does not know which layers slide, and holds the whole prompt in them."""
-    plain = prefill(gemma, tokens(PROMPT), MoERouterPress(cache_aware=False))
-    assert lengths(plain) == [PROMPT, 50, 50]
-    aware = prefill(gemma, tokens(PROMPT), MoERouterPress(cache_aware=False), own_cache(gemma))
-    question = tokens(QUESTION, seed=1)
-    one_by_one = ask(gemma, aware, question, one_by_one=True)
-    torch.testing.assert_close(ask(gemma, plain, question, one_by_one=False), one_by_one, atol=1e-4, rtol=1e-4)
+SLIDING, FULL = "sliding_attention", "full_attention"
+LAYOUTS = [(SLIDING, FULL, FULL), (FULL, SLIDING), (SLIDING, FULL, SLIDING), (FULL, SLIDING, FULL)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(kind[0] for kind in layout))
+@pytest.mark.parametrize("n_prompt", [10, PROMPT])  # shorter than the window, and longer
+@pytest.mark.parametrize("family", GEMMA)
+def test_gemma_answers_alike_from_any_cache(family, n_prompt, layout):
+    """The kvpress pipeline makes a cache that does not know which layers slide, and holds the whole prompt in them."""
+    gemma = tiny_model(family, layer_types=list(layout), num_hidden_layers=len(layout))
+    answers = []
+    for cache in (DynamicCache(), DynamicCache(config=gemma.config)):
+        prefill(gemma, tokens(n_prompt), MoERouterPress(cache_aware=False), cache)
+        for one_by_one in (True, False):
+            answers.append(ask(gemma, copy.deepcopy(cache), tokens(QUESTION, seed=1), one_by_one, n_prompt))
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_plain_cache_holds_the_whole_prompt_in_gemmas_sliding_layers(gemma):
+    assert lengths(prefill(gemma, tokens(PROMPT), MoERouterPress())) == [PROMPT, PROMPT // 2, PROMPT // 2]
 
 
 def test_gemma_decides_a_free_budget_in_its_first_full_layer(gemma):
@@ -164,5 +179,5 @@ def test_gemma_decides_a_free_budget_in_its_first_full_layer(gemma):
 
 def test_a_model_whose_layers_all_slide_is_refused():
     model = tiny_model("mistral", sliding_window=16)
-    with pytest.raises(ValueError, match="every layer of this MistralForCausalLM .* sliding window of 16"):
+    with pytest.raises(ValueError, match=r"every layer of this MistralForCausalLM .* sliding window of 16"):
         prefill(model, tokens(PROMPT), MoERouterPress())

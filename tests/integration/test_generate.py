@@ -171,7 +171,8 @@ def test_hooks_are_gone_after_an_error_in_an_expert(llama):
         raise ZeroDivisionError("mine")
 
     before = hooks(llama)
-    with pytest.raises(RuntimeError, match="'broken' failed on layer 0.*mine"), MoERouterPress(experts=[broken])(llama):
+    press = MoERouterPress(experts=[broken])
+    with pytest.raises(RuntimeError, match=r"'broken' failed on layer 0.*mine"), press(llama):
         generate(llama, tokens(PROMPT), 2)
     assert hooks(llama) == before
     assert lengths(prefill(llama, tokens(PROMPT))) == [PROMPT] * 2
