@@ -29,7 +29,7 @@ from kvpress_moe.router_setup import check_routers, fits, trained_routers, untra
 from kvpress_moe.routers import Routers
 from kvpress_moe.selection import score_selection
 from kvpress_moe.settings import CHECKS, Default, check_number_of_experts, check_top_k_fits
-from kvpress_moe.cache_layers import fit_masks
+from kvpress_moe.cache_layers import fit_masks, fit_masks_after_forward
 from kvpress_moe.stats import RoutingStats
 from kvpress_moe.strategies import ExpertStrategies
 
@@ -222,16 +222,17 @@ class MoERouterPress(ScorerPress):
         check_model(model)
         stack = language_model(model)
         bare = [layer.self_attn for layer in stack.layers if not hasattr(layer.self_attn, "rotary_emb")]
-        guard = None
+        hooks = []
         try:
             with super().__call__(model):
-                guard = model.model.register_forward_pre_hook(check_forward, with_kwargs=True)
+                hooks.append(model.model.register_forward_pre_hook(check_forward, with_kwargs=True))
+                hooks.append(model.model.register_forward_hook(fit_masks_after_forward))
                 self._entered += 1
                 yield
         finally:
-            if guard is not None:
-                guard.remove()
-                self._entered -= 1
+            self._entered -= bool(hooks)
+            for hook in hooks:
+                hook.remove()
             for attention in bare:
                 attention._modules.pop("rotary_emb", None)
 
@@ -283,7 +284,7 @@ class MoERouterPress(ScorerPress):
         if first_to_compress(module) and call.q_len == call.k_len:
             check_mask(kwargs.get("attention_mask"), call.k_len)  # __call__ has not seen this input: it is the wrapper's
         self.route(call)
-        return self.mix(call).contiguous()  # wrappers write into scores
+        return self.mix(call).clone(memory_format=torch.contiguous_format)  # wrappers write into scores
 
     def compress(self, module, hidden_states, keys, values, attentions, kwargs) -> tuple[Tensor, Tensor]:
         """Score all pairs, keep the best of each head in their original order, and record what that cost."""

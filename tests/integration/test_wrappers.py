@@ -287,7 +287,9 @@ def decode(model, press, n_prompt=PROMPT, n_new=30, batch_size=1, cache=None):
     return cache
 
 
-@pytest.mark.parametrize("experts", [None, ["streaming_llm"], ["selective"], ["knorm", "keydiff", "tova"]], ids=str)
+@pytest.mark.parametrize(
+    "experts", [None, ["streaming_llm"], ["selective"], ["knorm", "keydiff", "tova", "snapkv"]], ids=str
+)
 @pytest.mark.parametrize("n_prompt", [20, 60, 128])
 @pytest.mark.parametrize("wrap", DECODING.values(), ids=DECODING)
 def test_decoding_bounds_the_cache(model, wrap, n_prompt, experts):
