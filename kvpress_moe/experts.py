@@ -57,6 +57,7 @@ EXPERT_SETS = {
     "strong": ("leverage", "cur", "non_causal", "keydiff"),
 }
 
+_KEYS_ONLY = (kvpress.StreamingLLMPress, kvpress.LagKVPress)  # their sinks are pairs, not hidden states
 _UNSEEDED = (kvpress.LeverageScorePress, kvpress.CompactorPress)  # draw a random sketch in score
 
 
@@ -74,11 +75,19 @@ class Expert:
         of ``ScorerPress.score``.
     keep : float or callable
         Share of the pairs it keeps when left alone (``compression_ratio=None``), or a function of the prompt's length.
+    registered : bool, default=False
+        Whether the name alone says what it is.
     """
 
     name: str
     scorer: ScorerPress | ScoreFunction
     keep: float | Callable[[int], float] = 0.5
+    registered: bool = False
+
+    @property
+    def spec(self) -> str | ScorerPress | ScoreFunction:
+        """What to write into ``experts=`` to get it again."""
+        return self.name if self.registered else self.scorer
 
     def keep_fraction(self, k_len: int) -> float:
         return self.keep(k_len) if callable(self.keep) else self.keep
@@ -112,12 +121,12 @@ class Expert:
         except Exception as error:
             raise ExpertError(
                 f"expert {self.name!r} failed on layer {call.layer_idx} with {call.k_len} pairs and hidden states of "
-                f"{call.q_len} tokens: {error or type(error).__name__}. Leave it out of `experts`, or see its own limits."
+                f"{call.q_len} tokens: {str(error) or type(error).__name__}. Leave it out of `experts`."
             ) from error
         if scores.shape != call.keys.shape[:3]:
             raise ExpertError(
-                f"expert {self.name!r} returned scores of shape {tuple(scores.shape)}, expected (batch, KV heads, pairs) "
-                f"= {tuple(call.keys.shape[:3])}. It cannot judge this call; leave it out of `experts`."
+                f"expert {self.name!r} returned scores of shape {tuple(scores.shape)}, expected (batch, KV heads, "
+                f"pairs) = {tuple(call.keys.shape[:3])}. It cannot judge this call; leave it out of `experts`."
             )
         if bool(scores.isnan().any()):
             raise ExpertError(
@@ -147,11 +156,11 @@ class OwnExpert(Expert):
 
 
 def fitting_settings(scorer: ScorerPress, call: LayerCall) -> dict[str, Any]:
-    """Windows and sinks that kvpress asserts to be shorter than the input, cut to half of an input too short for them."""
+    """Windows and sinks that kvpress asserts to be shorter than the input; half of it where they are not."""
     settings: dict[str, Any] = {}
     for names, available in (
         (("window_size",), min(call.k_len, call.q_len)),  # latest queries
-        (("n_sink",), call.k_len),
+        (("n_sink",), call.k_len if isinstance(scorer, _KEYS_ONLY) else min(call.k_len, call.q_len)),
         (("sink_size_start", "sink_size_end"), call.k_len),
     ):
         lengths = [getattr(scorer, name, None) for name in names]
@@ -189,15 +198,15 @@ def seeded(scorer: ScorerPress, call: LayerCall) -> Iterator[None]:
 def named_expert(name: str) -> Expert:
     """A fresh expert by its registered name."""
     if name in ("aggressive", "moderate", "conservative", "ultra_aggressive", "adaptive"):
-        return OwnExpert(name, partial(score_window, name=name), partial(window_keep_fraction, name))
+        return OwnExpert(name, partial(score_window, name=name), partial(window_keep_fraction, name), registered=True)
     if name == "selective":
-        return OwnExpert(name, score_selective)
+        return OwnExpert(name, score_selective, registered=True)
     if name == "semantic_aware":
-        return Expert(name, kvpress.KeyDiffPress())
+        return Expert(name, kvpress.KeyDiffPress(), registered=True)
     if name == "temporal_aware":
-        return OwnExpert(name, score_temporal)
+        return OwnExpert(name, score_temporal, registered=True)
     if name in KVPRESS_EXPERTS:
-        return Expert(name, KVPRESS_EXPERTS[name]())
+        return Expert(name, KVPRESS_EXPERTS[name](), registered=True)
     raise SettingError(
         "experts",
         name,

@@ -59,8 +59,8 @@ def check_fingerprint(saved: dict[str, Any], model: dict[str, Any], source: str)
     for name in _SIZES:
         if saved.get(name) != model[name]:
             raise CheckpointError(
-                f"router: {source} was made for a model with {name} = {saved.get(name)!r}, this one has {model[name]!r}. "
-                "Use a router of this model, or router=None."
+                f"router: {source} was made for a model with {name} = {saved.get(name)!r}, this one has "
+                f"{model[name]!r}. Use a router of this model, or router=None."
             )
     if saved.get("samples") and model["samples"]:
         cosine = torch.cosine_similarity(torch.tensor(saved["samples"]), torch.tensor(model["samples"]), dim=0).item()

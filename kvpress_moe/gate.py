@@ -133,7 +133,7 @@ def gate(logits: Float[Tensor, "B S E"], top_k: int, capacity_factor: float) -> 
 
 def load_balance(probs: Float[Tensor, "B S E"], chosen: Bool[Tensor, "B S E"]) -> Float[Tensor, ""]:
     """
-    Auxiliary loss: ``sum_e mean_prob_e * usage_share_e``, 1/E at perfect balance, near 1 at collapse.
+    Auxiliary loss: ``sum_e mean_prob_e * usage_share_e``: 1/E at perfect balance, up to 1/top_k at collapse.
 
     ``usage_share_e`` is expert e's share of all assignments (the shares sum to 1). Only ``mean_prob_e`` has a gradient
     (Switch Transformer, arXiv 2101.03961, without its factor E).

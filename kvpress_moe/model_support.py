@@ -82,7 +82,9 @@ def check_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
             "Check the tokenizer's input."
         )
     cache = kwargs.get("past_key_values")
-    if kwargs.get("use_cache") is False or (cache is None and not getattr(model.config.get_text_config(), "use_cache", True)):
+    if kwargs.get("use_cache") is False or (
+        cache is None and not getattr(model.config.get_text_config(), "use_cache", True)
+    ):
         raise UnsupportedInputError("use_cache: got False, expected True. A press compresses the cache; give it one.")
     if isinstance(cache, StaticCache):
         raise UnsupportedInputError(

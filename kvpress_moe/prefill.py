@@ -10,8 +10,8 @@ from kvpress.presses.base_press import BasePress
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from kvpress_moe.model_support import language_model
 from kvpress_moe.cache_layers import fit_masks
+from kvpress_moe.model_support import language_model
 
 
 class Prefill:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from kvpress_moe.attention import per_kv_head
 from kvpress_moe.budget import mixed_keep_fraction, pairs_kept
-from kvpress_moe.errors import SettingError, UnsupportedModelError
+from kvpress_moe.cache_layers import fit_masks, fit_masks_after_forward
+from kvpress_moe.errors import ExpertError, SettingError, UnsupportedModelError
 from kvpress_moe.eviction import evict, kept_mask, select
 from kvpress_moe.experts import Expert, OwnExpert, expert_specs, make_expert
 from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
@@ -29,7 +30,6 @@ from kvpress_moe.router_setup import check_routers, fits, trained_routers, untra
 from kvpress_moe.routers import Routers
 from kvpress_moe.selection import score_selection
 from kvpress_moe.settings import CHECKS, Default, check_number_of_experts, check_top_k_fits
-from kvpress_moe.cache_layers import fit_masks, fit_masks_after_forward
 from kvpress_moe.stats import RoutingStats
 from kvpress_moe.strategies import ExpertStrategies
 
@@ -45,7 +45,7 @@ class MoERouterPress(ScorerPress):
     once.
 
     Works wherever a kvpress ``ScorerPress`` works: ``with press(model): model.generate(...)``, the
-    ``kv-press-text-generation`` pipeline, and inside kvpress's wrappers (which need a number for ``compression_ratio``).
+    ``kv-press-text-generation`` pipeline, and inside kvpress's wrappers, which need a number for ``compression_ratio``.
 
     Parameters
     ----------
@@ -117,6 +117,8 @@ class MoERouterPress(ScorerPress):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in CHECKS:
             CHECKS[name](value)
+        if name == "experts" and value is not None and not isinstance(value, str):
+            value = list(value)
         if self.__dict__.get("_ready"):
             self._before_change(name, value)
         super().__setattr__(name, value)
@@ -125,16 +127,12 @@ class MoERouterPress(ScorerPress):
         """Bring what was derived from a setting in line with its new value; raise before anything has changed."""
         if name == "top_k":
             check_top_k_fits(value, self.num_experts)
-        elif name in ("num_experts", "experts"):
-            given = value if name == "experts" else self.experts
-            specs = expert_specs(given, value if name == "num_experts" else self.num_experts)
-            if name == "num_experts":
-                check_number_of_experts(value, len(specs), given=given is not None)
-            experts = self._make_experts(specs)
-            check_top_k_fits(self.top_k, len(specs))
-            self._experts = experts
-            self.__dict__["num_experts"] = len(specs)
-            self._forget()
+        elif name == "num_experts" and value != self.num_experts:
+            specs = expert_specs(self.experts, value)
+            check_number_of_experts(value, len(specs), given=self.experts is not None)
+            self._set_experts(specs)
+        elif name == "experts":
+            self._set_experts(expert_specs(value, self.num_experts))
         elif name in ("router", "router_type"):
             del self.routers
         elif name in ("cache_aware", "dropout"):
@@ -154,12 +152,19 @@ class MoERouterPress(ScorerPress):
                 f"one entry for each of the {self.num_experts} experts, numbered from 0",
                 "Set num_experts first, or change single entries.",
             )
-        self._experts = self._make_experts([strategies[index] for index in range(self.num_experts)])
-        self._forget()
+        self.experts = [strategies[index] for index in range(self.num_experts)]
 
     def _replace_expert(self, index: int, given: object) -> None:
-        self._experts[index] = self._make_expert(given)
-        self._forget()
+        self.experts = [given if i == index else expert.spec for i, expert in enumerate(self._experts)]
+
+    def _set_experts(self, specs: Sequence) -> None:
+        """Judge by other experts. Routers and counts belong to the old ones and start anew."""
+        experts = self._make_experts(specs)
+        check_top_k_fits(self.top_k, len(experts))
+        self._experts = experts
+        self.__dict__["num_experts"] = len(experts)
+        del self.routers
+        self.reset_stats()
 
     def _make_experts(self, specs: Sequence) -> list[Expert]:
         if not specs:
@@ -174,12 +179,7 @@ class MoERouterPress(ScorerPress):
         except SettingError:
             if not (overridden and isinstance(given, str)):
                 raise
-        return OwnExpert(given, partial(self._score_custom, given))
-
-    def _forget(self) -> None:
-        """Routers and counts belong to a list of experts; a new list starts anew."""
-        del self.routers
-        self.reset_stats()
+        return OwnExpert(given, partial(self._score_custom, given), registered=True)
 
     # ── model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -205,8 +205,8 @@ class MoERouterPress(ScorerPress):
                 expert.scorer.post_init_from_model(model)
         attention = language_model(model).layers[0].self_attn
         routers = self._routers_for(attention)
-        if self.router is not None:  # once more: the same press may meet another model of the same size
-            check_routers(routers, list(self.expert_strategies.values()), attention, str(self.router))
+        if self.router is not None:
+            self._check_routers(routers, attention)  # also when they are there: another model may be of the same size
         if not routers.config.trained:
             warn_untrained()
 
@@ -249,13 +249,18 @@ class MoERouterPress(ScorerPress):
     def _routers_for(self, attention: nn.Module) -> Routers:
         """The routers of the model that an attention layer belongs to, built or loaded at the first use."""
         if self._routers is None or not fits(self._routers, attention):
-            names = list(self.expert_strategies.values())
             if self.router is None:
-                self._routers = untrained_routers(self.router_type, names, self.dropout, attention)
+                names = list(self.expert_strategies.values())
+                routers = untrained_routers(self.router_type, names, self.dropout, attention)
             else:
-                self._routers = trained_routers(self.router, names, attention)
+                routers = trained_routers(self.router)
+                self._check_routers(routers, attention)
+            self._routers = routers
             self._apply_to_routers("cache_aware", self.cache_aware)
         return self._routers
+
+    def _check_routers(self, routers: Routers, attention: nn.Module) -> None:
+        check_routers(routers, self.router_type, list(self.expert_strategies.values()), attention, self.router)
 
     def _apply_to_routers(self, name: str, value: Any) -> None:
         for router in self._routers.layers if self._routers is not None else ():
@@ -281,8 +286,6 @@ class MoERouterPress(ScorerPress):
                 "inside this wrapper, which would evict from it. Use MoERouterPress without a wrapper."
             )
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
-        if first_to_compress(module) and call.q_len == call.k_len:
-            check_mask(kwargs.get("attention_mask"), call.k_len)  # __call__ has not seen this input: it is the wrapper's
         self.route(call)
         return self.mix(call).clone(memory_format=torch.contiguous_format)  # wrappers write into scores
 
@@ -302,6 +305,8 @@ class MoERouterPress(ScorerPress):
     @torch.no_grad()
     def route(self, call: LayerCall) -> None:
         """Decide who judges which pair: sets ``call.weights``, shape (B, 1 or H, S, E)."""
+        if not self._entered and first_to_compress(call.module) and call.q_len == call.k_len:
+            check_mask(call.kwargs.get("attention_mask"), call.k_len)  # inside a wrapper nobody has looked at it yet
         hidden_states = call.hidden_states
         router = self._routers_for(call.module).place(call.layer_idx, hidden_states.device, hidden_states.dtype)
         output = router(hidden_states, self.top_k, self.capacity_factor)
@@ -376,9 +381,14 @@ class MoERouterPress(ScorerPress):
 
     def _score_custom(self, strategy: str, call: LayerCall) -> Tensor:
         opinion = self._apply_expert_compression(call.keys, call.values, strategy, call.weights.mean(1))
-        if isinstance(opinion, tuple):
+        if isinstance(opinion, tuple) and len(opinion) == 2:
             return score_selection(opinion[0], call.keys, strategy)
-        return opinion
+        if isinstance(opinion, Tensor):
+            return opinion
+        raise ExpertError(
+            f"_apply_expert_compression returned {type(opinion).__name__} for {strategy!r}, expected a score of shape "
+            "(batch, KV heads, pairs) or a tuple (keys, values)."
+        )
 
     # ── statistics ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -38,22 +39,28 @@ def untrained_routers(router_type: str, experts: Sequence[str], dropout: float, 
     return Routers(RouterConfig(router_type, tuple(experts), config.num_hidden_layers, config.hidden_size, dropout))
 
 
-def trained_routers(router: str | Path | Routers, experts: Sequence[str], attention: nn.Module) -> Routers:
-    """The given routers, or those saved where ``router`` says, checked by :func:`check_routers`."""
-    routers = router if isinstance(router, Routers) else load_routers(router)
-    check_routers(routers, experts, attention, "the Routers object" if routers is router else str(router))
-    return routers
+def trained_routers(router: str | Path | Routers) -> Routers:
+    """A copy of the given routers, or those saved where ``router`` says: feedback does not write into the original."""
+    return deepcopy(router) if isinstance(router, Routers) else load_routers(router)
 
 
-def check_routers(routers: Routers, experts: Sequence[str], attention: nn.Module, source: str) -> None:
+def check_routers(
+    routers: Routers, router_type: str, experts: Sequence[str], attention: nn.Module, source: str | Path | Routers
+) -> None:
     """
-    Raise unless routers stand for these experts and belong to this model.
+    Raise unless routers are of this type, stand for these experts and belong to this model.
 
     Raises
     ------
     CheckpointError
         Saying what differs. The weights of the model are compared at layer 0, where they were sampled.
     """
+    source = "the Routers object" if isinstance(source, Routers) else str(source)
+    if routers.config.router_type != router_type:
+        raise CheckpointError(
+            f"router: {source} holds routers of type {routers.config.router_type!r}, the press asks for "
+            f"{router_type!r}. Pass router_type={routers.config.router_type!r}."
+        )
     if routers.config.experts != tuple(experts):
         raise CheckpointError(
             f"router: {source} was made for experts {list(routers.config.experts)}, the press has {list(experts)}. "
@@ -61,9 +68,9 @@ def check_routers(routers: Routers, experts: Sequence[str], attention: nn.Module
         )
     if not fits(routers, attention):
         raise CheckpointError(
-            f"router: {source} has {routers.config.num_layers} layers of width {routers.config.hidden_size}, the model "
-            f"{attention.config.num_hidden_layers} of width {attention.config.hidden_size}. Use a router of this model, "
-            "or router=None."
+            f"router: {source} has {routers.config.num_layers} layers of width {routers.config.hidden_size}, the "
+            f"model {attention.config.num_hidden_layers} of width {attention.config.hidden_size}. Use a router of this "
+            "model, or router=None."
         )
     if routers.fingerprint is not None and attention.layer_idx == 0:
         check_fingerprint(routers.fingerprint, fingerprint(attention.config, attention), source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,16 @@ def check_aux_loss_weight(value: Any) -> None:
     )
 
 
+def check_experts(value: Any) -> None:
+    _require(
+        value is None or isinstance(value, Iterable),
+        "experts",
+        value,
+        "a set's name, a list of experts or None",
+        "Put a single expert into a list.",
+    )
+
+
 def check_router(value: Any) -> None:
     _require(
         value is None or (isinstance(value, (str, Path)) and str(value) != "") or isinstance(value, Routers),
@@ -95,6 +105,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "cache_aware": check_cache_aware,
     "compression_ratio": check_compression_ratio,
     "aux_loss_weight": check_aux_loss_weight,
+    "experts": check_experts,
     "router": check_router,
 }
 

@@ -1,12 +1,17 @@
 """What all tests share. No network, one seed, models of a few thousand weights."""
 
 import os
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before torch and transformers are imported
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
+
+with warnings.catch_warnings():  # transformers imports hqq where it is installed, which has torch use deprecated parts
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import transformers.cache_utils  # noqa: F401
 
 from tests.tiny import byte_tokenizer, tiny_model
 

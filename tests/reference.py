@@ -23,7 +23,7 @@ def preferences(logits: torch.Tensor) -> list[list[list[int]]]:
 
 
 def assign(logits: torch.Tensor, top_k: int, capacity_factor: float) -> torch.Tensor:
-    """Choices in rounds: everybody's first, everybody's second …; a full expert turns away those it is least sure of."""
+    """Choices in rounds: everybody's first, then second …; a full expert turns away those it is least sure of."""
     n_batch, n_tokens, num_experts = logits.shape
     probs = logits.softmax(-1)
     capacity = math.ceil(capacity_factor * n_tokens * top_k / num_experts)

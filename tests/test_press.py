@@ -1,4 +1,4 @@
-"""The press keeps exactly what it promises, in order; one expert alone is that press; equal input gives equal output."""
+"""The press keeps exactly what it promises, in order; one expert alone is that press; like input, like output."""
 
 import copy
 

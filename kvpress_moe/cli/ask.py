@@ -103,7 +103,7 @@ def run(
     max_new_tokens: int,
     step: Any,
 ) -> dict[str, Any]:
-    """Do the work of the command and return all figures as plain data; ``step(description, total, advance)`` reports."""
+    """Do the work of the command, return all figures as plain data; ``step(description, total, advance)`` reports."""
     step("importing", total=1)
     from kvpress.pipeline import KVPressTextGenerationPipeline
 
