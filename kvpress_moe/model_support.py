@@ -104,21 +104,22 @@ def check_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
         raise UnsupportedInputError(PADDED)
 
 
-def check_mask(mask: Tensor | None, k_len: int) -> None:
+def check_mask(mask: Tensor | None) -> None:
     """
-    Raise if a layer's attention mask hides cached pairs from the newest query; for calls from inside a wrapper.
+    Raise if a prompt's attention mask hides tokens from its last one; for calls from inside a wrapper.
 
     Parameters
     ----------
-    mask : Tensor, shape (B, 1, Q, ≥ S), bool or additive; or None
+    mask : Tensor, shape (B, 1, Q, S), bool or additive; or None
+        Of a layer with full attention. Only a prompt's is looked at, which is square.
 
     Raises
     ------
     UnsupportedInputError
         For padding.
     """
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] < k_len:
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != mask.shape[-2]:
         return
-    newest = mask[:, 0, -1, :k_len]
+    newest = mask[:, 0, -1]
     if not bool((newest if newest.dtype == torch.bool else newest == 0).all()):
         raise UnsupportedInputError(PADDED)

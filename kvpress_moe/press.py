@@ -305,8 +305,8 @@ class MoERouterPress(ScorerPress):
     @torch.no_grad()
     def route(self, call: LayerCall) -> None:
         """Decide who judges which pair: sets ``call.weights``, shape (B, 1 or H, S, E)."""
-        if not self._entered and first_to_compress(call.module) and call.q_len == call.k_len:
-            check_mask(call.kwargs.get("attention_mask"), call.k_len)  # inside a wrapper nobody has looked at it yet
+        if not self._entered and first_to_compress(call.module):
+            check_mask(call.kwargs.get("attention_mask"))  # inside a wrapper nobody has looked at it yet
         hidden_states = call.hidden_states
         router = self._routers_for(call.module).place(call.layer_idx, hidden_states.device, hidden_states.dtype)
         output = router(hidden_states, self.top_k, self.capacity_factor)

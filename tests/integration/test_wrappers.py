@@ -182,11 +182,14 @@ def test_a_free_budget_is_refused_by_name_in_wrappers_that_set_the_budget(model,
         prefill(model, tokens(PROMPT), wrap(MoERouterPress(compression_ratio=None)))
 
 
-@pytest.mark.parametrize("wrap", [AdaKVPress, KeyRerotationPress, CriticalKVPress])
-def test_a_padded_batch_is_refused_in_a_wrapper_too(model, wrap):
-    mask = torch.ones(2, PROMPT)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_padded_batch_is_refused_in_a_wrapper_too(model, name, side):
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
     mask[1, :7] = 0
-    with torch.no_grad(), pytest.raises(ValueError, match="padded batch"), wrap(MoERouterPress())(model):
+    mask = mask if side == "left" else mask.flip(1)
+    press = wrapped(name, MoERouterPress())
+    with torch.no_grad(), pytest.raises(ValueError, match="padded batch"), press(model):
         model(tokens(PROMPT, 2), attention_mask=mask, past_key_values=DynamicCache())
 
 
