@@ -20,9 +20,15 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turning * cos + rotate_half(turning) * sin, fixed), dim=-1)
 
 
-def causal_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+def scaled_products(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Attention logits of queries (B, num_heads, Q, D) over keys (B, H, S, D): (B, num_heads, Q, S), float32."""
+    grouped = queries.reshape(keys.shape[0], keys.shape[1], -1, keys.shape[-1])  # no copy of keys per query head
+    return (grouped @ keys.transpose(2, 3)).float().mul_(scaling).view(*queries.shape[:3], keys.shape[2])
+
+
+def causal_logits(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """
-    Softmax attention of the newest Q tokens over all S, each seeing itself and what came before.
+    Logits of the newest Q tokens over all S, each seeing itself and what came before.
 
     Parameters
     ----------
@@ -34,14 +40,11 @@ def causal_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     Returns
     -------
     Tensor, shape (B, num_heads, Q, S), float32
+        Minus infinity where a key comes after the query.
     """
-    n_batch, num_heads, q_len, head_dim = queries.shape
-    k_len = keys.shape[2]
-    grouped = queries.reshape(n_batch, keys.shape[1], -1, head_dim)  # (B, H, G·Q, D): no copy of keys per query head
-    logits = (grouped @ keys.transpose(2, 3)).float().mul_(scaling)
-    logits = logits.view(n_batch, num_heads, q_len, k_len)
+    q_len, k_len = queries.shape[2], keys.shape[2]
     future = torch.ones(q_len, k_len, dtype=torch.bool, device=keys.device).triu(k_len - q_len + 1)
-    return logits.masked_fill_(future, -torch.inf).softmax(dim=-1)
+    return scaled_products(queries, keys, scaling).masked_fill_(future, -torch.inf)
 
 
 def latest_queries(call: LayerCall, n_queries: int) -> Tensor:
@@ -55,7 +58,8 @@ def window_attention_mass(call: LayerCall) -> Tensor:
     """Mean attention of the call's window of latest queries, per query head: (B, num_heads, S), float32."""
     if call.attentions is not None and call.attentions.shape[-1] == call.k_len:
         return call.attentions[..., -call.window :, :].float().mean(dim=-2)
-    return causal_attention(latest_queries(call, call.window), call.keys, call.module.scaling).mean(dim=-2)
+    logits = causal_logits(latest_queries(call, call.window), call.keys, call.module.scaling)
+    return logits.softmax(dim=-1).mean(dim=-2)
 
 
 def per_kv_head(mass: Tensor, num_key_value_heads: int) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from kvpress import ScorerPress
-from kvpress.utils import compute_n_kept
+from kvpress.presses.base_press import is_prefilling
+from kvpress.utils import compute_n_kept, extract_keys_and_values
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ from kvpress_moe.experts import Expert, OwnExpert, expert_specs, make_expert
 from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
 from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.memory import RoutingMemory
+from kvpress_moe.misses import MissTracker
 from kvpress_moe.mixing import mix
 from kvpress_moe.model_support import check_forward, check_mask, check_model, first_to_compress, language_model, slides
 from kvpress_moe.router_setup import check_routers, fits, trained_routers, untrained_routers, warn_untrained
@@ -72,6 +74,10 @@ class MoERouterPress(ScorerPress):
         Trained routers: a directory, a hub id, or the object. ``None`` starts untrained ones, which weigh all experts
         alike until cache feedback moves them.
 
+    track_misses : bool, default=False
+        Keep evicted keys on the CPU, and count hit rates with every generated token too, not only with the prompt's
+        last window. Costs memory there and time at each step.
+
     Raises
     ------
     SettingError
@@ -93,11 +99,13 @@ class MoERouterPress(ScorerPress):
     aux_loss_weight: float = 0.01
     experts: str | Iterable | None = None
     router: str | Path | Routers | None = None
+    track_misses: bool = False
 
     _experts: list[Expert] = field(default_factory=list, init=False, repr=False, compare=False)
     _routers: Routers | None = field(default=None, init=False, repr=False, compare=False)
     _stats: RoutingStats = field(default_factory=RoutingStats, init=False, repr=False, compare=False)
     _memory: RoutingMemory = field(default_factory=RoutingMemory, init=False, repr=False, compare=False)
+    _misses: MissTracker = field(default_factory=MissTracker, init=False, repr=False, compare=False)
     _keep_fraction: float = field(default=1.0, init=False, repr=False, compare=False)
     _entered: int = field(default=0, init=False, repr=False, compare=False)
     _ready: bool = field(default=False, init=False, repr=False, compare=False)
@@ -245,6 +253,7 @@ class MoERouterPress(ScorerPress):
     def routers(self) -> None:
         self._routers = None
         self._memory = RoutingMemory()
+        self._misses = MissTracker()
 
     def _routers_for(self, attention: nn.Module) -> Routers:
         """The routers of the model that an attention layer belongs to, built or loaded at the first use."""
@@ -350,10 +359,27 @@ class MoERouterPress(ScorerPress):
             "hit": mass_by_expert(mass * kept, call.routed),
         }
         self._stats.add(call.layer_idx, **by_expert)
-        hit_rates = by_expert["hit"] / by_expert["mass"]  # 0 / 0: unknown, NaN
-        self._routers_for(call.module).layers[call.layer_idx].observe(hit_rates)
+        self._tell_router(call, by_expert["hit"], by_expert["mass"])
+        if self.track_misses:
+            self._misses.keep(call, indices)
         if not self._entered:  # a wrapper is at work and may compress this cache again
             self._memory.remember(call, indices)
+
+    def _tell_router(self, call: LayerCall, hit: Tensor, mass: Tensor) -> None:
+        hit_rates = hit / mass  # 0 / 0: unknown, NaN
+        self._routers_for(call.module).layers[call.layer_idx].observe(hit_rates)
+
+    def forward_hook(self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list) -> list:
+        """kvpress's hook; with ``track_misses`` it then counts what a decoding step hit and missed."""
+        output = super().forward_hook(module, input, kwargs, output)
+        if self.track_misses and not is_prefilling(kwargs["cache_position"], kwargs["hidden_states"].shape[1]):
+            keys, values = extract_keys_and_values(kwargs["past_key_values"], module.layer_idx)
+            call = LayerCall(module, kwargs["hidden_states"], keys, values, None, kwargs)
+            masses = self._misses.masses(call)
+            if masses is not None:
+                self._stats.add(call.layer_idx, hit=masses[0], mass=masses[1])
+                self._tell_router(call, *masses)
+        return output
 
     # ── experts of a subclass ────────────────────────────────────────────────────────────────────────────────────────
 

@@ -36,7 +36,8 @@ def fits(routers: Routers, attention: nn.Module) -> bool:
 def untrained_routers(router_type: str, experts: Sequence[str], dropout: float, attention: nn.Module) -> Routers:
     """Routers that prefer no expert yet, for the model that an attention layer belongs to."""
     config = attention.config
-    return Routers(RouterConfig(router_type, tuple(experts), config.num_hidden_layers, config.hidden_size, dropout))
+    router_config = RouterConfig(router_type, tuple(experts), config.num_hidden_layers, config.hidden_size, dropout)
+    return Routers(router_config, fingerprint(config, attention) if attention.layer_idx == 0 else None)
 
 
 def trained_routers(router: str | Path | Routers) -> Routers:

@@ -60,6 +60,10 @@ def check_cache_aware(value: Any) -> None:
     _require(isinstance(value, bool), "cache_aware", value, "True or False", "Only router_type='pikv' uses it.")
 
 
+def check_track_misses(value: Any) -> None:
+    _require(isinstance(value, bool), "track_misses", value, "True or False", "True keeps evicted keys on the CPU.")
+
+
 def check_compression_ratio(value: Any) -> None:
     _require(
         value is None or _is_number(value, 0, 1),
@@ -107,6 +111,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "aux_loss_weight": check_aux_loss_weight,
     "experts": check_experts,
     "router": check_router,
+    "track_misses": check_track_misses,
 }
 
 

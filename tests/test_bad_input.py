@@ -38,6 +38,7 @@ WRONG = [
     ("router_type", "eplb"),
     ("router_type", None),
     ("cache_aware", 1),
+    ("track_misses", "yes"),
     ("compression_ratio", 1.0),
     ("compression_ratio", -0.1),
     ("compression_ratio", 2),

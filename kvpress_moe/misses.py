@@ -1,0 +1,70 @@
+"""MissTracker: what generated tokens would have attended to, had it not been evicted."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpress_moe.attention import causal_logits, latest_queries, per_kv_head, scaled_products
+from kvpress_moe.eviction import evict, kept_mask
+from kvpress_moe.feedback import mass_by_expert
+from kvpress_moe.layer_call import LayerCall
+
+
+class MissTracker:
+    """
+    Keeps the keys that were evicted from each layer on the CPU, with the experts that judged them.
+
+    A generated token's query is then compared with what is cached and with what is not: one softmax over both says
+    which share of its attention to the prompt a full cache would have sent to evicted pairs. An estimate, since a full
+    cache would also have led to other hidden states.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[weakref.ref, Tensor, Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_layers": {}}  # caches cannot travel
+
+    def keep(self, call: LayerCall, indices: Tensor) -> None:
+        """Remember the pairs of a call that are not at ``indices``, shape (B, H, K)."""
+        if call.cache is None:
+            return
+        evicted = (~kept_mask(indices, call.k_len)).nonzero()[:, 2].view(*indices.shape[:2], -1)  # (B, H, S - K)
+        routed = call.routed.to(call.keys.dtype).expand(-1, indices.shape[1], -1, -1)
+        self._layers[call.layer_idx] = (
+            weakref.ref(call.cache),
+            evict(call.keys, evicted).cpu(),
+            evict(routed, evicted).bool().cpu(),
+            evict(routed, indices).bool(),
+        )
+
+    @torch.no_grad()
+    def masses(self, call: LayerCall) -> tuple[Tensor, Tensor] | None:
+        """
+        Attention mass of the call's new tokens on prompt pairs, by expert.
+
+        Parameters
+        ----------
+        call : LayerCall
+            A decoding step: the new tokens' hidden states, and all cached keys.
+
+        Returns
+        -------
+        hit, mass : Tensor, shape (E,)
+            On kept pairs, and on kept and evicted ones. None if this cache's prompt was not tracked.
+        """
+        cache, missing, routed_missing, routed_kept = self._layers.get(call.layer_idx, (None, None, None, None))
+        if cache is None or cache() is not call.cache or missing.shape[:2] != call.keys.shape[:2]:
+            return None
+        queries = latest_queries(call, call.q_len)
+        cached = causal_logits(queries, call.keys, call.module.scaling)
+        gone = scaled_products(queries.to(missing.device), missing, call.module.scaling).to(cached.device)
+        attention = torch.cat((cached, gone), dim=-1).softmax(dim=-1).mean(dim=-2)  # (B, num_heads, cached + gone)
+        attention = per_kv_head(attention, call.keys.shape[1])
+        hit = mass_by_expert(attention[..., : routed_kept.shape[2]].contiguous(), routed_kept)
+        miss = mass_by_expert(attention[..., call.k_len :].contiguous(), routed_missing.to(attention.device))
+        return hit, hit + miss
