@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -72,7 +73,9 @@ def check_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
     UnsupportedInputError
         For an empty prompt, padding in the prompt, ``use_cache=False``, or a StaticCache.
     """
-    inputs = kwargs.get("input_ids", args[0] if args else None)
+    kwargs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    kwargs |= kwargs.pop("kwargs", {})  # what forward takes as **kwargs
+    inputs = kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
         return  # the model itself complains

@@ -302,6 +302,7 @@ class MoERouterPress(ScorerPress):
         """Score all pairs, keep the best of each head in their original order, and record what that cost."""
         if self.compression_ratio == 0 or slides(module.config, module.layer_idx):
             return keys, values
+        keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)  # an offloaded cache's are away
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
         self.route(call)
         scores = self.mix(call)

@@ -21,6 +21,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(request):
+    """Tiny models gain nothing from a second thread; on a busy CPU it costs ten times the time in waiting."""
+    before = torch.get_num_threads()
+    if not request.node.get_closest_marker("embedded"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def llama():
     """A tiny Llama; tests leave it as they found it."""

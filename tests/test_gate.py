@@ -18,7 +18,7 @@ def routings(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     logits = torch.randn(n_batch, n_tokens, num_experts, generator=generator)
     if draw(st.booleans()):
-        logits = logits.round()
+        logits = logits.round() if draw(st.booleans()) else logits[:, :1].expand_as(logits)  # some tokens alike, or all
     if draw(st.booleans()):
         logits = logits + 3 * torch.eye(num_experts)[0]  # everybody wants expert 0
     return logits, draw(st.integers(1, num_experts)), draw(st.sampled_from([1.0, 1.25, 1.5, 2.0]))

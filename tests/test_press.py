@@ -281,6 +281,16 @@ def test_the_recorded_prefill_gives_the_cache_that_the_hooked_press_leaves(llama
             assert torch.equal(ours.values, theirs.values)
 
 
+def test_random_sketches_are_the_same_at_every_call_and_leave_the_global_generator_alone(llama):
+    press = MoERouterPress(experts=[kvpress.LeverageScorePress(sketch_dimension=2)])
+    state = torch.random.get_rng_state()
+    first = prefill(llama, press, prompt(200))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(7)
+    second = prefill(llama, press, prompt(200))
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(first.layers, second.layers, strict=True))
+
+
 def test_experts_share_one_projection_of_the_queries(llama, monkeypatch):
     projected = []
     attention = llama.model.layers[0].self_attn

@@ -45,6 +45,14 @@ def test_a_pikv_router_that_is_not_cache_aware_is_a_base_router_exactly():
     assert torch.equal(base(HIDDEN, 2, 1.5).weights, pikv(HIDDEN, 2, 1.5).weights)
 
 
+def test_switching_cache_awareness_off_later_silences_what_was_observed():
+    base, pikv = trained(BaseMoERouter), trained(PiKVMoERouter)
+    pikv.observe(torch.tensor([0.1, 0.9, 0.5, 0.5]))
+    assert not torch.equal(base(HIDDEN, 2, 1.5).weights, pikv(HIDDEN, 2, 1.5).weights)
+    pikv.cache_aware = False
+    assert torch.equal(base(HIDDEN, 2, 1.5).weights, pikv(HIDDEN, 2, 1.5).weights)
+
+
 def test_experts_that_did_better_than_the_mean_get_more_of_the_next_routing():
     router = PiKVMoERouter(16, 4).eval()
     router.observe(torch.tensor([0.9, 0.5, 0.5, 0.1]))

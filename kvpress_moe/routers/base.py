@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from kvpress_moe.gate import gate, load_balance
 
@@ -60,9 +61,10 @@ class BaseMoERouter(nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, dropout: float = 0.1, bottleneck: int = 32, seed: int = 0):
         super().__init__()
-        self.down = nn.Linear(hidden_size, bottleneck)
+        # Not nn.Linear(...): its own initialisation would draw from the user's global generator.
+        self.down = skip_init(nn.Linear, hidden_size, bottleneck)
         self.dropout = nn.Dropout(dropout)
-        self.up = nn.Linear(bottleneck, num_experts)
+        self.up = skip_init(nn.Linear, bottleneck, num_experts)
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.down.weight, std=hidden_size**-0.5, generator=generator)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from kvpress_moe.routers.base import BaseMoERouter
 
@@ -44,7 +45,7 @@ class PiKVMoERouter(BaseMoERouter):
         self.cache_aware = cache_aware
         self.feedback_strength = feedback_strength
         self.momentum = momentum
-        self.adjust = nn.Linear(num_experts, num_experts, bias=False)
+        self.adjust = skip_init(nn.Linear, num_experts, num_experts, bias=False)
         nn.init.zeros_(self.adjust.weight)
         self.register_buffer("hit_rate", torch.full((num_experts,), torch.nan))
 

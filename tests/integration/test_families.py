@@ -11,6 +11,7 @@ from kvpress.utils import compute_n_kept
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
+from kvpress_moe.attention_view import AttentionView
 from tests.tiny import FAMILIES, decoder, kept_positions, lengths, overlap, prefill, tiny_model, tokens
 
 PROMPT, QUESTION = 100, 5
@@ -169,6 +170,18 @@ def test_gemma_answers_alike_from_any_cache(family, n_prompt, layout):
 
 def test_a_plain_cache_holds_the_whole_prompt_in_gemmas_sliding_layers(gemma):
     assert lengths(prefill(gemma, tokens(PROMPT), MoERouterPress())) == [PROMPT, PROMPT // 2, PROMPT // 2]
+
+
+def test_experts_rotate_by_the_layer_type_of_gemma(gemma):
+    """kvpress's presses do not pass it, and transformers 5.2 then finds no frequencies."""
+    states, positions, rotary_emb = torch.zeros(1, 1, 8), torch.arange(9)[None], decoder(gemma).rotary_emb
+    for layer in decoder(gemma).layers:
+        attention = layer.self_attn
+        attention.rotary_emb = rotary_emb
+        got = AttentionView(attention, None).rotary_emb(states, positions)
+        del attention.rotary_emb
+        expected = rotary_emb(states, positions, attention.layer_type)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_gemma_decides_a_free_budget_in_its_first_full_layer(gemma):
