@@ -1,8 +1,12 @@
-"""How many KV pairs each head of a layer keeps. Plain numbers, no tensors."""
+"""How many KV pairs stay, and who shares them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 
 def mixed_keep_fraction(usage: Sequence[float], keep_fractions: Sequence[float]) -> float:
@@ -26,3 +30,31 @@ def pairs_kept(k_len: int, keep_fraction: float) -> int:
     The same truncation as :func:`kvpress.utils.compute_n_kept`, for a fraction that is kept instead of removed.
     """
     return max(1, min(k_len, int(k_len * keep_fraction)))
+
+
+def share(scores: Float[Tensor, "B U S"], n_kept: int, min_share: float) -> Bool[Tensor, "B U S"]:
+    """
+    Let units (heads of a layer, or of all layers) compete for one budget.
+
+    Parameters
+    ----------
+    scores : Tensor, shape (B, U, S)
+        Comparable between units; higher = keep.
+    n_kept : int
+        Mean number of pairs a unit keeps: each row of the batch keeps exactly ``U * n_kept``.
+    min_share : float
+        Every unit keeps its best ``max(1, int(n_kept * min_share))`` pairs whatever the others score, as the safeguard
+        of Ada-KV (arXiv 2407.11550).
+
+    Returns
+    -------
+    Tensor, shape (B, U, S), bool
+        The pairs that stay.
+    """
+    floor = max(1, int(n_kept * min_share))
+    safe = scores.topk(floor, dim=-1).indices
+    scores = scores.float().scatter(-1, safe, torch.inf)
+    best = scores.flatten(1).topk(scores.shape[1] * n_kept, dim=-1).indices
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept.view(scores.shape[0], -1).scatter_(-1, best, True)
+    return kept

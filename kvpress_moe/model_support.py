@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
 from torch import Tensor, nn
-from transformers import Gemma3ForCausalLM, PreTrainedModel, StaticCache
+from transformers import Cache, Gemma3ForCausalLM, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
-from kvpress_moe.errors import UnsupportedInputError, UnsupportedModelError
+from kvpress_moe.errors import SettingError, UnsupportedInputError, UnsupportedModelError
 
 PADDED = (
     "attention_mask: got a padded batch, expected prompts of equal length without padding. After compression the mask "
@@ -38,6 +39,35 @@ def first_to_compress(attention: nn.Module) -> bool:
     """Whether an attention layer is the first of its model that does not slide."""
     layer_idx = attention.layer_idx
     return not slides(attention.config, layer_idx) and all(slides(attention.config, i) for i in range(layer_idx))
+
+
+def last_to_compress(attention: nn.Module) -> bool:
+    """Whether an attention layer is the last of its model that does not slide."""
+    layer_idx, config = attention.layer_idx, attention.config
+    return not slides(config, layer_idx) and all(
+        slides(config, i) for i in range(layer_idx + 1, config.num_hidden_layers)
+    )
+
+
+def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: bool) -> None:
+    """
+    Raise where layers cannot be replaced by ragged ones.
+
+    Raises
+    ------
+    SettingError
+        Inside a wrapper, which stores the result itself, or for a cache that is not a plain DynamicCache.
+    """
+    if inside_wrapper:
+        raise SettingError(
+            "budget",
+            "layer or global",
+            "'uniform' inside a kvpress wrapper, which stores layers of equal heads",
+            "Use MoERouterPress without a wrapper.",
+        )
+    if cache is None or isinstance(cache, QuantizedCache) or not isinstance(cache.layers[layer_idx], DynamicLayer):
+        got = "no cache" if cache is None else type(cache.layers[layer_idx]).__name__
+        raise SettingError("budget", "layer or global", f"a DynamicCache, not {got}", "Use budget='uniform'.")
 
 
 def check_model(model: PreTrainedModel) -> None:

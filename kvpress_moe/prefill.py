@@ -10,7 +10,8 @@ from kvpress.presses.base_press import BasePress
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from kvpress_moe.cache_layers import fit_masks
+from kvpress_moe.cache import RaggedLayer
+from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.model_support import language_model
 
 
@@ -59,18 +60,20 @@ class Prefill:
         For presses that shrink layers in ``compress`` (every ``ScorerPress``); not for those that only mask keys or
         change the prefill.
         """
-        pairs = [(layer.keys, layer.values) for layer in self.cache.layers]
+        cache = DynamicCache([(layer.keys, layer.values) for layer in self.cache.layers])  # copies
         if press is not None:
             with torch.no_grad(), press(self.model):
-                pairs = [
-                    press.compress(attention, kwargs["hidden_states"], *pair, attentions, kwargs)
-                    for pair, (attention, kwargs, attentions) in zip(pairs, self._calls, strict=True)
-                ]
-        cache = DynamicCache(pairs)
+                for layer_idx, (attention, kwargs, attentions) in enumerate(self._calls):
+                    layer = cache.layers[layer_idx]
+                    arguments = (attention, kwargs["hidden_states"], layer.keys, layer.values, attentions)
+                    layer.keys, layer.values = press.compress(*arguments, {**kwargs, "past_key_values": cache})
         fit_masks(cache, self.model.config.get_text_config(decoder=True))
         return cache
 
 
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of the keys and values in a cache, counted from its tensors."""
-    return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+    return sum(
+        layer.nbytes if isinstance(layer, RaggedLayer) else layer.keys.nbytes + layer.values.nbytes
+        for layer in cache.layers
+    )

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from kvpress_moe.attention import per_kv_head
 from kvpress_moe.budget import mixed_keep_fraction, pairs_kept
-from kvpress_moe.cache_layers import fit_masks, fit_masks_after_forward
+from kvpress_moe.cache import RaggedLayer
+from kvpress_moe.cache.masks import fit_masks, fit_masks_after_forward
 from kvpress_moe.errors import ExpertError, SettingError, UnsupportedModelError
 from kvpress_moe.eviction import evict, kept_mask, select
 from kvpress_moe.experts import Expert, OwnExpert, expert_specs, make_expert
@@ -27,11 +28,21 @@ from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.memory import RoutingMemory
 from kvpress_moe.misses import MissTracker
 from kvpress_moe.mixing import mix
-from kvpress_moe.model_support import check_forward, check_mask, check_model, first_to_compress, language_model, slides
+from kvpress_moe.model_support import (
+    check_can_turn_ragged,
+    check_forward,
+    check_mask,
+    check_model,
+    first_to_compress,
+    language_model,
+    last_to_compress,
+    slides,
+)
 from kvpress_moe.router_setup import check_routers, fits, trained_routers, untrained_routers, warn_untrained
 from kvpress_moe.routers import Routers
 from kvpress_moe.selection import score_selection
-from kvpress_moe.settings import CHECKS, Default, check_number_of_experts, check_top_k_fits
+from kvpress_moe.settings import CHECKS, Default, check_number_of_experts, check_top_k_fits, check_tracking
+from kvpress_moe.shared_budget import Observation, SharedBudget
 from kvpress_moe.stats import RoutingStats
 from kvpress_moe.strategies import ExpertStrategies
 
@@ -77,6 +88,14 @@ class MoERouterPress(ScorerPress):
     track_misses : bool, default=False
         Keep evicted keys on the CPU, and count hit rates with every generated token too, not only with the prompt's
         last window. Costs memory there and time at each step.
+    budget : {"uniform", "layer", "global"}, default="uniform"
+        Who shares: nobody (every head keeps as many), the heads of a layer, or all heads of all layers. Always exact in
+        total. With ``"layer"`` and ``"global"`` the layers of the DynamicCache in use turn into
+        :class:`~kvpress_moe.cache.RaggedLayer` at the end of the prefill, and memory is freed pair by pair. Both need
+        scores that compare across heads: one expert such as ``experts=["expected_attention"]``, whose scores are then
+        used as they are. Ranks of a mixture do not compare; heads then keep nearly equal numbers.
+    min_share : float, default=0.2
+        Share of the mean that each head keeps at least, where heads compete.
 
     Raises
     ------
@@ -100,6 +119,8 @@ class MoERouterPress(ScorerPress):
     experts: str | Iterable | None = None
     router: str | Path | Routers | None = None
     track_misses: bool = False
+    budget: str = "uniform"
+    min_share: float = 0.2
 
     _experts: list[Expert] = field(default_factory=list, init=False, repr=False, compare=False)
     _routers: Routers | None = field(default=None, init=False, repr=False, compare=False)
@@ -107,6 +128,7 @@ class MoERouterPress(ScorerPress):
     _memory: RoutingMemory = field(default_factory=RoutingMemory, init=False, repr=False, compare=False)
     _misses: MissTracker = field(default_factory=MissTracker, init=False, repr=False, compare=False)
     _keep_fraction: float = field(default=1.0, init=False, repr=False, compare=False)
+    _shared: SharedBudget = field(default_factory=SharedBudget, init=False, repr=False, compare=False)
     _entered: int = field(default=0, init=False, repr=False, compare=False)
     _ready: bool = field(default=False, init=False, repr=False, compare=False)
 
@@ -120,6 +142,7 @@ class MoERouterPress(ScorerPress):
         self.num_experts = len(specs)
         self.top_k = min(2, self.num_experts) if isinstance(self.top_k, Default) else self.top_k
         check_top_k_fits(self.top_k, self.num_experts)
+        check_tracking(self.track_misses, self.budget)
         self._ready = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -141,6 +164,10 @@ class MoERouterPress(ScorerPress):
             self._set_experts(specs)
         elif name == "experts":
             self._set_experts(expert_specs(value, self.num_experts))
+        elif name == "budget":
+            check_tracking(self.track_misses, value)
+        elif name == "track_misses":
+            check_tracking(value, self.budget)
         elif name in ("router", "router_type"):
             del self.routers
         elif name in ("cache_aware", "dropout"):
@@ -211,6 +238,13 @@ class MoERouterPress(ScorerPress):
                 )
             if isinstance(expert.scorer, ScorerPress):
                 expert.scorer.post_init_from_model(model)
+        if self.budget != "uniform" and model.config._attn_implementation == "eager":
+            raise SettingError(
+                "budget",
+                self.budget,
+                "'uniform' with eager attention, which transformers does not let others replace",
+                "Load the model with attn_implementation='sdpa'.",
+            )
         attention = language_model(model).layers[0].self_attn
         routers = self._routers_for(attention)
         if self.router is not None:
@@ -299,18 +333,38 @@ class MoERouterPress(ScorerPress):
         return self.mix(call).clone(memory_format=torch.contiguous_format)  # wrappers write into scores
 
     def compress(self, module, hidden_states, keys, values, attentions, kwargs) -> tuple[Tensor, Tensor]:
-        """Score all pairs, keep the best of each head in their original order, and record what that cost."""
+        """Score all pairs, keep the best within the budget in their original order, and record what that cost."""
         if self.compression_ratio == 0 or slides(module.config, module.layer_idx):
             return keys, values
         keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)  # an offloaded cache's are away
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
         self.route(call)
         scores = self.mix(call)
-        indices = select(scores, self.n_kept(call))
-        self.record(call, indices)
+        n_kept = self.n_kept(call)
+        if self.budget != "uniform":
+            self.compress_ragged(call, scores, n_kept)
+            return keys, values  # kvpress's hook stores them in the layer that was just replaced
+        indices = select(scores, n_kept)
+        self.record(call.layer_idx, self.observe(call), kept_mask(indices, call.k_len))
+        self.remember(call, indices)
         if call.cache is not None:
             fit_masks(call.cache, module.config)
         return evict(keys, indices), evict(values, indices)
+
+    def compress_ragged(self, call: LayerCall, scores: Tensor, n_kept: int) -> None:
+        """Let heads compete for the budget, and turn layers whose pairs are decided into ragged ones."""
+        check_can_turn_ragged(call.cache, call.layer_idx, inside_wrapper=not self._entered)
+        if first_to_compress(call.module):
+            self._shared.clear()
+        self._shared.add(call.layer_idx, scores, self.observe(call))
+        if self.budget == "global" and not last_to_compress(call.module):
+            return
+        for layer_idx, (kept, observation) in self._shared.decide(n_kept, self.min_share).items():
+            self.record(layer_idx, observation, kept)
+            layer = call.cache.layers[layer_idx]
+            pair = (call.keys, call.values) if layer_idx == call.layer_idx else (layer.keys, layer.values)
+            call.cache.layers[layer_idx] = RaggedLayer(*pair, kept)
+        fit_masks(call.cache, call.module.config)
 
     @torch.no_grad()
     def route(self, call: LayerCall) -> None:
@@ -349,26 +403,32 @@ class MoERouterPress(ScorerPress):
         return pairs_kept(call.k_len, self._keep_fraction)
 
     @torch.no_grad()
-    def record(self, call: LayerCall, indices: Tensor) -> None:
-        """Count what each expert's tokens lost, and tell the router."""
-        kept = kept_mask(indices, call.k_len)  # (B, H, S)
-        mass = per_kv_head(call.window_mass, call.keys.shape[1])  # (B, H, S)
+    def observe(self, call: LayerCall) -> Observation:
+        """What :meth:`record` needs to know of a call."""
+        return Observation(call.routed, per_kv_head(call.window_mass, call.keys.shape[1]))
+
+    @torch.no_grad()
+    def record(self, layer_idx: int, observation: Observation, kept: Tensor) -> None:
+        """Count what each expert's tokens lost when only ``kept`` (B, H, S) stayed, and tell the router."""
+        routed, mass = observation.routed, observation.mass
         by_expert = {
-            "judged": pairs_by_expert(torch.ones_like(kept), call.routed),
-            "kept": pairs_by_expert(kept, call.routed),
-            "mass": mass_by_expert(mass, call.routed),
-            "hit": mass_by_expert(mass * kept, call.routed),
+            "judged": pairs_by_expert(torch.ones_like(kept), routed),
+            "kept": pairs_by_expert(kept, routed),
+            "mass": mass_by_expert(mass, routed),
+            "hit": mass_by_expert(mass * kept, routed),
         }
-        self._stats.add(call.layer_idx, **by_expert)
-        self._tell_router(call, by_expert["hit"], by_expert["mass"])
+        self._stats.add(layer_idx, **by_expert)
+        self._tell_router(layer_idx, by_expert["hit"], by_expert["mass"])
+
+    def remember(self, call: LayerCall, indices: Tensor) -> None:
+        """Keep what later calls on the same cache will ask for."""
         if self.track_misses:
             self._misses.keep(call, indices)
         if not self._entered:  # a wrapper is at work and may compress this cache again
             self._memory.remember(call, indices)
 
-    def _tell_router(self, call: LayerCall, hit: Tensor, mass: Tensor) -> None:
-        hit_rates = hit / mass  # 0 / 0: unknown, NaN
-        self._routers_for(call.module).layers[call.layer_idx].observe(hit_rates)
+    def _tell_router(self, layer_idx: int, hit: Tensor, mass: Tensor) -> None:
+        self._routers.layers[layer_idx].observe(hit / mass)  # 0 / 0: unknown, NaN
 
     def forward_hook(self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list) -> list:
         """kvpress's hook; with ``track_misses`` it then counts what a decoding step hit and missed."""
@@ -379,7 +439,7 @@ class MoERouterPress(ScorerPress):
             masses = self._misses.masses(call)
             if masses is not None:
                 self._stats.add(call.layer_idx, hit=masses[0], mass=masses[1])
-                self._tell_router(call, *masses)
+                self._tell_router(call.layer_idx, *masses)
         return output
 
     # ── experts of a subclass ────────────────────────────────────────────────────────────────────────────────────────

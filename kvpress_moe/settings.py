@@ -64,6 +64,26 @@ def check_track_misses(value: Any) -> None:
     _require(isinstance(value, bool), "track_misses", value, "True or False", "True keeps evicted keys on the CPU.")
 
 
+def check_budget(value: Any) -> None:
+    scopes = ("uniform", "layer", "global")
+    _require(value in scopes, "budget", value, " or ".join(map(repr, scopes)), "The default is 'uniform'.")
+
+
+def check_min_share(value: Any) -> None:
+    _require(_is_number(value, 0, 1, closed_high=True), "min_share", value, "a number in [0, 1]", "The default is 0.2.")
+
+
+def check_tracking(track_misses: bool, budget: str) -> None:
+    """Raise if misses are to be tracked in a ragged cache."""
+    _require(
+        not (track_misses and budget != "uniform"),
+        "track_misses",
+        track_misses,
+        "False with a budget that heads share",
+        "Use budget='uniform'.",
+    )
+
+
 def check_compression_ratio(value: Any) -> None:
     _require(
         value is None or _is_number(value, 0, 1),
@@ -112,6 +132,8 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "experts": check_experts,
     "router": check_router,
     "track_misses": check_track_misses,
+    "budget": check_budget,
+    "min_share": check_min_share,
 }
 
 
