@@ -16,14 +16,17 @@ _HOMES = {
     "KVPressMoEError": "kvpress_moe.errors",
     "MoERouterPress": "kvpress_moe.press",
     "PiKVMoERouter": "kvpress_moe.routers",
+    "RaggedCache": "kvpress_moe.cache",
     "RouterConfig": "kvpress_moe.routers",
     "RouterOutput": "kvpress_moe.routers",
     "Routers": "kvpress_moe.routers",
     "SettingError": "kvpress_moe.errors",
     "UnsupportedInputError": "kvpress_moe.errors",
     "UnsupportedModelError": "kvpress_moe.errors",
+    "load_cache": "kvpress_moe.cache",
     "load_model": "kvpress_moe.models",
     "load_routers": "kvpress_moe.checkpoint",
+    "save_cache": "kvpress_moe.cache",
     "save_routers": "kvpress_moe.checkpoint",
 }
 

@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def mixed_keep_fraction(usage: Sequence[float], keep_fractions: Sequence[float]) -> float:
+def mixed_keep_fraction(usage: Sequence[int], keep_fractions: Sequence[float]) -> float:
     """
     What the experts keep when their own fractions decide: ``sum_e usage_share_e * keep_fraction_e``.
 
     Parameters
     ----------
-    usage : sequence of E numbers
+    usage : sequence of E ints
         Tokens routed to each expert; only their shares matter.
     keep_fractions : sequence of E floats
         Each expert's own fraction, in [0, 1].

@@ -47,9 +47,19 @@ def fingerprint(config: Any, first_attention: nn.Module) -> dict[str, Any]:
     return {**sizes(config), "samples": samples(first_attention.o_proj.weight)}
 
 
-def check_fingerprint(saved: dict[str, Any], model: dict[str, Any], source: str) -> None:
+def check_fingerprint(
+    saved: dict[str, Any], model: dict[str, Any], source: str, what: str = "router", min_cosine: float = _MIN_COSINE
+) -> None:
     """
     Raise unless two fingerprints are of the same model.
+
+    Parameters
+    ----------
+    saved, model : dict
+    source, what : str
+        Where the saved one comes from, and what it is of; for the text of the error.
+    min_cosine : float, default=0.9
+        Of the sampled weights; nearer to 1 also tells fine-tunes and 4-bit copies apart.
 
     Raises
     ------
@@ -59,13 +69,13 @@ def check_fingerprint(saved: dict[str, Any], model: dict[str, Any], source: str)
     for name in _SIZES:
         if saved.get(name) != model[name]:
             raise CheckpointError(
-                f"router: {source} was made for a model with {name} = {saved.get(name)!r}, this one has "
-                f"{model[name]!r}. Use a router of this model, or router=None."
+                f"{what}: {source} was made for a model with {name} = {saved.get(name)!r}, this one has "
+                f"{model[name]!r}. Use a {what} of this model."
             )
     if saved.get("samples") and model["samples"]:
         cosine = torch.cosine_similarity(torch.tensor(saved["samples"]), torch.tensor(model["samples"]), dim=0).item()
-        if cosine < _MIN_COSINE:
+        if cosine < min_cosine:
             raise CheckpointError(
-                f"router: {source} was made for another model of the same size (its weights agree to a cosine of "
-                f"{cosine:.2f}, expected at least {_MIN_COSINE}). Use a router of this model, or router=None."
+                f"{what}: {source} was made for another model of the same size (its weights agree to a cosine of "
+                f"{cosine:.4f}, expected at least {min_cosine}). Use a {what} of this model."
             )

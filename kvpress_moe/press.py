@@ -363,7 +363,7 @@ class MoERouterPress(ScorerPress):
             self.record(layer_idx, observation, kept)
             layer = call.cache.layers[layer_idx]
             pair = (call.keys, call.values) if layer_idx == call.layer_idx else (layer.keys, layer.values)
-            call.cache.layers[layer_idx] = RaggedLayer(*pair, kept)
+            call.cache.layers[layer_idx] = RaggedLayer.from_dense(*pair, kept)
         fit_masks(call.cache, call.module.config)
 
     @torch.no_grad()

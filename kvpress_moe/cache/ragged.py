@@ -30,24 +30,31 @@ class RaggedLayer(CacheLayerMixin):
 
     Parameters
     ----------
-    keys, values : Tensor, shape (B, H, S, D)
-        The full layer.
-    kept : Tensor, shape (B, H, S), bool
-        Pairs to keep; at least one per head.
+    flat_keys, flat_values : Tensor, shape (N, D)
+    lengths : list of lists of int
+        Pairs of each head, (B, H); they sum to N.
+    n_read : int
+        Tokens that the pairs were chosen from.
     """
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, keys: Tensor, values: Tensor, kept: Tensor):
+    def __init__(self, flat_keys: Tensor, flat_values: Tensor, lengths: list[list[int]], n_read: int):
         super().__init__()
         register_ragged_attention()
-        self.dtype, self.device = keys.dtype, keys.device
+        self.dtype, self.device = flat_keys.dtype, flat_keys.device
         self.is_initialized = True
-        self.n_read = keys.shape[2]
-        self.lengths: list[list[int]] = kept.sum(-1).tolist()  # (B, H)
-        self.flat_keys, self.flat_values = keys[kept], values[kept]  # (N, D)
-        self.new_keys, self.new_values = keys[:, :, :0].clone(), values[:, :, :0].clone()  # (B, H, T, D)
+        self.n_read, self.lengths = n_read, lengths
+        self.flat_keys, self.flat_values = flat_keys, flat_values
+        empty = (len(lengths), len(lengths[0]), 0)
+        self.new_keys = flat_keys.new_empty(*empty, flat_keys.shape[-1])  # (B, H, T, D)
+        self.new_values = flat_values.new_empty(*empty, flat_values.shape[-1])
+
+    @classmethod
+    def from_dense(cls, keys: Tensor, values: Tensor, kept: Tensor) -> RaggedLayer:
+        """Of keys and values (B, H, S, D), the pairs marked in ``kept`` (B, H, S), in fresh memory."""
+        return cls(keys[kept], values[kept], kept.sum(-1).tolist(), keys.shape[2])
 
     # ── what kvpress's pipeline does to a layer ──
 
@@ -200,7 +207,7 @@ class RaggedCache(DynamicCache):
         ragged = cls()
         for layer_idx, layer in enumerate(cache.layers):
             mask = kept(layer_idx)
-            ragged.layers.append(layer if mask is None else RaggedLayer(layer.keys, layer.values, mask))
+            ragged.layers.append(layer if mask is None else RaggedLayer.from_dense(layer.keys, layer.values, mask))
         return ragged
 
     @classmethod

@@ -68,11 +68,11 @@ def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float) -> Tenso
     if q_len > 1:
         future = torch.ones(q_len, n_new, dtype=torch.bool, device=query.device).triu(n_new - q_len + 1)
         new_logits = new_logits.unflatten(2, (-1, q_len)).masked_fill(future, -torch.inf).flatten(2, 3)
-    outputs = torch.empty_like(grouped)
+    outputs = []
     for row, heads in enumerate(layer.heads()):
         for head, (keys, values) in enumerate(heads):
             logits = torch.cat(((grouped[row, head] @ keys.T).float(), new_logits[row, head]), dim=-1)
             weights = logits.softmax(dim=-1).to(query.dtype)
-            torch.mm(weights[:, keys.shape[0] :], layer.new_values[row, head], out=outputs[row, head])
-            outputs[row, head].addmm_(weights[:, : keys.shape[0]], values)
-    return outputs.view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
+            from_new = weights[:, keys.shape[0] :] @ layer.new_values[row, head]
+            outputs.append(torch.addmm(from_new, weights[:, : keys.shape[0]], values))
+    return torch.stack(outputs).view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)

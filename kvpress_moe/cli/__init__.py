@@ -8,7 +8,7 @@ import sys
 import typer
 
 from kvpress_moe import __version__
-from kvpress_moe.cli.ask import EPILOG, ask
+from kvpress_moe.cli import ask, compress
 from kvpress_moe.errors import KVPressMoEError
 
 app = typer.Typer(
@@ -18,7 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(epilog=EPILOG)(ask)
+app.command(epilog=ask.EPILOG)(ask.ask)
+app.command(epilog=compress.EPILOG)(compress.compress)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,20 +1,27 @@
-"""kvpress-moe ask: one text, one prefill, the answers that each cache gives."""
+"""kvpress-moe ask: one text, one prefill, the answers that each cache gives; or the answers of a cache on disk."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from importlib.resources import files
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from kvpress_moe.cli.options import (
+    Budget,
+    Device,
+    Experts,
+    Model,
+    Ratio,
+    Router,
+    check_length,
+    parse_experts,
+    read_context,
+)
+from kvpress_moe.cli.progress import progress_bar
 from kvpress_moe.errors import SettingError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILT_IN_QUESTION = "What is the code of the old safe in the lighthouse?"
 
@@ -26,19 +33,22 @@ kvpress-moe ask notes.txt "Who signed the lease?" "When?"
 
 cat notes.txt | kvpress-moe ask - "Who signed?"
 
-kvpress-moe ask --experts keydiff,leverage,selective"""
+kvpress-moe ask --cache book.kv "Who signed?"
+"""
 
 
 def ask(
-    text: Annotated[str | None, typer.Argument(help="A text file, or - for standard input; a built-in text.")] = None,
-    questions: Annotated[list[str] | None, typer.Argument(help="One or more questions about the text.")] = None,
-    ratio: Annotated[float, typer.Option(help="Share of the KV pairs to remove, in [0, 1).")] = 0.5,
-    experts: Annotated[
-        str | None, typer.Option(help="guide, strong, or names separated by commas; the guide's first four.")
+    text: Annotated[
+        str | None, typer.Argument(help="A text file, or - for standard input; a built-in text. Not with --cache.")
     ] = None,
-    router: Annotated[str | None, typer.Option(help="Trained routers: a directory or a hub id.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or directory; SmolLM2-135M-Instruct.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    questions: Annotated[list[str] | None, typer.Argument(help="One or more questions about the text.")] = None,
+    ratio: Ratio = 0.5,
+    experts: Experts = None,
+    budget: Budget = "uniform",
+    router: Router = None,
+    cache: Annotated[str | None, typer.Option(help="Ask a cache that `compress` wrote instead of a text.")] = None,
+    model: Model = None,
+    device: Device = "cpu",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line that holds all figures.")] = False,
 ) -> None:
@@ -47,82 +57,69 @@ def ask(
 
     The text is prefilled once; every method compresses a copy of that cache before it sees the question.
     """
-    context, questions = read_context(text), questions or ([BUILT_IN_QUESTION] if text is None else [])
-    if not questions:
-        raise SettingError("QUESTION", None, "at least one question about the text", "Add it behind the file's name.")
-
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=1)
-
-        def step(description: str, total: int | None = None, advance: int = 0) -> None:
-            progress.update(task, description=description, advance=advance)
-            if total is not None:
-                progress.reset(task, total=total, description=description)
-
-        result = run(context, questions, ratio, parse_experts(experts), router, model, device, max_new_tokens, step)
-    show(result, console)
+    if cache is not None:
+        asked = [question for question in (text, *(questions or [])) if question is not None]
+        require_questions(asked)
+        with progress_bar() as step:
+            result = run_cache(cache, asked, model, device, max_new_tokens, step)
+        show_answers(result, Console())
+    else:
+        context, questions = read_context(text), questions or ([BUILT_IN_QUESTION] if text is None else [])
+        require_questions(questions)
+        settings = {"compression_ratio": ratio, "experts": parse_experts(experts), "budget": budget, "router": router}
+        with progress_bar() as step:
+            result = run(context, questions, settings, model, device, max_new_tokens, step)
+        show(result, Console())
     if as_json:
         print(json.dumps(result, separators=(",", ":")))
 
 
-def read_context(text: str | None) -> str:
-    """The text to ask about: built in, from standard input, or from a file."""
-    if text is None:
-        return files("kvpress_moe").joinpath("data/harbour.txt").read_text(encoding="utf-8")
-    try:
-        context = sys.stdin.read() if text == "-" else Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(
-            "TEXT", text, "a readable UTF-8 text file, or -", f"{type(error).__name__}: {error}"
-        ) from error
-    if not context.strip():
-        raise SettingError("TEXT", text, "a text with something in it", "The file is empty.")
-    return context
-
-
-def parse_experts(experts: str | None) -> str | list[str] | None:
-    """``"guide"`` stays a set's name; ``"knorm,tova"`` becomes a list."""
-    if experts is None or experts in ("guide", "strong"):
-        return experts
-    return [name.strip() for name in experts.split(",")]
+def require_questions(questions: list[str]) -> None:
+    """Raise if there is nothing to ask."""
+    if not any(question.strip() for question in questions):
+        raise SettingError("QUESTION", None, "at least one question about the text", "Add it as the last argument.")
 
 
 def run(
     context: str,
     questions: list[str],
-    ratio: float,
-    experts: str | list[str] | None,
-    router: str | None,
+    settings: dict[str, Any],
     model_name: str | None,
     device: str,
     max_new_tokens: int,
     step: Any,
 ) -> dict[str, Any]:
-    """Do the work of the command, return all figures as plain data; ``step(description, total, advance)`` reports."""
+    """
+    Prefill a text once and ask every cache; all figures as plain data.
+
+    Parameters
+    ----------
+    context, questions : str, list of str
+    settings : dict
+        Of the press; ``router`` goes to the mixture alone, all else to the single experts too.
+    step : callable
+        ``step(description, total, advance)`` reports progress.
+    """
     step("importing", total=1)
+    import torch
     from kvpress.pipeline import KVPressTextGenerationPipeline
 
     from kvpress_moe.models import load_model
     from kvpress_moe.prefill import Prefill, cache_bytes
     from kvpress_moe.press import MoERouterPress
 
-    press = MoERouterPress(compression_ratio=ratio, experts=experts, router=router)
+    press = MoERouterPress(**settings)
     names = list(press.expert_strategies.values())
-    singles = [MoERouterPress(compression_ratio=ratio, experts=[name]) for name in names]
+    singles = [MoERouterPress(**{**settings, "router": None, "experts": [name]}) for name in names]
 
     step("loading the model", total=1)
     model, tokenizer = load_model(model_name, device)
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     tokens = pipeline.preprocess(context, questions, "", sys.maxsize)
     context_ids = tokens["context_ids"]
-    check_length(
-        model, tokenizer, context_ids.shape[1], max(q.shape[1] for q in tokens["questions_ids"]), max_new_tokens
-    )
+    check_length(model, context_ids.shape[1], max(q.shape[1] for q in tokens["questions_ids"]), max_new_tokens)
 
     step("prefill", total=model.config.get_text_config().num_hidden_layers)
     started = time.perf_counter()
@@ -135,27 +132,28 @@ def run(
         *((f"only {n}", p) for n, p in zip(names, singles, strict=True)),
     ]
     step("asking", total=len(methods) * len(questions))
-    rows = []
+    rows, full_bytes = [], cache_bytes(prefill.cache)
     for name, method in methods:
         started = time.perf_counter()
         cache = prefill.compress(method)
         row = {"method": name, "compression_seconds": time.perf_counter() - started if method else 0.0}
-        row |= {"mib": cache_bytes(cache) / 2**20, "pairs_per_head": cache.get_seq_length(), "answers": []}
+        row |= {"mib": cache_bytes(cache) / 2**20, "kept_share": cache_bytes(cache) / full_bytes, "answers": []}
         lengths = [cache.get_seq_length(layer_idx) for layer_idx in range(len(cache))]
         started = time.perf_counter()
         for question_ids in tokens["questions_ids"]:
-            answer = pipeline.generate_answer(question_ids, cache, context_ids.shape[1], max_new_tokens)
+            with torch.no_grad():
+                answer = pipeline.generate_answer(question_ids, cache, context_ids.shape[1], max_new_tokens)
             pipeline._remove_answer_from_cache(cache, lengths)
             row["answers"].append(" ".join(answer.split()))
             step(f"asking: {name}", advance=1)
         row["answer_seconds"] = time.perf_counter() - started
         rows.append(row)
-    layers = press.get_stats()["layer_stats"] if ratio else {}
+    layers = press.get_stats()["layer_stats"]
     return {
         "model": model.config.name_or_path,
         "device": device,
         "context_tokens": context_ids.shape[1],
-        "compression_ratio": ratio,
+        **{name: value for name, value in settings.items() if name in ("compression_ratio", "budget")},
         "questions": questions,
         "prefill_seconds": prefill_seconds,
         "methods": rows,
@@ -165,18 +163,63 @@ def run(
     }
 
 
-def check_length(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n_context: int, n_question: int, n_answer: int
-) -> None:
-    """Raise if text, question and answer together are longer than the model takes."""
-    limit = model.config.get_text_config().max_position_embeddings
-    if n_context + n_question + n_answer > limit:
-        raise SettingError(
-            "TEXT",
-            f"{n_context} tokens",
-            f"at most {limit - n_question - n_answer}, so that question and answer fit into the model's {limit}",
-            "Shorten the text, or name another --model.",
-        )
+def run_cache(
+    path: str, questions: list[str], model_name: str | None, device: str, max_new_tokens: int, step: Any
+) -> dict[str, Any]:
+    """Ask a cache on disk; all figures as plain data."""
+    step("importing", total=1)
+    import torch
+    from kvpress.pipeline import KVPressTextGenerationPipeline
+
+    from kvpress_moe.cache import load_cache
+    from kvpress_moe.models import load_model
+    from kvpress_moe.prefill import cache_bytes
+
+    step("loading the model", total=1)
+    model, tokenizer = load_model(model_name, device)
+    pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
+    started = time.perf_counter()
+    saved = load_cache(path, model)
+    load_seconds = time.perf_counter() - started
+    question_ids = pipeline.preprocess("", questions, "", sys.maxsize)["questions_ids"]
+    check_length(model, saved.n_tokens, max(ids.shape[1] for ids in question_ids), max_new_tokens)
+    step("asking", total=len(questions))
+    lengths = [saved.cache.get_seq_length(layer_idx) for layer_idx in range(len(saved.cache))]
+    answers, started = [], time.perf_counter()
+    for ids in question_ids:
+        with torch.no_grad():
+            answer = pipeline.generate_answer(ids, saved.cache, saved.n_tokens, max_new_tokens)
+        pipeline._remove_answer_from_cache(saved.cache, lengths)
+        answers.append(" ".join(answer.split()))
+        step("asking", advance=1)
+    return {
+        "model": model.config.name_or_path,
+        "device": device,
+        "context_tokens": saved.n_tokens,
+        "recipe": saved.recipe,
+        "mib": cache_bytes(saved.cache) / 2**20,
+        "load_seconds": load_seconds,
+        "answer_seconds": time.perf_counter() - started,
+        "questions": questions,
+        "answers": answers,
+    }
+
+
+def show_answers(result: dict[str, Any], console: Any) -> None:
+    """Print the answers of a cache on disk."""
+    from rich.table import Table
+
+    console.print(
+        f"[bold]{result['context_tokens']}[/] tokens in [bold]{result['mib']:.1f} MiB[/], loaded in "
+        f"{result['load_seconds']:.2f} s, answered in {result['answer_seconds']:.2f} s",
+        highlight=False,
+    )
+    table = Table()
+    for heading in ("question", "answer"):
+        table.add_column(heading, ratio=1)
+    for question, answer in zip(result["questions"], result["answers"], strict=True):
+        table.add_row(question, answer)
+    console.print(table)
 
 
 def show(result: dict[str, Any], console: Any) -> None:

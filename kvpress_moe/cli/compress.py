@@ -1,0 +1,95 @@
+"""kvpress-moe compress: read a text once, keep its compressed cache in a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpress_moe.cli.options import (
+    Budget,
+    Device,
+    Experts,
+    Model,
+    Ratio,
+    Router,
+    check_length,
+    parse_experts,
+    read_context,
+)
+from kvpress_moe.cli.progress import progress_bar
+from kvpress_moe.errors import SettingError
+
+EPILOG = """Examples:
+
+kvpress-moe compress book.txt --ratio 0.75 --out book.kv
+
+kvpress-moe compress book.txt --experts expected_attention --budget global --out book.kv
+
+kvpress-moe ask --cache book.kv "Who signed the lease?"
+"""
+
+
+def compress(
+    text: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    ratio: Ratio = 0.5,
+    experts: Experts = None,
+    budget: Budget = "uniform",
+    router: Router = None,
+    model: Model = None,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line that holds all figures.")] = False,
+) -> None:
+    """Compress a text's cache once, and keep it: `ask --cache` then needs no prefill."""
+    context = read_context(text)
+    if not out.parent.is_dir() or out.is_dir():
+        raise SettingError("out", str(out), "a file in a directory that exists", "Make the directory first.")
+    with progress_bar() as step:
+        step("importing", total=1)
+        import torch
+        from kvpress.pipeline import KVPressTextGenerationPipeline
+        from transformers import DynamicCache
+
+        from kvpress_moe.cache import save_cache
+        from kvpress_moe.models import load_model
+        from kvpress_moe.prefill import cache_bytes
+        from kvpress_moe.press import MoERouterPress
+
+        press = MoERouterPress(ratio, experts=parse_experts(experts), budget=budget, router=router)
+        step("loading the model", total=1)
+        loaded, tokenizer = load_model(model, device)
+        pipeline = KVPressTextGenerationPipeline(model=loaded, tokenizer=tokenizer)
+        input_ids = pipeline.preprocess(context, [""], "", sys.maxsize)["context_ids"].to(device)
+        check_length(loaded, input_ids.shape[1])
+
+        layers = loaded.config.get_text_config().num_hidden_layers
+        step("prefill", total=layers)
+        stack = getattr(loaded.model, "language_model", loaded.model)
+        hooks = [layer.register_forward_hook(lambda *_: step("prefill", advance=1)) for layer in stack.layers]
+        cache, started = DynamicCache(), time.perf_counter()
+        try:
+            with torch.no_grad(), press(loaded):
+                pipeline.model.model(input_ids=input_ids, past_key_values=cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        prefill_seconds = time.perf_counter() - started
+        save_cache(out, cache, loaded, input_ids, press)
+    result = {
+        "out": str(out),
+        "context_tokens": input_ids.shape[1],
+        "prefill_seconds": prefill_seconds,
+        "cache_mib": cache_bytes(cache) / 2**20,
+        "file_mib": out.stat().st_size / 2**20,
+    }
+    typer.echo(
+        f"{result['context_tokens']} tokens read in {prefill_seconds:.1f} s; {result['cache_mib']:.1f} MiB of cache, "
+        f"{result['file_mib']:.1f} MiB on disk: {out}"
+    )
+    if as_json:
+        print(json.dumps(result, separators=(",", ":")))

@@ -1,0 +1,58 @@
+"""Options and inputs that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvpress_moe.errors import SettingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Ratio = Annotated[float, typer.Option(help="Share of the KV pairs to remove, in [0, 1).")]
+Experts = Annotated[
+    str | None, typer.Option(help="guide, strong, or names separated by commas; the guide's first four.")
+]
+Budget = Annotated[str, typer.Option(help="Who shares: uniform (nobody), layer (its heads), global (all heads).")]
+Router = Annotated[str | None, typer.Option(help="Trained routers: a directory or a hub id.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or directory; SmolLM2-135M-Instruct.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+
+
+def read_context(text: str | None) -> str:
+    """The text to read: built in, from standard input, or from a file."""
+    if text is None:
+        return files("kvpress_moe").joinpath("data/harbour.txt").read_text(encoding="utf-8")
+    try:
+        context = sys.stdin.read() if text == "-" else Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(
+            "TEXT", text, "a readable UTF-8 text file, or -", f"{type(error).__name__}: {error}"
+        ) from error
+    if not context.strip():
+        raise SettingError("TEXT", text, "a text with something in it", "The file is empty.")
+    return context
+
+
+def parse_experts(experts: str | None) -> str | list[str] | None:
+    """``"guide"`` stays a set's name; ``"knorm,tova"`` becomes a list."""
+    if experts is None or experts in ("guide", "strong"):
+        return experts
+    return [name.strip() for name in experts.split(",")]
+
+
+def check_length(model: PreTrainedModel, n_context: int, n_question: int = 0, n_answer: int = 0) -> None:
+    """Raise if text, question and answer together are longer than the model takes."""
+    limit = model.config.get_text_config().max_position_embeddings
+    if n_context + n_question + n_answer > limit:
+        raise SettingError(
+            "TEXT",
+            f"{n_context} tokens",
+            f"at most {limit - n_question - n_answer}, so that question and answer fit into the model's {limit}",
+            "Shorten the text, or name another --model.",
+        )
