@@ -22,6 +22,12 @@ PROMPT = 90
 FULL_ATTENTION = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
 
 
+@pytest.fixture(scope="module")
+def llama():
+    """A model of this module's own: kvpress's wrappers leave their traces on it."""
+    return tiny_model("llama")
+
+
 def shared(budget, **settings):
     return MoERouterPress(experts=["expected_attention"], budget=budget, **settings)
 
