@@ -47,6 +47,7 @@ class RaggedLayer(CacheLayerMixin):
         self.is_initialized = True
         self.n_read, self.lengths = n_read, lengths
         self.flat_keys, self.flat_values = flat_keys, flat_values
+        self._heads: list[list[tuple[Tensor, Tensor]]] | None = None
         empty = (len(lengths), len(lengths[0]), 0)
         self.new_keys = flat_keys.new_empty(*empty, flat_keys.shape[-1])  # (B, H, T, D)
         self.new_values = flat_values.new_empty(*empty, flat_values.shape[-1])
@@ -126,6 +127,7 @@ class RaggedLayer(CacheLayerMixin):
         self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:
+        self._heads = None
         for name in ("flat_keys", "flat_values", "new_keys", "new_values"):
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
@@ -142,6 +144,7 @@ class RaggedLayer(CacheLayerMixin):
         self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
     def _select(self, rows: list[int]) -> None:
+        self._heads = None
         per_row = [sum(heads) for heads in self.lengths]
         keys, values = self.flat_keys.split(per_row), self.flat_values.split(per_row)
         self.flat_keys = torch.cat([keys[row] for row in rows])
@@ -154,6 +157,11 @@ class RaggedLayer(CacheLayerMixin):
 
     def heads(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Keys and values of the prompt's kept pairs by row and head, each (pairs, D), as views."""
+        if self._heads is None:  # a Python loop that every decoding step would repeat
+            self._heads = self._split()
+        return self._heads
+
+    def _split(self) -> list[list[tuple[Tensor, Tensor]]]:
         flat_lengths = [length for heads in self.lengths for length in heads]
         pairs = list(zip(self.flat_keys.split(flat_lengths), self.flat_values.split(flat_lengths), strict=True))
         n_heads = len(self.lengths[0])

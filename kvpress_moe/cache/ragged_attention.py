@@ -69,10 +69,12 @@ def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float) -> Tenso
         future = torch.ones(q_len, n_new, dtype=torch.bool, device=query.device).triu(n_new - q_len + 1)
         new_logits = new_logits.unflatten(2, (-1, q_len)).masked_fill(future, -torch.inf).flatten(2, 3)
     outputs = []
-    for row, heads in enumerate(layer.heads()):
-        for head, (keys, values) in enumerate(heads):
-            logits = torch.cat(((grouped[row, head] @ keys.T).float(), new_logits[row, head]), dim=-1)
+    rows = zip(layer.heads(), grouped.unbind(), new_logits.unbind(), layer.new_values.unbind(), strict=True)
+    for pairs_of_heads, *parts in rows:
+        heads = zip(pairs_of_heads, *(part.unbind() for part in parts), strict=True)
+        for (keys, values), queries, logits_of_new, new_values in heads:
+            logits = torch.cat(((queries @ keys.T).float(), logits_of_new), dim=-1)
             weights = logits.softmax(dim=-1).to(query.dtype)
-            from_new = weights[:, keys.shape[0] :] @ layer.new_values[row, head]
-            outputs.append(torch.addmm(from_new, weights[:, : keys.shape[0]], values))
+            n_kept = keys.shape[0]
+            outputs.append(torch.addmm(weights[:, n_kept:] @ new_values, weights[:, :n_kept], values))
     return torch.stack(outputs).view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
