@@ -21,6 +21,10 @@ class SettingError(KVPressMoEError, ValueError):
 
     def __init__(self, field: str, got: object, expected: str, remedy: str):
         super().__init__(f"{field}: got {got!r}, expected {expected}. {remedy}")
+        self._arguments = (field, got, expected, remedy)
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._arguments  # process pools send errors home
 
 
 class UnsupportedModelError(KVPressMoEError, ValueError):

@@ -116,7 +116,7 @@ class Expert:
             return call.keys.new_zeros(call.keys.shape[:3])  # nothing to compare; several scorers cannot run
         try:
             scores = self._score(call, compression_ratio)
-        except ExpertError:
+        except (ExpertError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             raise ExpertError(

@@ -54,8 +54,10 @@ def load_model(
     SettingError
         If the model or the device is not there.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingError("device", device, "a device of this machine", "No CUDA GPU is visible here; use 'cpu'.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError("device", device, "a device of this machine", f"{str(error).splitlines()[0]}") from error
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else "auto"
     source = find_model(name)

@@ -46,6 +46,8 @@ from kvpress_moe.shared_budget import Observation, SharedBudget
 from kvpress_moe.stats import RoutingStats
 from kvpress_moe.strategies import ExpertStrategies
 
+N_SINK = 4  # first tokens that hit rates leave out
+
 
 @dataclass
 class MoERouterPress(ScorerPress):
@@ -149,7 +151,7 @@ class MoERouterPress(ScorerPress):
         if name in CHECKS:
             CHECKS[name](value)
         if name == "experts" and value is not None and not isinstance(value, str):
-            value = list(value)
+            value = tuple(value)
         if self.__dict__.get("_ready"):
             self._before_change(name, value)
         super().__setattr__(name, value)
@@ -292,14 +294,16 @@ class MoERouterPress(ScorerPress):
     def _routers_for(self, attention: nn.Module) -> Routers:
         """The routers of the model that an attention layer belongs to, built or loaded at the first use."""
         if self._routers is None or not fits(self._routers, attention):
-            if self.router is None:
-                names = list(self.expert_strategies.values())
-                routers = untrained_routers(self.router_type, names, self.dropout, attention)
-            else:
-                routers = trained_routers(self.router)
-                self._check_routers(routers, attention)
+            with torch.inference_mode(False):  # else their averages could not be updated outside inference mode
+                if self.router is None:
+                    names = list(self.expert_strategies.values())
+                    routers = untrained_routers(self.router_type, names, self.dropout, attention)
+                else:
+                    routers = trained_routers(self.router)
+                    self._check_routers(routers, attention)
             self._routers = routers
             self._apply_to_routers("cache_aware", self.cache_aware)
+            self._apply_to_routers("dropout", self.dropout)
         return self._routers
 
     def _check_routers(self, routers: Routers, attention: nn.Module) -> None:
@@ -404,8 +408,17 @@ class MoERouterPress(ScorerPress):
 
     @torch.no_grad()
     def observe(self, call: LayerCall) -> Observation:
-        """What :meth:`record` needs to know of a call."""
-        return Observation(call.routed, per_kv_head(call.window_mass, call.keys.shape[1]))
+        """
+        What :meth:`record` needs to know of a call.
+
+        The first four tokens are left out of the mass: they are attention sinks, which nearly every expert keeps, and
+        would decide the hit rate of whichever expert they happen to be routed to.
+        """
+        mass = per_kv_head(call.window_mass, call.keys.shape[1])
+        if call.k_len > 2 * N_SINK:
+            mass = mass.clone()
+            mass[..., :N_SINK] = 0
+        return Observation(call.routed, mass)
 
     @torch.no_grad()
     def record(self, layer_idx: int, observation: Observation, kept: Tensor) -> None:

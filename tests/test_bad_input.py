@@ -1,5 +1,7 @@
 """Everything wrong is refused with a text that says what, before any work; hooks are gone and nothing was written."""
 
+import pickle
+
 import kvpress
 import pytest
 import torch
@@ -70,6 +72,20 @@ def test_a_wrong_setting_is_refused_later_too_and_changes_nothing(field, value):
     with pytest.raises(ValueError, match=rf"^{field}: got .*expected "):
         setattr(press, field, value)
     assert (repr(press), dict(press.expert_strategies)) == before
+
+
+def test_errors_travel_between_processes():
+    with pytest.raises(SettingError) as raised:
+        MoERouterPress(dropout=2)
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+
+
+def test_running_out_of_memory_stays_what_it_is(llama):
+    def hungry(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError), torch.no_grad(), MoERouterPress(experts=[hungry])(llama):
+        llama(torch.zeros(1, 10, dtype=torch.long), past_key_values=DynamicCache())
 
 
 def test_top_k_above_num_experts_is_refused():

@@ -48,6 +48,12 @@ def test_ask_compares_the_full_cache_the_router_and_each_expert_at_the_same_budg
         assert text in result.output
 
 
+def test_square_brackets_are_text_not_markup(text_file, model_directory):
+    result = ask(text_file, "What is [/b] in [red] here?", "--model", str(model_directory), "--max-new-tokens", "2")
+    assert result.exit_code == 0
+    assert "[/b] in [red]" in result.output
+
+
 def test_the_router_of_one_expert_answers_as_that_expert_alone(text_file, model_directory):
     arguments = [text_file, "Why?", "--experts", "knorm", "--ratio", "0.75", "--model", str(model_directory), "--json"]
     got = figures(ask(*arguments))

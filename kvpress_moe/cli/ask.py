@@ -208,6 +208,7 @@ def run_cache(
 def show_answers(result: dict[str, Any], console: Any) -> None:
     """Print the answers of a cache on disk."""
     from rich.table import Table
+    from rich.text import Text
 
     console.print(
         f"[bold]{result['context_tokens']}[/] tokens in [bold]{result['mib']:.1f} MiB[/], loaded in "
@@ -218,13 +219,14 @@ def show_answers(result: dict[str, Any], console: Any) -> None:
     for heading in ("question", "answer"):
         table.add_column(heading, ratio=1)
     for question, answer in zip(result["questions"], result["answers"], strict=True):
-        table.add_row(question, answer)
+        table.add_row(Text(question), Text(answer))
     console.print(table)
 
 
 def show(result: dict[str, Any], console: Any) -> None:
     """Print the result: a line about the run, the answers, and who judged in which layer."""
     from rich.table import Table
+    from rich.text import Text
 
     full = result["methods"][0]
     console.print(
@@ -234,7 +236,7 @@ def show(result: dict[str, Any], console: Any) -> None:
         highlight=False,
     )
     for number, question in enumerate(result["questions"]):
-        table = Table(title=question, title_justify="left", title_style="bold", show_lines=False)
+        table = Table(title=Text(question), title_justify="left", title_style="bold", show_lines=False)
         table.add_column("cache")
         table.add_column("answer", ratio=1)
         for heading in ("MiB", "compress s", "answer s"):
@@ -242,7 +244,7 @@ def show(result: dict[str, Any], console: Any) -> None:
         for row in result["methods"]:
             table.add_row(
                 row["method"],
-                row["answers"][number],
+                Text(row["answers"][number]),
                 f"{row['mib']:.1f}",
                 f"{row['compression_seconds']:.2f}" if row is not full else "–",
                 f"{row['answer_seconds'] / len(result['questions']):.2f}",

@@ -41,8 +41,8 @@ def read_context(text: str | None) -> str:
 
 def parse_experts(experts: str | None) -> str | list[str] | None:
     """``"guide"`` stays a set's name; ``"knorm,tova"`` becomes a list."""
-    if experts is None or experts in ("guide", "strong"):
-        return experts
+    if experts is None or experts.strip() in ("guide", "strong"):
+        return experts and experts.strip()
     return [name.strip() for name in experts.split(",")]
 
 

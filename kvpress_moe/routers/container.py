@@ -75,7 +75,8 @@ class Routers(nn.Module):
         router = self.layers[layer_idx]
         weight = router.down.weight
         if weight.device != device or weight.dtype != dtype:
-            router.to(device)
-            for linear in (m for m in router.modules() if isinstance(m, nn.Linear)):
-                linear.to(dtype)
+            with torch.inference_mode(False):
+                router.to(device)
+                for linear in (m for m in router.modules() if isinstance(m, nn.Linear)):
+                    linear.to(dtype)
         return router
