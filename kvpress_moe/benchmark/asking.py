@@ -1,0 +1,257 @@
+"""Ask many compressed caches the same question at once, and measure how far their answers are from the full cache's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from kvpress_moe.attention import apply_rope, causal_logits
+from kvpress_moe.benchmark.judging import Judged, Kept
+from kvpress_moe.benchmark.prompts import Prompt
+from kvpress_moe.cache import RaggedCache, RaggedLayer
+from kvpress_moe.model_support import language_model
+from kvpress.utils import get_prerope_query_states
+
+BATCH_BYTES = 2**30  # of keys and values that are asked at once
+
+
+@dataclass
+class Reference:
+    """
+    What the full cache answers.
+
+    Attributes
+    ----------
+    logits : Tensor, shape (A, V)
+        For each token of the right answer.
+    mass : Tensor, shape (L, H, S)
+        Attention that question and answer pay to each pair, summed over their tokens and the head's query heads.
+    """
+
+    logits: Tensor
+    mass: Tensor
+
+
+@dataclass
+class Answer:
+    """
+    How one cache answers.
+
+    Attributes
+    ----------
+    nll : float
+        Mean negative log-likelihood of the right answer's tokens, teacher-forced, in nats.
+    kl : float
+        Mean KL divergence of its next-token distributions from the full cache's, at the same tokens, in nats.
+    greedy : Tensor, shape (A,), bool
+        Which tokens of the right answer are the likeliest ones, given the right ones before them. All of them: greedy
+        decoding gives the right answer.
+    hit_rate : float
+        Share of the attention that the full cache's question and answer paid which falls on pairs that were kept.
+    n_pairs, n_bytes : int
+        Counted from the cache that answered.
+    written : list of int or None
+        Greedily decoded tokens, where asked for.
+    """
+
+    nll: float
+    kl: float
+    greedy: Tensor
+    hit_rate: float
+    n_pairs: int
+    n_bytes: int
+    written: list[int] | None = None
+
+
+@torch.no_grad()
+def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Reference:
+    """Ask the full cache (batch 1); it is as before afterwards."""
+    n_read = cache.get_seq_length()
+    masses: list[Tensor] = []
+
+    def observe(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+        queries = get_prerope_query_states(module, kwargs["hidden_states"])
+        queries = apply_rope(queries, *kwargs["position_embeddings"])
+        layer = cache.layers[module.layer_idx]
+        attention = causal_logits(queries, layer.keys, module.scaling).softmax(-1)[..., :n_read]
+        masses.append(attention.sum(2).unflatten(1, (layer.keys.shape[1], -1)).sum(2)[0])  # (H, S)
+
+    hooks = [
+        layer.self_attn.register_forward_hook(observe, with_kwargs=True) for layer in language_model(model).layers
+    ]
+    try:
+        logits = read(model, cache, prompt, n_read)[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        cache.crop(n_read)
+    return Reference(logits, torch.stack(masses))
+
+
+def read(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt, n_read: int, offsets: Tensor | None = None) -> Tensor:
+    """Let question and answer pass over a cache; the logits (B, A, V) of the answer's tokens."""
+    tokens = torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1).to(model.device)
+    n_rows = 1 if offsets is None else len(offsets)
+    return step(model, cache, tokens.expand(n_rows, -1), n_read, offsets, prompt.answer.shape[1])
+
+
+def step(
+    model: PreTrainedModel, cache: DynamicCache, tokens: Tensor, start: int, offsets: Tensor | None, n_logits: int
+) -> Tensor:
+    """A forward pass over tokens (B, T) at cache positions from ``start`` on; ``offsets`` (B) shift their rotary positions."""
+    positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+    position_ids = positions[None].expand(len(tokens), -1)
+    output = model(
+        input_ids=tokens,
+        past_key_values=cache,
+        cache_position=positions,
+        position_ids=position_ids if offsets is None else position_ids + offsets[:, None],
+        logits_to_keep=n_logits,
+    )
+    return output.logits
+
+
+def batches(kept: Sequence[Kept], bytes_per_pair: int, limit: int = BATCH_BYTES) -> Iterator[list[int]]:
+    """Indices of caches that together take at most ``limit`` bytes, at most 48 of them."""
+    batch: list[int] = []
+    size = 0
+    for index, one in enumerate(kept):
+        n_bytes = one.n_pairs * bytes_per_pair
+        if batch and (size + n_bytes > limit or len(batch) == 48):
+            yield batch
+            batch, size = [], 0
+        batch.append(index)
+        size += n_bytes
+    if batch:
+        yield batch
+
+
+def stack(cache: DynamicCache, kept: Sequence[Kept]) -> RaggedCache:
+    """One ragged cache whose rows are what each method kept of a prompt's full cache."""
+    ragged = RaggedCache()
+    for layer_idx, layer in enumerate(cache.layers):
+        keys, values, lengths = [], [], []
+        for one in kept:
+            if one.altered is None:
+                mask = one.mask[layer_idx]
+                keys.append(layer.keys[0][mask])
+                values.append(layer.values[0][mask])
+                lengths.append(mask.sum(-1).tolist())
+            else:
+                keys.extend(one.altered[layer_idx][0])
+                values.extend(one.altered[layer_idx][1])
+                lengths.append([len(head) for head in one.altered[layer_idx][0]])
+        ragged.layers.append(RaggedLayer(torch.cat(keys), torch.cat(values), lengths, cache.get_seq_length()))
+    return ragged
+
+
+@torch.no_grad()
+def ask(
+    model: PreTrainedModel,
+    judged: Judged,
+    prompt: Prompt,
+    reference: Reference,
+    kept: Sequence[Kept],
+    write: int = 0,
+    stop: frozenset[int] = frozenset(),
+) -> list[Answer]:
+    """
+    Ask compressed caches, as many at once as memory allows.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    judged : Judged
+        With the prompt's full cache.
+    prompt : Prompt
+    reference : Reference
+        The full cache's answer to the same prompt.
+    kept : sequence of Kept
+    write : int, default=0
+        Decode greedily up to so many tokens. Where the right answer is the likeliest it is not decoded again.
+    stop : frozenset of int
+        Tokens that end what is decoded.
+    """
+    layer = judged.cache.layers[0]
+    bytes_per_pair = 2 * layer.keys.shape[-1] * layer.keys.element_size()
+    log_reference = reference.logits.float().log_softmax(-1)
+    right = prompt.answer[0].to(reference.logits.device)
+    n_read = judged.cache.get_seq_length()
+    answers: list[Answer] = []
+    for batch in batches(kept, bytes_per_pair):
+        rows = [kept[index] for index in batch]
+        cache = stack(judged.cache, rows)
+        n_bytes = [_row_bytes(cache, row) for row in range(len(rows))]
+        offsets = torch.tensor([row.next_position - n_read for row in rows], device=right.device)
+        logits = read(model, cache, prompt, n_read, offsets)
+        for row, own, counted in zip(rows, logits, n_bytes, strict=True):
+            log_own = own.float().log_softmax(-1)
+            nll = -log_own.gather(-1, right[:, None]).mean()
+            kl = (log_reference.exp() * (log_reference - log_own)).sum(-1).mean()
+            greedy = own.argmax(-1) == right
+            rate = hit_rate(row, reference.mass)
+            answers.append(Answer(nll.item(), kl.clamp(min=0).item(), greedy.cpu(), rate, row.n_pairs, counted))
+        if write:
+            write_out(model, cache, prompt, logits.argmax(-1), answers[-len(rows) :], offsets, n_read, write, stop)
+    return answers
+
+
+def _row_bytes(cache: RaggedCache, row: int) -> int:
+    """Bytes of one row's keys and values."""
+    per_pair = [2 * layer.flat_keys.shape[-1] * layer.flat_keys.element_size() for layer in cache.layers]
+    return sum(sum(layer.lengths[row]) * size for layer, size in zip(cache.layers, per_pair, strict=True))
+
+
+def hit_rate(kept: Kept, mass: Tensor) -> float:
+    """Share of the mass (L, H, S) on pairs that were kept; NaN where they cannot be told."""
+    if not kept.mask:
+        return float("nan")
+    return (sum((mass[i] * mask).sum() for i, mask in enumerate(kept.mask)) / mass.sum()).item()
+
+
+def write_out(
+    model: PreTrainedModel,
+    cache: RaggedCache,
+    prompt: Prompt,
+    likeliest: Tensor,
+    answers: Sequence[Answer],
+    offsets: Tensor,
+    n_read: int,
+    limit: int,
+    stop: frozenset[int],
+) -> None:
+    """
+    Decode greedily and note it in the answers.
+
+    Up to the first token where a row departs from the right answer, the teacher-forced pass has decoded already; only
+    rows that depart go on from there.
+    """
+    right = prompt.answer[0].tolist()
+    n_question = prompt.question.shape[1]
+    departs = [len(right) if bool(a.greedy.all()) else int(a.greedy.int().argmin()) for a in answers]
+    going = [row for row, at in enumerate(departs) if at < len(right)]
+    for row, answer in enumerate(answers):
+        answer.written = right[: departs[row]]
+    if not going:
+        return
+    start = min(departs[row] for row in going)
+    cache.crop(n_read + n_question + start)
+    cache.batch_select_indices(torch.tensor(going))
+    offsets = offsets[going]
+    tokens = likeliest[going, start][:, None]
+    written = [right[:start] for _ in going]
+    done = [False] * len(going)
+    for position in range(start, limit):
+        for index, token in enumerate(tokens[:, 0].tolist()):
+            done[index] |= token in stop
+            if not done[index]:
+                written[index].append(token)
+        if all(done) or position == limit - 1:
+            break
+        tokens = step(model, cache, tokens, n_read + n_question + position, offsets, 1)[:, -1].argmax(-1)[:, None]
+    for index, row in enumerate(going):
+        answers[row].written = written[index]

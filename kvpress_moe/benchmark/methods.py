@@ -1,0 +1,193 @@
+"""The methods that a benchmark compares: a name, a group, and how to make the press."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Literal
+
+import kvpress
+from kvpress import ScorerPress
+from kvpress.presses.base_press import BasePress
+
+from kvpress_moe.errors import SettingError
+from kvpress_moe.experts import KVPRESS_EXPERTS
+from kvpress_moe.press import MoERouterPress
+
+Protect = Callable[[ScorerPress], ScorerPress]
+Group = Literal["reference", "baseline", "kvpress", "budget", "multi-pass", "ours", "third-party"]
+ENTRY_POINTS = "kvpress_moe.methods"
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One way to compress a cache.
+
+    Attributes
+    ----------
+    name : str
+    group : str
+        ``reference`` (the full cache), ``baseline`` (random), ``kvpress`` (a press as kvpress ships it), ``budget``
+        (its scores under a budget that heads share), ``multi-pass`` (needs passes over the prompt of its own),
+        ``ours``, ``third-party``.
+    make : callable
+        ``make(protect)`` gives a fresh press; ``protect`` is to be applied to the scorer that decides.
+    budget : {"uniform", "layer", "global"} or None
+        Who shares the budget of a press that scores. None: the press selects in its own ``compress``.
+    scorer : str
+        Methods of one scorer name share its scores.
+    own_prefill : bool
+        Whether the press needs a prefill of its own: it changes the prefill, or reads the prompt again.
+    eager : bool
+        Whether that prefill needs eager attention.
+    """
+
+    name: str
+    group: Group
+    make: Callable[[Protect], BasePress | None]
+    budget: Literal["uniform", "layer", "global"] | None = None
+    scorer: str = ""
+    own_prefill: bool = False
+    eager: bool = False
+
+
+def _scored(name: str, make: Callable[[], ScorerPress], group: Group, budget: str = "uniform", scorer: str = ""):
+    return Method(name, group, lambda protect: protect(make()), budget, scorer or name)
+
+
+def _wrapped(name: str, wrap: Callable[[ScorerPress], BasePress], inner: Callable[[], ScorerPress], group: Group):
+    return Method(name, group, lambda protect: wrap(protect(inner())))
+
+
+def _critical(protect: Protect, inner: Callable[[], ScorerPress]) -> BasePress:
+    return protect(kvpress.CriticalKVPress(inner()))
+
+
+def _built_in() -> Iterator[Method]:
+    yield Method("full", "reference", lambda protect: None)
+    yield _scored("random", KVPRESS_EXPERTS["random"], "baseline")
+
+    needs_more = ("random", "observed_attention", "pyramidkv")
+    singles = {name: make for name, make in KVPRESS_EXPERTS.items() if name not in needs_more}
+    for name, make in singles.items():
+        yield _scored(name, make, "kvpress")
+    yield Method("pyramidkv", "kvpress", lambda protect: protect(kvpress.PyramidKVPress()))  # a budget of its own
+    observed = partial(kvpress.ObservedAttentionPress)
+    yield Method("observed_attention", "kvpress", lambda p: p(observed()), own_prefill=True, eager=True)
+    yield Method("kvcompose", "multi-pass", lambda p: kvpress.KVComposePress(), own_prefill=True, eager=True)
+
+    strong = {name: singles[name] for name in ("expected_attention", "snapkv", "cur", "leverage", "keydiff")}
+    for name, make in strong.items():
+        yield _wrapped(f"adakv_{name}", kvpress.AdaKVPress, make, "kvpress")
+    for name in ("expected_attention", "snapkv"):
+        make = singles[name]
+        yield Method(f"criticalkv_{name}", "kvpress", partial(_critical, inner=make), "uniform", f"criticalkv_{name}")
+        yield _wrapped(f"criticaladakv_{name}", kvpress.CriticalAdaKVPress, make, "kvpress")
+    for name in ("cur", "leverage"):
+        make = singles[name]
+        yield _wrapped(f"chunk_{name}", partial(kvpress.ChunkPress, chunk_length=256), make, "kvpress")
+        yield _wrapped(f"chunkkv_{name}", kvpress.ChunkKVPress, make, "kvpress")
+        yield _wrapped(f"rerotated_{name}", kvpress.KeyRerotationPress, make, "kvpress")
+        yield _wrapped(f"merging_{name}", kvpress.MergingPress, make, "kvpress")
+    yield _wrapped("entropy_chunkkv_snapkv", kvpress.EntropyGatedChunkKVPress, singles["snapkv"], "kvpress")
+    yield _wrapped("block_keydiff", partial(kvpress.BlockPress, block_size=256), singles["keydiff"], "kvpress")
+
+    for name, make in (strong | {"non_causal": singles["non_causal"], "tova": singles["tova"]}).items():
+        yield _scored(f"{name}_layer", make, "budget", "layer", name)
+        yield _scored(f"{name}_global", make, "budget", "global", name)
+    for budget in ("uniform", "layer", "global"):
+        yield Method(f"kvzip_{budget}", "multi-pass", lambda p: kvpress.KVzipPress(), budget, "kvzip", own_prefill=True)
+
+    yield from _ours()
+
+
+def _ours() -> Iterator[Method]:
+    sets = {"guide": {}, "guide8": {"num_experts": 8}, "strong": {"experts": "strong"}}
+    for name, settings in sets.items():
+        yield _scored(f"moe_{name}", partial(MoERouterPress, **settings), "ours")
+    mixture = partial(MoERouterPress, experts="strong", top_k=4)
+    yield _scored("uniform_mix", mixture, "ours")
+    yield _wrapped("adakv_uniform_mix", kvpress.AdaKVPress, mixture, "ours")
+    yield _wrapped("chunkkv_uniform_mix", kvpress.ChunkKVPress, mixture, "ours")
+
+
+def registered() -> dict[str, Method]:
+    """All methods that have a name: the built-in ones, then those of installed packages (``kvpress_moe.methods``)."""
+    methods = {method.name: method for method in _built_in()}
+    for entry in entry_points(group=ENTRY_POINTS):
+        methods[entry.name] = from_press(entry.name, entry.load())
+    return methods
+
+
+#: Left out unless asked for by name: they cost several prefills of their own.
+SLOW = ("observed_attention", "kvcompose")
+
+
+def find_methods(names: Iterable[str] | None) -> dict[str, Method]:
+    """
+    Methods by name; ``None``: all registered ones but the slow.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Registered names, or presses of your own as ``module:Class(argument=1)``, with a name before them if you like:
+        ``mine=package.module:MyPress(alpha=0.5)``.
+
+    Raises
+    ------
+    SettingError
+        If a name is unknown (with the nearest known ones), or a press cannot be made.
+    """
+    known = registered()
+    if names is None:
+        return {name: method for name, method in known.items() if name not in SLOW}
+    found = {}
+    for name in names:
+        method = known.get(name) or (_third_party(name) if ":" in name else None)
+        if method is None:
+            near = difflib.get_close_matches(name, known, n=3)
+            remedy = f"Did you mean {' or '.join(near)}?" if near else "`kvpress-moe bench --list` shows all."
+            raise SettingError("methods", name, "a registered method or module:Class(arguments)", remedy)
+        found[method.name] = method
+    return found
+
+
+def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-party") -> Method:
+    """A method from whatever makes a press; whether it scores or selects is seen from the press."""
+    press = make()
+    if isinstance(press, MoERouterPress):
+        return Method(name, group, lambda protect: protect(make()), press.budget, name)
+    if isinstance(press, ScorerPress):
+        plain = type(press).compress is ScorerPress.compress
+        return Method(name, group, lambda protect: protect(make()), "uniform" if plain else None, name)
+    own = type(press).__call__ is not BasePress.__call__ or type(press).forward_hook is not BasePress.forward_hook
+
+    def protected(protect: Protect) -> BasePress:
+        press = make()
+        if isinstance(getattr(press, "press", None), ScorerPress):
+            protect(press.press)
+        return press
+
+    return Method(name, group, protected, own_prefill=own)
+
+
+def _third_party(spec: str) -> Method:
+    expected = "[name=]module:Class(argument=1)"
+    match = re.fullmatch(r"(?:(?P<name>[\w.-]+)=)?(?P<module>[\w.]+):(?P<attribute>\w+)(?P<call>\(.*\))?", spec)
+    if match is None:
+        raise SettingError("methods", spec, expected, "Arguments are Python literals.")
+    try:
+        call = ast.parse(f"f{match['call'] or '()'}", mode="eval").body
+        args = [ast.literal_eval(arg) for arg in call.args]
+        kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        factory = getattr(importlib.import_module(match["module"]), match["attribute"])
+        return from_press(match["name"] or spec, partial(factory, *args, **kwargs))
+    except Exception as error:  # anything may go wrong in somebody else's module
+        raise SettingError("methods", spec, expected, f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,101 @@
+"""The same figures the usual way, one prefill per press and ratio: what the shared prefill is measured against."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from kvpress_moe.benchmark.judging import seeded, set_ratio, take_masked
+from kvpress_moe.benchmark.methods import Method
+from kvpress_moe.benchmark.prompts import Prompt
+from kvpress_moe.benchmark.protection import protect
+from kvpress_moe.benchmark.runner import Evaluator
+from kvpress_moe.model_support import language_model
+
+#: Presses that need one pass and keep equal lengths, so that both ways can run them.
+COMPARED = (
+    "random",
+    "knorm",
+    "keydiff",
+    "streaming_llm",
+    "snapkv",
+    "tova",
+    "lagkv",
+    "cur",
+    "leverage",
+    "expected_attention",
+)
+
+
+@torch.no_grad()
+def answer_hooked(
+    model: Any, prompt: Prompt, method: Method, ratio: float, sinks: int, recent: int
+) -> tuple[torch.Tensor, DynamicCache]:
+    """
+    Prefill under the hooked press, then let question and answer pass: logits (A, V) of the answer, and the cache.
+
+    Random numbers are seeded layer by layer, as in the shared prefill.
+    """
+    press = method.make(lambda scorer: protect(scorer, sinks, recent))
+    set_ratio(press, ratio)
+    compress = press.compress
+
+    def compress_seeded(module, *args, **kwargs):
+        with seeded(module.layer_idx):
+            return compress(module, *args, **kwargs)
+
+    object.__setattr__(press, "compress", compress_seeded)
+    cache = DynamicCache()
+    with press(model):
+        model.model(input_ids=prompt.context.to(model.device), past_key_values=cache)
+    n_read = prompt.context.shape[1]
+    tokens = torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1).to(model.device)
+    positions = torch.arange(n_read, n_read + tokens.shape[1], device=model.device)
+    logits = model(
+        input_ids=tokens, past_key_values=cache, position_ids=positions[None], logits_to_keep=prompt.answer.shape[1]
+    ).logits[0]
+    for layer in language_model(model).layers:
+        take_masked(layer.self_attn)
+        layer.self_attn._modules.pop("rotary_emb", None)
+    return logits, cache
+
+
+def compare(evaluator: Evaluator, n_samples: int, ratios: tuple[float, ...]) -> dict[str, Any]:
+    """
+    Evaluate the same samples × methods × ratios both ways, one after the other, and compare times and results.
+
+    Returns
+    -------
+    dict
+        Seconds of both, their ratio, and the largest difference between their NLLs.
+    """
+    methods = [name for name in evaluator.methods if name in COMPARED]
+    cells = [(name, ratio) for name in methods for ratio in ratios]
+    plan = evaluator.plan
+    seconds = {"shared": 0.0, "naive": 0.0}
+    difference = 0.0
+    for sample in evaluator.samples[:n_samples]:
+        start = time.perf_counter()
+        record = evaluator.evaluate(sample, cells)
+        seconds["shared"] += time.perf_counter() - start
+        start = time.perf_counter()
+        prompt = evaluator.prompt(sample)
+        for row, (name, ratio) in zip(record["results"], cells, strict=True):
+            logits, _ = answer_hooked(
+                evaluator.model, prompt, evaluator.methods[name], ratio, plan.sinks, plan.recent
+            )
+            nll = torch.nn.functional.cross_entropy(logits.float(), prompt.answer[0].to(logits.device))
+            difference = max(difference, abs(nll.item() - row[3]))
+        seconds["naive"] += time.perf_counter() - start
+    return {
+        "samples": n_samples,
+        "methods": len(methods),
+        "ratios": len(ratios),
+        "seconds_shared": round(seconds["shared"], 1),
+        "seconds_naive": round(seconds["naive"], 1),
+        "times_faster": round(seconds["naive"] / seconds["shared"], 2),
+        "largest_nll_difference": float(f"{difference:.3g}"),
+    }

@@ -1,0 +1,112 @@
+"""Methods that change the prefill or read the prompt again: each gets passes of its own."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import kvpress
+import torch
+from kvpress import KVzipPress
+from kvpress.presses.base_press import BasePress
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from kvpress_moe.benchmark.judging import Cell, Judged, Kept, allocate, pick, seeded, set_ratio, take_masked
+from kvpress_moe.benchmark.methods import Method
+from kvpress_moe.benchmark.protection import protect
+from kvpress_moe.model_support import language_model
+
+
+class ReplayScores(KVzipPress):
+    """
+    KVzip's scores (arXiv 2505.23416) without its selection: the largest attention that a repetition of the context
+    pays to each pair.
+
+    Parameters
+    ----------
+    kvzip_plus_normalization : bool
+        Times the norm of what the value writes over the norm of the hidden state (KVzip+).
+    """
+
+    def __init__(self, kvzip_plus_normalization: bool = False):
+        logging.getLogger(KVzipPress.__module__).disabled = True  # says at each start that KVzip is slow
+        super().__init__(compression_ratio=0.5, kvzip_plus_normalization=kvzip_plus_normalization)
+
+    def compress_post(self, model: PreTrainedModel) -> None:
+        self.scores = self.score_val.clone()
+
+    @torch.no_grad()
+    def of(self, model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache) -> Tensor:
+        """
+        Scores (L, H, S), float32, of a prompt (1, S) whose full cache is there; the cache is as before afterwards.
+        """
+        with self(model):
+            self._context_ids, self._cache = input_ids, cache
+        for layer in language_model(model).layers:
+            layer.self_attn._modules.pop("rotary_emb", None)
+        return self.scores[:, 0].float()
+
+
+def judge_alone(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    judged: Judged,
+    methods: dict[str, Method],
+    cells: Iterable[Cell],
+    sinks: int,
+    recent: int,
+    min_share: float = 0.2,
+) -> None:
+    """Add to ``judged`` what the methods keep that need a prefill of their own; arguments as in ``judge``."""
+    replay: tuple[list[Tensor], float] | None = None
+    for name, ratio in cells:
+        method = methods[name]
+        if method.scorer == "kvzip":
+            if replay is None:
+                start = time.perf_counter()
+                scores = ReplayScores().of(model, input_ids, judged.cache)
+                scores[..., :sinks] = scores[..., max(0, scores.shape[-1] - recent) :] = torch.inf
+                replay = list(scores), time.perf_counter() - start
+            masks = allocate(replay[0], ratio, method.budget, min_share)
+            judged.kept[name, ratio] = Kept(masks, None, input_ids.shape[1], replay[1])
+        elif method.own_prefill:
+            press = method.make(partial(protect, sinks=sinks, recent=recent))
+            set_ratio(press, ratio)
+            judged.kept[name, ratio] = prefill_alone(model, input_ids, press, judged, method.eager)
+
+
+def prefill_alone(
+    model: PreTrainedModel, input_ids: Tensor, press: BasePress, judged: Judged, eager: bool = False
+) -> Kept:
+    """Prefill under a press in the ordinary way and read off what it left; the cost is the time beyond the shared one."""
+    cache = DynamicCache()
+    start = time.perf_counter()
+    with torch.no_grad(), attention_of(model, eager), seeded(0), press(model):
+        model.model(input_ids=input_ids.to(model.device), past_key_values=cache)
+    seconds = max(0.0, time.perf_counter() - start - judged.prefill_seconds)
+    altered = []
+    for layer, block in zip(cache.layers, language_model(model).layers, strict=True):
+        masked = take_masked(block.self_attn)
+        block.self_attn._modules.pop("rotary_emb", None)
+        mask = torch.ones(layer.keys.shape[1:3], dtype=torch.bool, device=layer.keys.device)
+        if masked is not None:
+            mask[masked[1].to(mask.device), masked[2].to(mask.device)] = False
+        altered.append((pick(layer.keys[0], mask), pick(layer.values[0], mask)))
+    rerotated = isinstance(press, kvpress.KeyRerotationPress)
+    return Kept([], altered, len(altered[0][0][0]) if rerotated else input_ids.shape[1], seconds)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, eager: bool) -> Iterator[None]:
+    """Eager attention for a while, which alone returns the attention weights."""
+    before = model.config._attn_implementation
+    try:
+        if eager:
+            model.set_attn_implementation("eager")
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,94 @@
+"""A sample in tokens: what is compressed, what is asked, what would be right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kvpress_moe.benchmark.tasks.sample import Sample
+from kvpress_moe.errors import SettingError
+
+SETTINGS = ("agnostic", "aware")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    A sample as token ids, each of shape (1, n).
+
+    Attributes
+    ----------
+    context : Tensor
+        What is compressed.
+    question : Tensor
+        What comes after it, up to the answer's first token; at least one token.
+    answer : Tensor
+        The right answer.
+    """
+
+    context: Tensor
+    question: Tensor
+    answer: Tensor
+
+    def __len__(self) -> int:
+        return self.context.shape[1] + self.question.shape[1] + self.answer.shape[1]
+
+
+def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "agnostic") -> Prompt:
+    """
+    Put a sample into the model's chat template and cut it where compression happens.
+
+    Parameters
+    ----------
+    sample : Sample
+    tokenizer : PreTrainedTokenizerBase
+    setting : {"agnostic", "aware"}
+        Whether the context is compressed before the question is seen, or together with it.
+
+    Raises
+    ------
+    SettingError
+        If the tokenizer has no chat template and the sample asks for one.
+    """
+    context, question = sample.context, sample.answer_prefix
+    if sample.chat:
+        if not tokenizer.chat_template:
+            raise SettingError(
+                "model",
+                tokenizer.name_or_path,
+                "a model with a chat template",
+                "Take an instruction-tuned one, or only the tasks without a question: --tasks prose,code.",
+            )
+        mark = "\n" + "#" * 40 + "\n"
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": sample.context + mark + sample.question}],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=False,
+        )
+        context, question = text.split(mark)
+        context, question = context + "\n", "\n" + question + sample.answer_prefix
+        if setting == "aware":
+            # All but the last token of the assistant's turn has been read when the cache is compressed.
+            context, question = context + question, ""
+    ids = [
+        tokenizer(part, add_special_tokens=not sample.chat and first, return_tensors="pt").input_ids.to(torch.int64)
+        for part, first in ((context, True), (question, False), (sample.answer, False))
+    ]
+    if ids[1].shape[1] == 0:  # nothing is asked: the context's last token stays outside
+        ids[0], ids[1] = ids[0][:, :-1], ids[0][:, -1:]
+    return Prompt(*ids)
+
+
+def check_fits(prompt: Prompt, sample: Sample, limit: int) -> None:
+    """Raise if a prompt is longer than the model takes."""
+    if len(prompt) > limit:
+        raise SettingError(
+            "lengths",
+            sample.length,
+            f"contexts that fit, with question and answer, into the model's {limit} tokens ({sample.id}: {len(prompt)})",
+            "Ask for a shorter length.",
+        )

@@ -1,0 +1,44 @@
+"""The same protection for everyone: the first and the last tokens of a context stay, whatever a scorer thinks."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import TypeVar
+
+import torch
+from kvpress import ScorerPress
+
+from kvpress_moe.errors import SettingError
+
+Press = TypeVar("Press", bound=ScorerPress)
+
+
+def protect(press: Press, sinks: int, recent: int) -> Press:
+    """
+    Make a scorer rank the first ``sinks`` and the last ``recent`` pairs above all others; returns the same press.
+
+    Only the method ``score`` of this instance changes, so that presses with a selection of their own (PyramidKV) and
+    wrappers (AdaKV, ChunkKV, …) around it are protected too.
+
+    Raises
+    ------
+    SettingError
+        If a count is negative.
+    """
+    for field, count in (("sinks", sinks), ("recent", recent)):
+        if count < 0:
+            raise SettingError(field, count, "0 or more tokens", "0 protects nothing.")
+    if not sinks and not recent:
+        return press
+    score = press.score
+
+    @wraps(score)
+    def protected(*args, **kwargs) -> torch.Tensor:
+        scores = score(*args, **kwargs).clone()
+        highest = torch.finfo(scores.dtype).max
+        scores[..., :sinks] = highest
+        scores[..., max(0, scores.shape[-1] - recent) :] = highest
+        return scores
+
+    object.__setattr__(press, "score", protected)
+    return press

@@ -1,0 +1,153 @@
+"""kvpress-moe bench: every method at every ratio on the same prefills; records that survive a kill."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpress_moe.cli.options import Device, Model
+from kvpress_moe.errors import SettingError
+
+EPILOG = """Examples:
+
+kvpress-moe bench --out runs/quick --limit 2 --ratios 0.5,0.75
+
+kvpress-moe bench --out runs/mine --tasks needle_prose_1,kv_list --method "mine=package.module:MyPress(alpha=0.5)"
+
+kvpress-moe report runs/quick
+"""
+
+
+def bench(
+    out: Annotated[Path, typer.Option(help="Directory of the records; a run that was interrupted goes on.")] = Path(
+        "runs/bench"
+    ),
+    model: Model = None,
+    device: Device = "cpu",
+    methods: Annotated[str | None, typer.Option(help="Names separated by commas; all that are not slow.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="One more: a name, or [name=]module:Class(argument=1). Repeatable.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Names separated by commas; all.")] = None,
+    ratios: Annotated[str, typer.Option(help="Shares of the KV pairs to remove.")] = "0.5,0.75,0.9",
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024",
+    limit: Annotated[int, typer.Option(help="Samples per task and length.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    split: Annotated[str, typer.Option(help="train, tune or test: they share no text and no names.")] = "test",
+    setting: Annotated[str, typer.Option(help="agnostic (compressed before the question is seen) or aware.")] = "agnostic",
+    sinks: Annotated[int, typer.Option(help="First tokens that every scorer has to keep.")] = 4,
+    recent: Annotated[int, typer.Option(help="Last tokens that every scorer has to keep.")] = 16,
+    min_share: Annotated[float, typer.Option(help="Of the mean that a head keeps at least, in shared budgets.")] = 0.2,
+    hub: Annotated[
+        str | None, typer.Option(help="Samples of this data set (hub id or directory, kvpress's schema) instead.")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Spread samples over a Ray cluster: its address, auto, or local.")] = None,
+    compare_naive: Annotated[
+        bool, typer.Option("--compare-naive", help="Time 5 samples against one prefill per press and ratio; no records.")
+    ] = False,
+    list_all: Annotated[bool, typer.Option("--list", help="Show methods and tasks.")] = False,
+) -> None:
+    """
+    Compare every method at every ratio: one prefill per sample, records as JSON lines.
+
+    Each line of the records holds a sample's task score, NLL, KL to the full cache, attention hit rate, pairs, bytes
+    and seconds for all methods. Only the missing ones are evaluated when a run goes on.
+    """
+    from rich.console import Console
+
+    from kvpress_moe.benchmark.naive import COMPARED, compare
+    from kvpress_moe.benchmark.runner import Evaluator, Plan, run
+
+    if list_all:
+        show_all(Console())
+        return
+    names = split_names(methods)
+    if method:
+        names = (*(names or (default_names() if methods is None else ())), *method)
+    plan = Plan(
+        model=model,
+        methods=COMPARED if compare_naive and names is None else names,
+        tasks=split_names(tasks),
+        ratios=numbers("ratios", ratios, float),
+        lengths=numbers("lengths", lengths, int),
+        limit=limit,
+        seed=seed,
+        split=split,
+        setting=setting,
+        sinks=sinks,
+        recent=recent,
+        min_share=min_share,
+        device=device,
+        hub=hub,
+    )
+    plan.check()
+    if compare_naive:
+        print(json.dumps(compare(Evaluator(plan), 5, plan.ratios), separators=(",", ":")))
+        return
+    spread = None
+    if ray is not None:
+        from kvpress_moe.benchmark.spread import over_ray
+
+        spread = over_ray(ray)
+    command = shlex.join(["kvpress-moe", *sys.argv[1:]])
+    with sample_bar() as progress:
+        summary = run(plan, out, command, spread=spread, progress=progress)
+    print(json.dumps({"run": str(out), **summary}, separators=(",", ":")))
+
+
+def default_names() -> tuple[str, ...]:
+    from kvpress_moe.benchmark.methods import find_methods
+
+    return tuple(find_methods(None))
+
+
+def split_names(names: str | None) -> tuple[str, ...] | None:
+    """``"a,b"`` -> ``("a", "b")``."""
+    return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def numbers(field: str, text: str, kind: type) -> tuple:
+    """``"0.5,0.9"`` -> ``(0.5, 0.9)``."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise SettingError(field, text, "numbers separated by commas", f"For example --{field} 0.5,0.9.") from error
+
+
+def sample_bar():
+    """A progress bar of samples with the time that is left, on standard error."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("loading", total=None)
+            yield lambda done, total: progress.update(task, description="samples", completed=done, total=total)
+
+    return bar()
+
+
+def show_all(console) -> None:
+    """Print methods and tasks."""
+    from kvpress_moe.benchmark.methods import SLOW, registered
+    from kvpress_moe.benchmark.tasks import TASKS
+
+    for name, found in registered().items():
+        console.print(f"{name:36} {found.group}{'  (slow: by name only)' if name in SLOW else ''}", markup=False)
+    console.print("\ntasks: " + ", ".join(TASKS), markup=False)
