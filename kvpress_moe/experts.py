@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpress_moe.errors import ExpertError, SettingError
 from kvpress_moe.layer_call import LayerCall
-from kvpress_moe.scorers import score_selective, score_temporal
+from kvpress_moe.scorers import score_learned, score_selective, score_temporal
 from kvpress_moe.windows import score_window, window_keep_fraction
 
 ScoreFunction = Callable[..., Tensor]
@@ -203,6 +203,8 @@ def named_expert(name: str) -> Expert:
         return OwnExpert(name, score_selective, registered=True)
     if name == "semantic_aware":
         return Expert(name, kvpress.KeyDiffPress(), registered=True)
+    if name == "learned":
+        return OwnExpert(name, score_learned, registered=True)
     if name == "temporal_aware":
         return OwnExpert(name, score_temporal, registered=True)
     if name in KVPRESS_EXPERTS:
@@ -210,7 +212,7 @@ def named_expert(name: str) -> Expert:
     raise SettingError(
         "experts",
         name,
-        f"one of {', '.join(sorted((*NAMED_EXPERTS, *KVPRESS_EXPERTS)))}",
+        f"one of {', '.join(sorted((*NAMED_EXPERTS, *KVPRESS_EXPERTS, 'learned')))}",
         "A name of your own needs a subclass that overrides `_apply_expert_compression`.",
     )
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kvpress_moe.errors import CheckpointError
+from kvpress_moe.model_support import language_model
 
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 _N_SAMPLES = 64
@@ -27,6 +29,12 @@ def samples(output_projection: Tensor) -> list[float] | None:
     flat = output_projection.detach().flatten()
     step = torch.linspace(0, flat.numel() - 1, _N_SAMPLES, device=flat.device).long()
     return flat[step].float().cpu().tolist()
+
+
+def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """The fingerprint of a loaded model."""
+    attention = language_model(model).layers[0].self_attn
+    return fingerprint(attention.config, attention)
 
 
 def fingerprint(config: Any, first_attention: nn.Module) -> dict[str, Any]:

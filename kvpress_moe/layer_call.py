@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from transformers import Cache
 
 from kvpress_moe.attention import window_attention_mass
 from kvpress_moe.attention_view import AttentionView
+
+if TYPE_CHECKING:
+    from kvpress_moe.routers import BaseMoERouter
 
 WINDOW = 64  # the latest queries, as in SnapKV
 
@@ -41,6 +44,8 @@ class LayerCall:
         Keyword arguments of the attention layer's forward.
     weights : Tensor, shape (B, 1 or H, S, E), optional
         Routing weights of the pairs, once the call has been routed; per head only where a cache is compressed again.
+    router : BaseMoERouter, optional
+        The router that gave them.
     """
 
     module: nn.Module
@@ -50,6 +55,7 @@ class LayerCall:
     attentions: Tensor | None
     kwargs: Mapping[str, Any]
     weights: Tensor | None = None
+    router: BaseMoERouter | None = None
 
     @property
     def layer_idx(self) -> int:

@@ -47,3 +47,33 @@ def mix(
         ranks = rank_within_head(score_expert(expert)) * weights[..., expert]
         mixed = ranks if mixed is None else mixed.add_(ranks)
     return mixed
+
+
+def mix_calibrated(
+    term: Callable[[int], Float[Tensor, "B H S"]],
+    active: Sequence[int],
+    weights: Float[Tensor, "B h S E"],
+    offset: Float[Tensor, " H"],
+) -> Float[Tensor, "B H S"]:
+    """
+    Weighted sum over experts of calibrated terms: an estimate of log attention that compares across heads and layers.
+
+    Where the weights are equal, it is the plain sum of the terms (each weight is multiplied by E): a static mixture is
+    inside the class, and so is every expert alone.
+
+    Parameters
+    ----------
+    term : callable
+        Expert index -> its calibrated opinion (B, H, S). Called once for every active expert, for no other.
+    active : sequence of int
+        Experts with a non-zero weight somewhere.
+    weights : Tensor, shape (B, H or 1, S, E)
+        Routing weights, summing to 1 over E.
+    offset : Tensor, shape (H,)
+        Of each head.
+    """
+    num_experts = weights.shape[-1]
+    mixed = offset[:, None]
+    for expert in active:
+        mixed = mixed + term(expert) * (num_experts * weights[..., expert])
+    return mixed

@@ -27,7 +27,7 @@ from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
 from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.memory import RoutingMemory
 from kvpress_moe.misses import MissTracker
-from kvpress_moe.mixing import mix
+from kvpress_moe.mixing import mix, mix_calibrated, rank_within_head
 from kvpress_moe.model_support import (
     check_can_turn_ragged,
     check_forward,
@@ -377,6 +377,7 @@ class MoERouterPress(ScorerPress):
             check_mask(call.kwargs.get("attention_mask"))  # inside a wrapper nobody has looked at it yet
         hidden_states = call.hidden_states
         router = self._routers_for(call.module).place(call.layer_idx, hidden_states.device, hidden_states.dtype)
+        call.router = router
         output = router(hidden_states, self.top_k, self.capacity_factor)
         assigned = output.chosen.sum((0, 1))  # (E,)
         n_tokens = output.chosen[..., 0].numel()
@@ -389,7 +390,20 @@ class MoERouterPress(ScorerPress):
     def mix(self, call: LayerCall) -> Tensor:
         """Mixed score (B, H, S) of the experts that judge any pair; the others are not computed."""
         active = call.routed.flatten(0, 2).any(0).nonzero().flatten().tolist()
-        return mix(lambda index: self._experts[index].score(call, self.compression_ratio), active, call.weights)
+
+        def score(index: int) -> Tensor:
+            return self._experts[index].score(call, self.compression_ratio)
+
+        calibration = call.router.calibration
+        if calibration is None:
+            return mix(score, active, call.weights)
+
+        def term(index: int) -> Tensor:
+            if self._experts[index].name == "learned":
+                return calibration.slope[:, index, None] * score(index)  # in log attention already
+            return calibration.term(rank_within_head(score(index)), index)
+
+        return mix_calibrated(term, active, call.weights, calibration.offset)
 
     def n_kept(self, call: LayerCall) -> int:
         """

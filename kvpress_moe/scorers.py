@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpress_moe.attention import per_kv_head
+from kvpress_moe.errors import ExpertError
 from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.mixing import rank_within_head
 
@@ -32,3 +33,17 @@ def score_temporal(call: LayerCall) -> Tensor:
     change = LagKVPress().score(call.view, call.hidden_states, call.keys, call.values, None, call.expert_kwargs)
     recency = (torch.arange(call.k_len, device=change.device) + 0.5) / call.k_len
     return (rank_within_head(change) + recency) / 2
+
+
+def score_learned(call: LayerCall) -> Tensor:
+    """What the router's own expert reads off the hidden states: log importance (B, H, S)."""
+    if call.router is None or call.router.learned is None:
+        raise ExpertError(
+            "expert 'learned' is part of a trained router. Pass router= with one that has it, or leave it out of `experts`."
+        )
+    if call.q_len != call.k_len:
+        raise ExpertError(
+            f"expert 'learned' got hidden states of {call.q_len} tokens for {call.k_len} pairs, expected one each. It "
+            "judges prompts, not a cache that is compressed again; leave it out of `experts`."
+        )
+    return call.router.learned(call.hidden_states).transpose(1, 2)

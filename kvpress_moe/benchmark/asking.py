@@ -30,10 +30,13 @@ class Reference:
         For each token of the right answer.
     mass : Tensor, shape (L, H, S)
         Attention that question and answer pay to each pair, summed over their tokens and the head's query heads.
+    peak : Tensor, shape (L, H, S)
+        The largest attention that any of them pays.
     """
 
     logits: Tensor
     mass: Tensor
+    peak: Tensor
 
 
 @dataclass
@@ -72,13 +75,16 @@ def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Ref
     """Ask the full cache (batch 1); it is as before afterwards."""
     n_read = cache.get_seq_length()
     masses: list[Tensor] = []
+    peaks: list[Tensor] = []
 
     def observe(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         queries = get_prerope_query_states(module, kwargs["hidden_states"])
         queries = apply_rope(queries, *kwargs["position_embeddings"])
         layer = cache.layers[module.layer_idx]
         attention = causal_logits(queries, layer.keys, module.scaling).softmax(-1)[..., :n_read]
-        masses.append(attention.sum(2).unflatten(1, (layer.keys.shape[1], -1)).sum(2)[0])  # (H, S)
+        of_head = attention.unflatten(1, (layer.keys.shape[1], -1)).flatten(2, 3)[0]  # (H, G·Q, S)
+        masses.append(of_head.sum(1))
+        peaks.append(of_head.amax(1))
 
     hooks = [
         layer.self_attn.register_forward_hook(observe, with_kwargs=True) for layer in language_model(model).layers
@@ -89,7 +95,7 @@ def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Ref
         for hook in hooks:
             hook.remove()
         cache.crop(n_read)
-    return Reference(logits, torch.stack(masses))
+    return Reference(logits, torch.stack(masses), torch.stack(peaks))
 
 
 def read(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt, n_read: int, offsets: Tensor | None = None) -> Tensor:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import kvpress
 import torch
 from transformers import DynamicCache
 
-from kvpress_moe.benchmark.judging import seeded, set_ratio, take_masked
+from kvpress_moe.benchmark.judging import seeded, set_ratio
 from kvpress_moe.benchmark.methods import Method
+from kvpress_moe.benchmark.own_prefill import attention_of
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.protection import protect
-from kvpress_moe.benchmark.runner import Evaluator
+from kvpress_moe.cache import RaggedCache
 from kvpress_moe.model_support import language_model
+
+if TYPE_CHECKING:
+    from kvpress_moe.benchmark.runner import Evaluator
 
 #: Presses that need one pass and keep equal lengths, so that both ways can run them.
 COMPARED = (
@@ -49,17 +54,24 @@ def answer_hooked(
 
     object.__setattr__(press, "compress", compress_seeded)
     cache = DynamicCache()
-    with press(model):
+    with attention_of(model, method.eager), press(model):
         model.model(input_ids=prompt.context.to(model.device), past_key_values=cache)
     n_read = prompt.context.shape[1]
+    attentions = [layer.self_attn for layer in language_model(model).layers]
+    for attention in attentions:
+        attention._modules.pop("rotary_emb", None)
+    lengths = {cache.get_seq_length(layer_idx) for layer_idx in range(len(attentions))}
+    if len(lengths) > 1 or any(getattr(attention, "masked_key_indices", None) is not None for attention in attentions):
+        # kvpress's own way fails here: masks need equal lengths, and keys that no query sees are not always found.
+        cache = RaggedCache.from_masked(model, cache)
+        for layer in cache.layers:
+            layer.n_read = n_read
     tokens = torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1).to(model.device)
-    positions = torch.arange(n_read, n_read + tokens.shape[1], device=model.device)
+    start = cache.get_seq_length() if isinstance(press, kvpress.KeyRerotationPress) else n_read
+    positions = torch.arange(start, start + tokens.shape[1], device=model.device)
     logits = model(
         input_ids=tokens, past_key_values=cache, position_ids=positions[None], logits_to_keep=prompt.answer.shape[1]
     ).logits[0]
-    for layer in language_model(model).layers:
-        take_masked(layer.self_attn)
-        layer.self_attn._modules.pop("rotary_emb", None)
     return logits, cache
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from functools import partial
 
 import kvpress
 import torch
-from kvpress import KVzipPress
 from kvpress.presses.base_press import BasePress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -19,36 +17,7 @@ from kvpress_moe.benchmark.judging import Cell, Judged, Kept, allocate, pick, se
 from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.protection import protect
 from kvpress_moe.model_support import language_model
-
-
-class ReplayScores(KVzipPress):
-    """
-    KVzip's scores (arXiv 2505.23416) without its selection: the largest attention that a repetition of the context
-    pays to each pair.
-
-    Parameters
-    ----------
-    kvzip_plus_normalization : bool
-        Times the norm of what the value writes over the norm of the hidden state (KVzip+).
-    """
-
-    def __init__(self, kvzip_plus_normalization: bool = False):
-        logging.getLogger(KVzipPress.__module__).disabled = True  # says at each start that KVzip is slow
-        super().__init__(compression_ratio=0.5, kvzip_plus_normalization=kvzip_plus_normalization)
-
-    def compress_post(self, model: PreTrainedModel) -> None:
-        self.scores = self.score_val.clone()
-
-    @torch.no_grad()
-    def of(self, model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache) -> Tensor:
-        """
-        Scores (L, H, S), float32, of a prompt (1, S) whose full cache is there; the cache is as before afterwards.
-        """
-        with self(model):
-            self._context_ids, self._cache = input_ids, cache
-        for layer in language_model(model).layers:
-            layer.self_attn._modules.pop("rotary_emb", None)
-        return self.scores[:, 0].float()
+from kvpress_moe.replay import ReplayScores
 
 
 def judge_alone(

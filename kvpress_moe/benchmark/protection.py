@@ -9,6 +9,7 @@ import torch
 from kvpress import ScorerPress
 
 from kvpress_moe.errors import SettingError
+from kvpress_moe.press import MoERouterPress
 
 Press = TypeVar("Press", bound=ScorerPress)
 
@@ -17,7 +18,7 @@ def protect(press: Press, sinks: int, recent: int) -> Press:
     """
     Make a scorer rank the first ``sinks`` and the last ``recent`` pairs above all others; returns the same press.
 
-    Only the method ``score`` of this instance changes, so that presses with a selection of their own (PyramidKV) and
+    Only the method ``score`` (ours: ``mix``) of this instance changes, so that presses with a selection of their own (PyramidKV) and
     wrappers (AdaKV, ChunkKV, …) around it are protected too.
 
     Raises
@@ -30,7 +31,8 @@ def protect(press: Press, sinks: int, recent: int) -> Press:
             raise SettingError(field, count, "0 or more tokens", "0 protects nothing.")
     if not sinks and not recent:
         return press
-    score = press.score
+    name = "mix" if isinstance(press, MoERouterPress) else "score"  # its compress asks for the mixture
+    score = getattr(press, name)
 
     @wraps(score)
     def protected(*args, **kwargs) -> torch.Tensor:
@@ -40,5 +42,5 @@ def protect(press: Press, sinks: int, recent: int) -> Press:
         scores[..., max(0, scores.shape[-1] - recent) :] = highest
         return scores
 
-    object.__setattr__(press, "score", protected)
+    object.__setattr__(press, name, protected)
     return press

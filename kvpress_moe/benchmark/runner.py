@@ -193,13 +193,13 @@ def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:
     from importlib.metadata import version
 
     from kvpress_moe import __version__
-    from kvpress_moe.fingerprint import fingerprint
+    from kvpress_moe.fingerprint import model_fingerprint
     from kvpress_moe.models import DEFAULT_MODEL
 
     return {
         "format": FORMAT,
         "model": plan.model or DEFAULT_MODEL,
-        "fingerprint": fingerprint(evaluator.model),
+        "fingerprint": model_fingerprint(evaluator.model),
         "versions": {
             "kvpress_moe": __version__,
             "python": platform.python_version(),

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from kvpress_moe.gate import gate, load_balance
+from kvpress_moe.routers.calibration import Calibration, LearnedExpert
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,22 @@ class BaseMoERouter(nn.Module):
         Width between the two maps.
     seed : int, default=0
         Seed of the first map.
+    num_heads : int, default=0
+        KV heads H, if the router is to be calibrated: trained to give scores in one unit. 0: ranks are averaged.
+    learned : int, default=0
+        Width of the expert ``"learned"`` inside this router; 0: it has none.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, dropout: float = 0.1, bottleneck: int = 32, seed: int = 0):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        dropout: float = 0.1,
+        bottleneck: int = 32,
+        seed: int = 0,
+        num_heads: int = 0,
+        learned: int = 0,
+    ):
         super().__init__()
         # Not nn.Linear(...): its own initialisation would draw from the user's global generator.
         self.down = skip_init(nn.Linear, hidden_size, bottleneck)
@@ -69,6 +83,8 @@ class BaseMoERouter(nn.Module):
         nn.init.normal_(self.down.weight, std=hidden_size**-0.5, generator=generator)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
+        self.calibration = Calibration(num_heads, num_experts) if num_heads else None
+        self.learned = LearnedExpert(hidden_size, learned, num_heads, seed) if learned else None
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Preference for every expert, shape (B, S, E), float32, from hidden states (B, S, C)."""

@@ -29,6 +29,12 @@ class RouterConfig:
     bottleneck : int, default=32
     trained : bool, default=False
         Whether the weights were fitted; untrained routers weigh all experts alike.
+    num_heads : int, default=0
+        KV heads of the model where the routers are calibrated (all trained ones are), 0 where they are not.
+    learned : int, default=0
+        Width of the expert ``"learned"``, 0 where it is not among the experts.
+    top_k : int, default=2
+        Experts per token that the routers were trained with.
     """
 
     router_type: str
@@ -38,6 +44,9 @@ class RouterConfig:
     dropout: float = 0.1
     bottleneck: int = 32
     trained: bool = False
+    num_heads: int = 0
+    learned: int = 0
+    top_k: int = 2
 
     @property
     def num_experts(self) -> int:
@@ -65,7 +74,15 @@ class Routers(nn.Module):
         self.fingerprint = fingerprint
         router_class = ROUTERS[config.router_type]
         self.layers = nn.ModuleList(
-            router_class(config.hidden_size, config.num_experts, config.dropout, config.bottleneck, seed=layer_idx)
+            router_class(
+                config.hidden_size,
+                config.num_experts,
+                config.dropout,
+                config.bottleneck,
+                seed=layer_idx,
+                num_heads=config.num_heads,
+                learned=config.learned,
+            )
             for layer_idx in range(config.num_layers)
         )
         self.eval()  # dropout is for training alone

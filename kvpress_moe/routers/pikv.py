@@ -37,11 +37,13 @@ class PiKVMoERouter(BaseMoERouter):
         dropout: float = 0.1,
         bottleneck: int = 32,
         seed: int = 0,
+        num_heads: int = 0,
+        learned: int = 0,
         cache_aware: bool = True,
         feedback_strength: float = 4.0,
         momentum: float = 0.9,
     ):
-        super().__init__(hidden_size, num_experts, dropout, bottleneck, seed)
+        super().__init__(hidden_size, num_experts, dropout, bottleneck, seed, num_heads, learned)
         self.cache_aware = cache_aware
         self.feedback_strength = feedback_strength
         self.momentum = momentum

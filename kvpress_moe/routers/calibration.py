@@ -1,0 +1,69 @@
+"""One unit for all heads and layers: what an expert's opinion is worth in log attention, and an expert that learns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
+
+
+class Calibration(nn.Module):
+    """
+    Turns ranks within a head into an estimate of the log of the attention that later queries will pay at most.
+
+    An expert's rank r in (0, 1) becomes ``slope * r - tail * log(1 - r)``, with a slope and a tail for each head and
+    expert: the tail tells the few best pairs apart, which a rank alone squeezes together. The gate's weights multiply
+    these terms, and every head has an offset, so that heads and layers can compete for one budget.
+
+    Parameters
+    ----------
+    num_heads : int
+        KV heads H.
+    num_experts : int
+        E.
+    """
+
+    def __init__(self, num_heads: int, num_experts: int):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(num_heads, num_experts))
+        self.tail = nn.Parameter(torch.zeros(num_heads, num_experts))
+        self.offset = nn.Parameter(torch.zeros(num_heads))
+
+    def term(self, ranks: Tensor, expert: int) -> Tensor:
+        """What ranks (…, H, S) of one expert are worth, same shape; the gate has not weighed them yet."""
+        slope, tail = self.slope[:, expert, None], self.tail[:, expert, None]
+        return slope * ranks - tail * torch.log1p(-ranks)
+
+    def terms(self, ranks: Tensor) -> Tensor:
+        """The same for all experts at once: (N, H, E) to (N, H, E). For training."""
+        return self.slope * ranks - self.tail * torch.log1p(-ranks)
+
+
+class LearnedExpert(nn.Module):
+    """
+    An expert that reads importance off the hidden state, the idea of KVzap (arXiv 2601.07891): C -> width -> H.
+
+    Parameters
+    ----------
+    hidden_size : int
+        C.
+    width : int
+    num_heads : int
+        KV heads H.
+    seed : int
+    """
+
+    def __init__(self, hidden_size: int, width: int, num_heads: int, seed: int = 0):
+        super().__init__()
+        self.down = skip_init(nn.Linear, hidden_size, width)
+        self.up = skip_init(nn.Linear, width, num_heads)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.down.weight, std=hidden_size**-0.5, generator=generator)
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Log importance (…, H) of tokens with hidden states (…, C)."""
+        hidden_states = hidden_states.to(self.down.weight.dtype)
+        return self.up(F.silu(self.down(hidden_states))).float()

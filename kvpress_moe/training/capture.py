@@ -1,0 +1,151 @@
+"""Capture: one prompt through the frozen model -> one shard with all that the routers of every layer learn from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from kvpress_moe.benchmark.asking import ask_full
+from kvpress_moe.benchmark.judging import prepared
+from kvpress_moe.benchmark.prompts import Prompt
+from kvpress_moe.checkpoint import write_atomically
+from kvpress_moe.errors import SettingError
+from kvpress_moe.experts import Expert
+from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.mixing import rank_within_head
+from kvpress_moe.model_support import language_model
+from kvpress_moe.replay import ReplayScores
+
+
+@torch.no_grad()
+def capture(model: PreTrainedModel, prompt: Prompt, experts: Sequence[Expert]) -> dict[str, Tensor]:
+    """
+    What the routers learn from one prompt.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    prompt : Prompt
+        Its context is judged; its question and answer show what is attended to in earnest.
+    experts : sequence of Expert
+        Those whose scores are recorded.
+
+    Returns
+    -------
+    dict
+        ``hidden`` (L, S, C) float16, inputs of the attention layers; ``ranks`` (L, E, H, S) float16, each expert's ranks
+        within the head; ``replay`` (L, H, S) float16, natural log of the largest attention that a repetition of the
+        context pays (KVzip, arXiv 2505.23416), minus infinity in the template's prefix, which is not repeated;
+        ``answer`` the same of the real question and answer; ``writes`` (L, H, S), log of the norm of what the value
+        writes, ‖W_O v‖, largest of the head's query heads.
+    """
+    hidden, ranks, writes = [], [], []
+    cache = DynamicCache()
+
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+        layer = cache.layers[module.layer_idx]
+        call = LayerCall(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
+        hidden.append(call.hidden_states[0].half())
+        ranks.append(torch.stack([rank_within_head(expert.score(call, 0.5))[0].half() for expert in experts]))
+        writes.append(written_norm(module, layer.values)[0].log().half())
+
+    presses = [expert.scorer for expert in experts if hasattr(expert.scorer, "post_init_from_model")]
+    with prepared(model, presses), ExitStack() as hooks:
+        for layer in language_model(model).layers:
+            hooks.callback(layer.self_attn.register_forward_hook(record, with_kwargs=True).remove)
+        model.model(input_ids=prompt.context.to(model.device), past_key_values=cache)
+    replay = ReplayScores().of(model, prompt.context.to(model.device), cache)
+    peak = ask_full(model, cache, prompt).peak
+    return {
+        "hidden": torch.stack(hidden).cpu(),
+        "ranks": torch.stack(ranks).cpu(),
+        "replay": replay.log().half().cpu(),
+        "answer": peak.log().half().cpu(),
+        "writes": torch.stack(writes).cpu(),
+    }
+
+
+def written_norm(module: nn.Module, values: Tensor) -> Tensor:
+    """‖W_O v‖, what a value (B, H, S, D) writes into the residual stream: (B, H, S), largest of its query heads."""
+    head_dim, n_heads = values.shape[-1], values.shape[1]
+    by_head = module.o_proj.weight.unflatten(1, (n_heads, -1, head_dim))  # (C, H, G, D)
+    norms = [torch.einsum("bsd,cgd->bgsc", values[:, head], by_head[:, head]).norm(dim=-1).amax(1) for head in range(n_heads)]
+    return torch.stack(norms, 1)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """
+    Captured prompts on disk, one safetensors file each.
+
+    Parameters
+    ----------
+    directory : Path
+    """
+
+    directory: Path
+
+    def path(self, name: str) -> Path:
+        return self.directory / f"{name.replace('/', '-')}.safetensors"
+
+    def names(self) -> list[Path]:
+        return sorted(self.directory.glob("*.safetensors"))
+
+    def fill(
+        self,
+        recipe: dict[str, Any],
+        prompts: Sequence[tuple[str, Prompt]],
+        capture_one: Callable[[Prompt], dict[str, Tensor]],
+        progress: Callable[[int, int], Any] = lambda done, total: None,
+    ) -> None:
+        """
+        Capture the prompts that have no shard yet.
+
+        Parameters
+        ----------
+        recipe : dict
+            What the shards are made of (model, experts, …).
+
+        Raises
+        ------
+        SettingError
+            If the directory holds shards of another recipe.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        note = self.directory / "recipe.json"
+        text = json.dumps(recipe, indent=1, sort_keys=True)
+        if note.exists() and note.read_text() != text:
+            raise SettingError(
+                "shards", str(self.directory), "shards of the same recipe", "Name another directory, or delete it."
+            )
+        write_atomically(note, lambda path: path.write_text(text))
+        for done, (name, prompt) in enumerate(prompts):
+            progress(done, len(prompts))
+            if not self.path(name).exists():
+                shard = capture_one(prompt)
+                write_atomically(self.path(name), lambda path, shard=shard: save_file(shard, path))
+        progress(len(prompts), len(prompts))
+
+    def layer(self, layer_idx: int, names: Sequence[Path]) -> list[dict[str, Tensor]]:
+        """What all these prompts hold of one layer; nothing of the other layers is read."""
+        prompts = []
+        for name in names:
+            with safe_open(name, "pt") as shard:
+                prompts.append({key: shard.get_slice(key)[layer_idx] for key in shard.keys()})  # noqa: SIM118
+        return prompts
+
+
+def digest(recipe: dict[str, Any]) -> str:
+    """Eight hex digits that stand for a recipe."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]

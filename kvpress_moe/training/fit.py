@@ -1,0 +1,115 @@
+"""Fit one layer's router to its targets by gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvpress_moe.gate import gate, load_balance
+from kvpress_moe.routers.base import BaseMoERouter
+
+
+@dataclass(frozen=True)
+class LayerData:
+    """
+    All captured tokens of one layer.
+
+    Attributes
+    ----------
+    hidden : Tensor, shape (N, C), float32
+    ranks : Tensor, shape (N, H, E), float32
+        Of the heuristic experts; the learned one's column is ignored.
+    targets : Tensor, shape (N, H), float32
+    weights : Tensor, shape (N, H), float32
+    """
+
+    hidden: Tensor
+    ranks: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+def predict(
+    router: BaseMoERouter, hidden: Tensor, ranks: Tensor, top_k: int, learned: int | None
+) -> tuple[Tensor, Tensor]:
+    """
+    Scores (N, H) of tokens, and the load-balancing loss.
+
+    The same sum as :func:`kvpress_moe.mixing.mix_calibrated`, for all experts at once and with gradients.
+
+    Parameters
+    ----------
+    router : BaseMoERouter
+        With a calibration.
+    hidden, ranks : Tensor, shapes (N, C), (N, H, E)
+    top_k : int
+    learned : int or None
+        Index of the learned expert.
+    """
+    num_experts = ranks.shape[-1]
+    decision = gate(router.logits(hidden[None]), top_k, capacity_factor=float(num_experts))
+    terms = router.calibration.terms(ranks)
+    if learned is not None:
+        own = router.calibration.slope[:, learned] * router.learned(hidden)
+        terms = torch.cat((terms[..., :learned], own[..., None], terms[..., learned + 1 :]), dim=-1)
+    scores = num_experts * (decision.weights[0][:, None] * terms).sum(-1) + router.calibration.offset
+    return scores, load_balance(decision.probs, decision.chosen)
+
+
+def fit_layer(
+    router: BaseMoERouter,
+    data: LayerData,
+    top_k: int,
+    learned: int | None,
+    aux_loss_weight: float,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    batch_size: int = 2048,
+) -> float:
+    """
+    Fit a router in place; the weighted squared error of its last epoch.
+
+    Hidden states are standardised while fitting; the scaling is folded into the first maps at the end.
+    """
+    mean, std = data.hidden.mean(0), data.hidden.std(0).clamp(min=1e-4)
+    hidden = (data.hidden - mean) / std
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        weighted = data.weights.sum(0)
+        router.calibration.offset.copy_((data.targets * data.weights).sum(0) / weighted)
+        router.calibration.slope.fill_(1.0 / data.ranks.shape[-1])
+        if learned is not None:
+            router.calibration.slope[:, learned] = 1.0
+    parameters = [parameter for parameter in router.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    n_steps = epochs * -(-len(hidden) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=0.1)
+    router.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout
+        for _ in range(epochs):
+            total = 0.0
+            for batch in torch.randperm(len(hidden), generator=generator).split(batch_size):
+                scores, aux_loss = predict(router, hidden[batch], data.ranks[batch], top_k, learned)
+                weights = data.weights[batch]
+                error = (weights * (scores - data.targets[batch]).square()).sum() / weights.sum()
+                optimizer.zero_grad()
+                (error + aux_loss_weight * aux_loss).backward()
+                optimizer.step()
+                schedule.step()
+                total += error.item() * len(batch) / len(hidden)
+    router.eval()
+    fold_scaling(router.down, mean, std)
+    if learned is not None:
+        fold_scaling(router.learned.down, mean, std)
+    return total
+
+
+@torch.no_grad()
+def fold_scaling(linear: nn.Linear, mean: Tensor, std: Tensor) -> None:
+    """Make a map of standardised inputs one of raw inputs."""
+    linear.weight.div_(std)
+    linear.bias.sub_(linear.weight @ mean)

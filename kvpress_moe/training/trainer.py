@@ -1,0 +1,234 @@
+"""From a recipe to trained routers: prompts, shards, one fit per layer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
+from kvpress_moe.benchmark.tasks import TASKS, find_tasks, make_sample
+from kvpress_moe.errors import SettingError
+from kvpress_moe.experts import Expert, make_expert
+from kvpress_moe.fingerprint import model_fingerprint
+from kvpress_moe.model_support import check_model
+from kvpress_moe.routers import RouterConfig, Routers
+from kvpress_moe.training.capture import Shards, capture
+from kvpress_moe.training.fit import LayerData, fit_layer
+from kvpress_moe.training.objective import TEACHERS, tail_weights, target
+
+#: Task kinds that training never sees, so that the benchmark can tell learning from memorising.
+HELD_OUT = ("variable_tracking", "code")
+KEPT_SHARES = (0.5, 0.25, 0.1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Everything that determines trained routers, besides the model.
+
+    Parameters
+    ----------
+    experts : tuple of str
+        Names; ``"learned"`` is the router's own expert.
+    top_k : int
+        Experts per token; the press has to be used with the same.
+    samples : int
+        Prompts.
+    length : int
+        Their longest context, in tokens; they are spread between half of it and all of it.
+    tasks : tuple of str
+        Kinds of prompts (train split of the benchmark's).
+    teacher : {"replay", "written", "answer", "both"}
+    router_type : {"pikv", "base"}
+    bottleneck, learned_width : int
+        Widths of the gate and of the learned expert.
+    dropout, aux_loss_weight, learning_rate : float
+    epochs, seed : int
+    """
+
+    experts: tuple[str, ...] = ("learned", "keydiff", "leverage", "cur", "tova")
+    top_k: int = 5
+    samples: int = 96
+    length: int = 1024
+    tasks: tuple[str, ...] = tuple(task for task in TASKS if task not in HELD_OUT)
+    teacher: str = "replay"
+    router_type: str = "pikv"
+    bottleneck: int = 32
+    learned_width: int = 64
+    dropout: float = 0.1
+    aux_loss_weight: float = 0.01
+    epochs: int = 8
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise SettingError for the first field that is wrong; before anything is loaded."""
+        for name in self.experts:
+            make_expert(name)
+        find_tasks(self.tasks)
+        if len(set(self.experts)) != len(self.experts):
+            raise SettingError("experts", self.experts, "each expert once", "")
+        if not 1 <= self.top_k <= len(self.experts):
+            raise SettingError("top_k", self.top_k, f"a number from 1 to {len(self.experts)}", "")
+        if self.teacher not in TEACHERS:
+            raise SettingError("teacher", self.teacher, f"one of {', '.join(TEACHERS)}", "")
+        for field in ("samples", "epochs", "bottleneck", "learned_width"):
+            if getattr(self, field) < 1:
+                raise SettingError(field, getattr(self, field), "at least 1", "")
+        if self.length < 256:
+            raise SettingError("length", self.length, "at least 256 tokens", "")
+
+    @property
+    def heuristics(self) -> tuple[str, ...]:
+        """The experts whose scores are captured."""
+        return tuple(name for name in self.experts if name != "learned")
+
+
+def prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[tuple[str, Prompt]]:
+    """The recipe's prompts with their names, all kinds in turn, lengths in turn."""
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    made = []
+    for number in range(recipe.samples):
+        task = recipe.tasks[number % len(recipe.tasks)]
+        index = number // len(recipe.tasks)
+        length = recipe.length - (index % 4) * recipe.length // 8
+        sample = make_sample(task, count_tokens, length, index, recipe.seed, "train")
+        prompt = encode(sample, tokenizer)
+        check_fits(prompt, sample, limit)
+        made.append((sample.id, prompt))
+    return made
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    shards: Path | None = None,
+    progress: Callable[..., Any] = lambda description, done, total, loss=None: None,
+) -> tuple[Routers, dict[str, Any]]:
+    """
+    Train routers for a frozen model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase
+    recipe : Recipe
+    shards : Path, optional
+        Where captured prompts are kept; what is there already is not captured again. A temporary directory otherwise.
+    progress : callable
+        ``progress(description, done, total, loss)``.
+
+    Returns
+    -------
+    routers, metrics
+    """
+    recipe.check()
+    check_model(model)
+    if shards is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return train(model, tokenizer, recipe, Path(temporary), progress)
+    limit = model.config.get_text_config(decoder=True).max_position_embeddings
+    fill = Shards(shards)
+    made = prompts(recipe, tokenizer, limit)
+    experts: Sequence[Expert] = [make_expert(name) for name in recipe.heuristics]
+    what = {"model": model_fingerprint(model), "experts": list(recipe.heuristics)}
+    fill.fill(
+        what,
+        made,
+        lambda prompt: capture(model, prompt, experts),
+        lambda done, total: progress("capturing", done, total),
+    )
+    return fit_routers(model, recipe, fill, [fill.path(name) for name, _ in made], recipe.heuristics, progress)
+
+
+def fit_routers(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    shards: Shards,
+    paths: Sequence[Path],
+    captured: Sequence[str],
+    progress: Callable[..., Any] = lambda description, done, total, loss=None: None,
+) -> tuple[Routers, dict[str, Any]]:
+    """
+    Fit every layer's router to captured prompts.
+
+    Parameters
+    ----------
+    captured : sequence of str
+        Experts that the shards hold, in order; the recipe's may be some of them.
+    """
+    config = model.config.get_text_config(decoder=True)
+    learned = recipe.experts.index("learned") if "learned" in recipe.experts else None
+    router_config = RouterConfig(
+        recipe.router_type,
+        recipe.experts,
+        config.num_hidden_layers,
+        config.hidden_size,
+        dropout=recipe.dropout,
+        bottleneck=recipe.bottleneck,
+        trained=True,
+        num_heads=config.num_key_value_heads,
+        learned=recipe.learned_width if learned is not None else 0,
+        top_k=recipe.top_k,
+    )
+    routers = Routers(router_config, model_fingerprint(model))
+    columns = [captured.index(name) if name != "learned" else 0 for name in recipe.experts]
+    thresholds = kept_thresholds(shards, paths, config.num_hidden_layers, recipe.teacher)
+    losses = []
+    for layer_idx, router in enumerate(routers.layers):
+        data = layer_data(shards.layer(layer_idx, paths), columns, recipe.teacher, thresholds)
+        loss = fit_layer(
+            router,
+            data,
+            recipe.top_k,
+            learned,
+            recipe.aux_loss_weight,
+            recipe.epochs,
+            recipe.learning_rate,
+            recipe.seed + layer_idx,
+        )
+        losses.append(loss)
+        progress("fitting layers", layer_idx + 1, config.num_hidden_layers, loss)
+    metrics = {"recipe": asdict(recipe), "prompts": len(paths), "loss_by_layer": [round(loss, 4) for loss in losses]}
+    return routers, metrics
+
+
+def kept_thresholds(shards: Shards, paths: Sequence[Path], num_layers: int, teacher: str) -> Tensor:
+    """Target above which half, a quarter and a tenth of all pairs lie, over all layers and heads: shape (3,)."""
+    sampled = []
+    for layer_idx in range(num_layers):
+        values = torch.cat([target(shard, teacher).flatten() for shard in shards.layer(layer_idx, paths)])
+        sampled.append(values[:: max(1, len(values) // 20_000)])
+    pooled = torch.cat(sampled)
+    return torch.stack([pooled.quantile(1 - share) for share in KEPT_SHARES]) if len(pooled) < 2**24 else pooled
+
+
+def layer_data(
+    captured: Sequence[dict[str, Tensor]], columns: Sequence[int], teacher: str, thresholds: Tensor
+) -> LayerData:
+    """Tokens of all prompts of one layer; those of a template's prefix, which the teacher cannot judge, left out."""
+    hidden, ranks, targets = [], [], []
+    for shard in captured:
+        judged = shard["replay"].isfinite().any(0)
+        hidden.append(shard["hidden"][judged].float())
+        ranks.append(shard["ranks"][columns].permute(2, 1, 0)[judged].float())  # (E, H, S) -> (S, H, E)
+        targets.append(target(shard, teacher).T[judged])
+    targets = torch.cat(targets)
+    ranks = torch.cat(ranks).clamp(max=1 - 1e-4)  # half precision rounds the best rank of a long prompt to 1
+    return LayerData(torch.cat(hidden), ranks, targets, tail_weights(targets, thresholds))
+
+
+def with_experts(recipe: Recipe, experts: Sequence[str], top_k: int | None = None) -> Recipe:
+    """The same recipe for other experts."""
+    return replace(recipe, experts=tuple(experts), top_k=min(top_k or len(experts), len(experts)))

@@ -1,0 +1,161 @@
+"""The shared prefill is exact: every method keeps and answers what its hooked press would have."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import DynamicCache
+
+from kvpress_moe import MoERouterPress
+from kvpress_moe.benchmark.asking import ask, ask_full, batches, hit_rate, stack
+from kvpress_moe.benchmark.judging import Kept, allocate, judge
+from kvpress_moe.benchmark.methods import find_methods
+from kvpress_moe.benchmark.naive import answer_hooked
+from kvpress_moe.benchmark.own_prefill import judge_alone
+from kvpress_moe.benchmark.prompts import Prompt
+from kvpress_moe.budget import share
+from kvpress_moe.cache import RaggedCache
+from tests.tiny import decoder, kept_positions, prefill, tiny_model, tokens
+
+RATIOS = (0.5, 0.8)
+METHODS = find_methods(None) | find_methods(["observed_attention", "kvcompose"])
+HOOKED = [
+    name
+    for name, method in METHODS.items()
+    if name != "full" and method.budget in (None, "uniform") and method.scorer != "kvzip"
+]
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    ids = tokens(330)
+    return Prompt(ids[:, :300], ids[:, 300:318], ids[:, 318:])
+
+
+@pytest.fixture(scope="module")
+def judged(llama, prompt):
+    cells = [(name, ratio) for name in HOOKED for ratio in RATIOS]
+    found = judge(llama, prompt.context, METHODS, cells, sinks=4, recent=8)
+    judge_alone(llama, prompt.context, found, METHODS, cells, sinks=4, recent=8)
+    return found
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_every_method_keeps_and_answers_what_its_hooked_press_does(llama, prompt, judged, name):
+    reference = ask_full(llama, judged.cache, prompt)
+    for ratio in RATIOS:
+        kept = judged.kept[name, ratio]
+        hooked, cache = answer_hooked(llama, prompt, METHODS[name], ratio, sinks=4, recent=8)
+        answer = ask(llama, judged, prompt, reference, [kept])[0]
+        nll = torch.nn.functional.cross_entropy(hooked, prompt.answer[0])
+        assert_close(torch.tensor(answer.nll), nll.detach(), atol=2e-4, rtol=1e-4)
+        if name in ("kvcompose", "observed_attention") or not kept.mask:
+            continue
+        if not isinstance(cache, RaggedCache):
+            cache.crop(-(prompt.question.shape[1] + prompt.answer.shape[1] - 1))
+            for positions, mask in zip(kept_positions(judged.cache, cache), kept.mask, strict=True):
+                assert torch.equal(torch.zeros_like(mask).scatter_(1, positions[0], True), mask)
+
+
+@pytest.mark.parametrize("budget", ["layer", "global"])
+@pytest.mark.parametrize("expert", ["expected_attention", "keydiff"])
+def test_shared_budgets_keep_what_the_press_keeps(prompt, budget, expert):
+    model = tiny_model("llama")
+    method = find_methods([f"{expert}_{budget}"])
+    found = judge(model, prompt.context, method, [(f"{expert}_{budget}", 0.7)], sinks=0, recent=0)
+    press = MoERouterPress(0.7, experts=[expert], budget=budget)
+    cache = prefill(model, prompt.context, press)
+    kept = found.kept[f"{expert}_{budget}", 0.7]
+    for mask, layer in zip(kept.mask, cache.layers, strict=True):
+        assert mask.sum(-1).tolist() == layer.lengths[0]
+    ragged = stack(found.cache, [kept])
+    for ours, theirs in zip(ragged.layers, cache.layers, strict=True):
+        assert torch.equal(ours.flat_keys, theirs.flat_keys)
+
+
+def test_judging_leaves_the_prefill_and_the_model_as_they_were(llama, prompt, judged):
+    fresh = DynamicCache()
+    with torch.no_grad():
+        llama.model(input_ids=prompt.context, past_key_values=fresh)
+    for ours, theirs in zip(judged.cache.layers, fresh.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+    for layer in decoder(llama).layers:
+        assert not layer.self_attn._forward_hooks
+        assert getattr(layer.self_attn, "masked_key_indices", None) is None
+        assert not hasattr(layer.self_attn, "rotary_emb")
+
+
+def test_asking_many_caches_at_once_answers_as_asking_one_by_one(llama, prompt, judged):
+    reference = ask_full(llama, judged.cache, prompt)
+    kept = [judged.kept[cell] for cell in list(judged.kept)[:12]]
+    together = ask(llama, judged, prompt, reference, kept, write=16)
+    for one, answer in zip(kept, together, strict=True):
+        alone = ask(llama, judged, prompt, reference, [one], write=16)[0]
+        assert abs(alone.nll - answer.nll) < 1e-4
+        assert alone.written == answer.written
+
+
+def test_what_is_written_is_greedy_decoding(llama, prompt, judged):
+    reference = ask_full(llama, judged.cache, prompt)
+    kept = judged.kept["keydiff", 0.5]
+    answer = ask(llama, judged, prompt, reference, [kept], write=9)[0]
+    cache = stack(judged.cache, [kept])
+    ids, position, written = prompt.question, prompt.context.shape[1], []
+    for _ in range(9):
+        positions = torch.arange(position, position + ids.shape[1])
+        with torch.no_grad():
+            logits = llama(
+                input_ids=ids, past_key_values=cache, cache_position=positions, position_ids=positions[None]
+            ).logits
+        position += ids.shape[1]
+        ids = logits[:, -1:].argmax(-1)
+        written.append(ids.item())
+    assert answer.written == written
+
+
+def test_the_full_cache_has_no_divergence_and_misses_nothing(llama, prompt, judged):
+    reference = ask_full(llama, judged.cache, prompt)
+    everything = Kept([torch.ones(2, 300, dtype=torch.bool)] * 2, None, 300)
+    answer = ask(llama, judged, prompt, reference, [everything])[0]
+    assert answer.kl < 1e-6
+    assert answer.hit_rate == pytest.approx(1)
+    assert answer.n_pairs == 2 * 2 * 300
+    assert answer.n_bytes == answer.n_pairs * 2 * 8 * 4
+
+
+def test_hit_rate_is_the_share_of_the_mass_on_kept_pairs():
+    mass = torch.rand(2, 3, 10)
+    masks = [torch.rand(3, 10) > 0.5 for _ in range(2)]
+    expected = sum(
+        mass[layer, head, pair].item()
+        for layer in range(2)
+        for head in range(3)
+        for pair in range(10)
+        if masks[layer][head, pair]
+    )
+    assert hit_rate(Kept(masks), mass) == pytest.approx(expected / mass.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "layer", "global"])
+def test_every_budget_keeps_exactly_as_many_pairs(budget):
+    scores = [torch.randn(3, 101) for _ in range(4)]
+    masks = allocate(scores, 0.7, budget, 0.2)
+    n_kept = 30  # int(101 * 0.3)
+    assert sum(int(mask.sum()) for mask in masks) == 4 * 3 * n_kept
+    if budget == "layer":
+        expected = share(scores[2][None], n_kept, 0.2)[0]
+        assert torch.equal(masks[2], expected)
+
+
+def test_protection_is_the_same_for_all(judged):
+    for (name, ratio), kept in judged.kept.items():
+        if not kept.mask or METHODS[name].own_prefill or name.startswith(("chunk", "block", "entropy")):
+            continue
+        for mask in kept.mask:
+            assert mask[:, :4].all(), (name, ratio)
+            assert mask[:, -8:].all(), (name, ratio)
+
+
+def test_batches_hold_at_most_the_bytes_asked_for():
+    kept = [Kept([torch.ones(1, n, dtype=torch.bool)]) for n in (5, 5, 20, 1, 1, 1)]
+    assert list(batches(kept, bytes_per_pair=2, limit=20)) == [[0, 1], [2], [3, 4, 5]]
