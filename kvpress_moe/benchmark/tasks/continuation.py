@@ -1,0 +1,74 @@
+"""Going on: with real prose, with real code, and with a passage that stands in the context already."""
+
+from __future__ import annotations
+
+from random import Random
+
+from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room, cycle_sentences, fill, swept_depth
+from kvpress_moe.benchmark.tasks.texts import modules, running_text, sentences, source, topics
+
+ANSWER_TOKENS = 48
+
+
+def continuation(
+    random: Random, count_tokens: CountTokens, length: int, index: int, split: str, *, code: bool = False
+) -> dict:
+    """A text cut in two: context, and what really comes next."""
+    check_room("continuations", length, 64)
+    texts = [source(module) for module in modules(split)] if code else list(topics(split).values())
+    text = running_text(random, texts, 8 * (length + ANSWER_TOKENS))
+    context, rest = split_at(text, length, count_tokens)
+    answer, _ = split_at(rest, ANSWER_TOKENS, count_tokens)
+    return {
+        "context": context,
+        "question": "",
+        "answer_prefix": "",
+        "answer": answer,
+        "references": (),
+        "metric": "tokens",
+        "chat": False,
+    }
+
+
+def split_at(text: str, n_tokens: int, count_tokens: CountTokens) -> tuple[str, str]:
+    """The longest start of a text that ends before a space or a new line and has at most so many tokens; the rest."""
+    low, high = 0, min(len(text), 8 * n_tokens)
+    while high - low > 1:  # the number of tokens grows with the number of characters
+        middle = (low + high) // 2
+        if count_tokens(text[:middle]) <= n_tokens:
+            low = middle
+        else:
+            high = middle
+    cut = max(text.rfind(" ", 1, low + 1), text.rfind("\n", 1, low + 1))
+    cut = cut if cut > 0 else low
+    return text[:cut], text[cut:]
+
+
+def copying(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict:
+    """Numbered passages of prose, one of which is to be repeated word for word."""
+    check_room("copying", length, 256)
+    prose = cycle_sentences(random, sentences(split))
+
+    def passages():
+        number = 0
+        while True:
+            number += 1
+            text = next(prose)
+            while count_tokens(text) < 60:
+                text += " " + next(prose)
+            yield f"Passage {number}: {text}"
+
+    kept = fill(passages(), length - 4, count_tokens, joint="\n\n")
+    depth = swept_depth(index)
+    number = int(depth * len(kept))
+    words = kept[number].split(": ", 1)[1].split(" ")
+    answer, _ = split_at(" " + " ".join(words[6:]) + " ", ANSWER_TOKENS, count_tokens)
+    return {
+        "context": "\n\n".join(kept),
+        "question": f"Repeat passage {number + 1} word for word.",
+        "answer_prefix": " ".join(words[:6]),
+        "answer": answer,
+        "references": (),
+        "metric": "tokens",
+        "depth": depth,
+    }

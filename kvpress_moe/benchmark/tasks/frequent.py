@@ -1,0 +1,36 @@
+"""Frequent words: which words come up most often (RULER's common-word extraction, arXiv 2404.06654)."""
+
+from __future__ import annotations
+
+from random import Random
+
+from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room
+from kvpress_moe.benchmark.tasks.needles import enumeration
+from kvpress_moe.benchmark.tasks.vocabulary import nouns
+
+_OPENING = "Below is a list of words. Memorize the words that appear most often.\n"
+
+
+def frequent_words(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict:
+    """A list in random order: three words take up six tenths of it, in falling shares; the others come up rarely."""
+    check_room("frequent words", length, 128)
+    words = random.sample(nouns(split), min(len(nouns(split)), 23))
+    common, rare = words[:3], words[3:]
+    cost = sum(count_tokens(" " + word + ",") for word in words) / len(words)
+    n_words = int((length - count_tokens(_OPENING) - 4) / cost)
+    listed: list[str] = []
+    for word, share in zip(common, (0.28, 0.2, 0.12), strict=True):
+        listed += [word] * int(share * n_words)
+    while len(listed) < n_words:
+        listed.append(rare[len(listed) % len(rare)])
+    random.shuffle(listed)
+    while count_tokens(_OPENING + ", ".join(listed)) > length:
+        listed = listed[: int(0.97 * len(listed))]
+    return {
+        "context": _OPENING + ", ".join(listed),
+        "question": "What are the three most common words in the list above?",
+        "answer_prefix": "The three most common words in the list are",
+        "answer": f" {enumeration(common)}",
+        "references": tuple(common),
+        "metric": "f1",
+    }

@@ -1,0 +1,112 @@
+"""kvpress-moe train: routers for a model, by distillation."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpress_moe.cli.options import Device, Model
+
+EPILOG = """Examples:
+
+kvpress-moe train --out routers/smollm2
+
+kvpress-moe train --out routers/mine --model my/model --samples 200 --length 2048
+
+kvpress-moe ask --router routers/smollm2
+"""
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Directory of the trained routers.")],
+    model: Model = None,
+    device: Device = "cpu",
+    experts: Annotated[str | None, typer.Option(help="Names separated by commas; 'learned' is the router's own.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token; all.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Prompts to learn from.")] = None,
+    length: Annotated[int | None, typer.Option(help="Longest context, in tokens.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Kinds of prompts; all but variable_tracking and code.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="replay, written, answer or both.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the captured tokens.")] = None,
+    aux_loss_weight: Annotated[float | None, typer.Option(help="Of the load-balancing loss.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of prompts and fit.")] = None,
+    shards: Annotated[
+        Path | None, typer.Option(help="Keep captured prompts here; a run that was interrupted goes on from them.")
+    ] = None,
+) -> None:
+    """
+    Train routers for a frozen model: read prompts, record what each expert thinks, fit to what a repetition attends to.
+    """
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from kvpress_moe.cli.bench import split_names
+    from kvpress_moe.training.trainer import Recipe
+
+    given = {
+        "experts": split_names(experts),
+        "top_k": top_k,
+        "samples": samples,
+        "length": length,
+        "tasks": split_names(tasks),
+        "teacher": teacher,
+        "epochs": epochs,
+        "aux_loss_weight": aux_loss_weight,
+        "seed": seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if "experts" in given and top_k is None:
+        given["top_k"] = len(given["experts"])
+    recipe = replace(Recipe(), **given)
+    recipe.check()
+
+    from kvpress_moe.checkpoint import save_routers
+    from kvpress_moe.models import load_model
+    from kvpress_moe.training import trainer
+
+    start = time.perf_counter()
+    loaded, tokenizer = load_model(model, device)
+    with step_bar() as progress:
+        routers, metrics = trainer.train(loaded, tokenizer, recipe, shards, progress)
+    metrics["seconds"] = round(time.perf_counter() - start, 1)
+    save_routers(routers, out, metrics)
+    Console().print(f"Use them: MoERouterPress(router={str(out)!r})", markup=False, highlight=False)
+    mean_loss = sum(metrics["loss_by_layer"]) / len(metrics["loss_by_layer"])
+    summary = {"router": str(out), "prompts": metrics["prompts"], "loss": round(mean_loss, 4)}
+    print(json.dumps({**summary, "seconds": metrics["seconds"]}, separators=(",", ":")))
+
+
+def step_bar():
+    """A progress bar with loss and time left, on standard error."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            tasks: dict[str, int] = {}
+
+            def step(description: str, done: int, total: int, loss: float | None = None) -> None:
+                if description not in tasks:
+                    tasks[description] = progress.add_task(description, total=total)
+                text = description if loss is None else f"{description}, loss {loss:.3f}"
+                progress.update(tasks[description], description=text, completed=done, total=total)
+
+            yield step
+
+    return bar()
