@@ -54,7 +54,7 @@ def copying(random: Random, count_tokens: CountTokens, length: int, index: int, 
         while True:
             number += 1
             text = next(prose)
-            while count_tokens(text) < 60:
+            while count_tokens(text) < min(60, length // 16):
                 text += " " + next(prose)
             yield f"Passage {number}: {text}"
 

@@ -16,16 +16,13 @@ def frequent_words(random: Random, count_tokens: CountTokens, length: int, index
     check_room("frequent words", length, 128)
     words = random.sample(nouns(split), min(len(nouns(split)), 23))
     common, rare = words[:3], words[3:]
-    cost = sum(count_tokens(" " + word + ",") for word in words) / len(words)
+    shares = dict(zip(common, (0.28, 0.2, 0.12), strict=True)) | dict.fromkeys(rare, 0.4 / len(rare))
+    cost = sum(share * count_tokens(f" {word},") for word, share in shares.items())
     n_words = int((length - count_tokens(_OPENING) - 4) / cost)
-    listed: list[str] = []
-    for word, share in zip(common, (0.28, 0.2, 0.12), strict=True):
-        listed += [word] * int(share * n_words)
-    while len(listed) < n_words:
-        listed.append(rare[len(listed) % len(rare)])
+    listed = [word for word in shares for _ in range(round(shares[word] * n_words))]
     random.shuffle(listed)
     while count_tokens(_OPENING + ", ".join(listed)) > length:
-        listed = listed[: int(0.97 * len(listed))]
+        listed = listed[: int(0.99 * len(listed))]
     return {
         "context": _OPENING + ", ".join(listed),
         "question": "What are the three most common words in the list above?",

@@ -10,6 +10,7 @@ from random import Random
 
 from kvpress_moe.benchmark.tasks.vocabulary import bucket
 
+_SALT = "e"  # gives shares near three, one and one fifths of the characters
 _MODULES = """
 argparse ast bdb bisect calendar cmd code codecs colorsys configparser contextlib copy csv dataclasses datetime decimal
 difflib dis doctest enum filecmp fileinput fnmatch fractions ftplib functools getopt gettext glob gzip hashlib heapq
@@ -22,12 +23,32 @@ uuid warnings wave weakref webbrowser zipapp zipfile
 
 
 @cache
-def topics(split: str) -> dict[str, str]:
-    """Topic -> its text, from the language reference that ``help()`` shows (``pydoc_data.topics``)."""
+def unique_topics() -> dict[str, str]:
+    """
+    Topic -> its text, from the language reference that ``help()`` shows (``pydoc_data.topics``).
+
+    Topics repeat whole sections of each other; a paragraph stays in the longest one that has it.
+    """
     from pydoc_data.topics import topics as texts
 
-    found = {name: text for name, text in sorted(texts.items()) if bucket(f"page {name}") == split}
-    return {name: text for name, text in found.items() if len(text) > 400}
+    seen: set[str] = set()
+    unique = {}
+    for name, text in sorted(texts.items(), key=lambda item: (-len(item[1]), item[0])):
+        own = []
+        for paragraph in re.split(r"\n\s*\n", text):
+            words = re.sub(r"\W+", " ", paragraph)
+            if words not in seen:
+                own.append(paragraph)
+            if len(words) > 30:
+                seen.add(words)
+        unique[name] = "\n\n".join(own)
+    return {name: text for name, text in unique.items() if len(text) > 400}
+
+
+@cache
+def topics(split: str) -> dict[str, str]:
+    """The topics of a split."""
+    return {name: text for name, text in unique_topics().items() if bucket(f"{_SALT} {name}") == split}
 
 
 @cache

@@ -1,0 +1,217 @@
+"""A run records every sample once, survives a kill, and refuses what would spoil it."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvpress_moe.benchmark.methods import find_methods, registered
+from kvpress_moe.benchmark.prompts import encode
+from kvpress_moe.benchmark.records import Records, read_records, rounded
+from kvpress_moe.benchmark.runner import Evaluator, Plan, header, missing, run
+from kvpress_moe.benchmark.scoring import f1
+from kvpress_moe.benchmark.tasks import make_sample
+from kvpress_moe.errors import SettingError, UnsupportedModelError
+from tests.tiny import tiny_model
+
+TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
+PLAN = Plan(
+    methods=("knorm", "adakv_snapkv", "moe_guide"),
+    tasks=("needle_noise", "multi_value", "code"),
+    ratios=(0.5, 0.9),
+    lengths=(700,),
+    limit=2,
+)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def evaluator(llama, chat_tokenizer):
+    return Evaluator(PLAN, (llama, chat_tokenizer))
+
+
+def lines(directory):
+    return [{**record, "prefill_s": 0} for record in read_records(directory)]
+
+
+def without_seconds(records):
+    return [{**record, "results": [row[:-1] for row in record["results"]], "prefill_s": 0} for record in records]
+
+
+def test_a_run_records_every_cell_of_every_sample_once_and_repeats_nothing(evaluator, tmp_path):
+    summary = run(PLAN, tmp_path, "bench", evaluator)
+    assert (summary["samples"], summary["earlier"]) == (6, 0)
+    for record in lines(tmp_path):
+        cells = [(row[0], row[1]) for row in record["results"]]
+        assert cells == PLAN.cells()
+        assert record["results"][0][:2] == ["full", 0.0]
+        assert record["results"][0][4] == pytest.approx(0, abs=1e-6)
+    again = run(PLAN, tmp_path, "bench", evaluator)
+    assert (again["samples"], again["earlier"]) == (0, 6)
+    assert len(lines(tmp_path)) == 6
+
+
+def test_more_methods_and_ratios_are_added_to_the_same_samples(llama, chat_tokenizer, evaluator, tmp_path):
+    run(PLAN, tmp_path, "first", evaluator)
+    more = replace(PLAN, methods=("knorm", "keydiff"), ratios=(0.5, 0.75))
+    summary = run(more, tmp_path, "second", Evaluator(more, (llama, chat_tokenizer)))
+    assert summary["cells"] == 6 * 3  # knorm at .75, keydiff at both
+    kept = json.loads((tmp_path / "run.json").read_text())
+    assert kept["commands"] == ["first", "second"]
+    assert set(kept["methods"]) == {"full", "knorm", "adakv_snapkv", "moe_guide", "keydiff"}
+
+
+def test_a_line_that_was_cut_short_is_done_again(evaluator, tmp_path):
+    run(PLAN, tmp_path, "bench", evaluator)
+    before = without_seconds(read_records(tmp_path))
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    assert run(PLAN, tmp_path, "bench", evaluator)["samples"] == 1
+    assert without_seconds(read_records(tmp_path)) == before
+
+
+def test_a_killed_run_goes_on_without_repeating_or_losing_a_sample(model_directory, chat_tokenizer, tmp_path):
+    model = tmp_path / "model"
+    subprocess.run(["cp", "-r", str(model_directory), str(model)], check=True)
+    chat_tokenizer.save_pretrained(model)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "kvpress_moe", "bench", "--model", str(model), "--out", str(out), "--limit", "30"]
+    command += ["--methods", "knorm,snapkv", "--tasks", "needle_noise,kv_list", "--lengths", "700", "--ratios", "0.5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    records = out / "records.jsonl"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (records.exists() and records.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = [record["sample"] for record in read_records(out)]
+    assert 3 <= len(done) < 60
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    summary = json.loads(finished.stdout.strip().splitlines()[-1])
+    assert summary["earlier"] == len(done)
+    samples = [record["sample"] for record in read_records(out)]
+    assert samples[: len(done)] == done
+    assert len(samples) == len(set(samples)) == 60
+
+
+def test_a_run_of_another_seed_or_protection_is_refused(evaluator, tmp_path):
+    run(PLAN, tmp_path, "bench", evaluator)
+    before = (tmp_path / "records.jsonl").read_bytes()
+    for change in ({"seed": 1}, {"sinks": 0}, {"setting": "aware"}):
+        with pytest.raises(SettingError, match=f"^out: got .* {next(iter(change))} was"):
+            run(replace(PLAN, **change), tmp_path, "bench", evaluator)
+    assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_leaves_earlier_records_intact(evaluator, tmp_path, monkeypatch):
+    records = Records(tmp_path, header(PLAN, evaluator, "bench"))
+    records.add({"sample": "a", "results": []})
+    before = records.path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SettingError, match="No space left"):
+        records.add({"sample": "b", "results": []})
+    assert records.path.read_bytes() == before
+
+
+def test_missing_work_is_what_no_record_holds(evaluator, tmp_path):
+    records = Records(tmp_path, header(PLAN, evaluator, "bench"))
+    sample = evaluator.samples[0]
+    records.add({"sample": sample.id, "results": [["full", 0.0], ["knorm", 0.9]]})
+    work = missing(PLAN, evaluator.samples, records)
+    assert len(work) == 6
+    assert ("knorm", 0.9) not in work[0][1]
+    assert ("knorm", 0.5) in work[0][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ("snapvk",)}, "methods: got 'snapvk'.*Did you mean snapkv"),
+        ({"methods": ("os:nothing",)}, "methods: got 'os:nothing'.*AttributeError"),
+        ({"tasks": ("needles",)}, "tasks: got 'needles'"),
+        ({"ratios": (1.0,)}, "ratios: got 1.0"),
+        ({"setting": "blind"}, "setting: got 'blind'"),
+        ({"lengths": (8,)}, "lengths: got 8"),
+        ({"limit": 0}, "limit: got 0"),
+    ],
+)
+def test_bad_plans_are_refused_before_anything_is_loaded(change, message):
+    with pytest.raises(SettingError, match=message):
+        replace(PLAN, **change).check()
+
+
+def test_contexts_longer_than_the_model_takes_and_models_without_a_template_are_refused(
+    llama, tokenizer, chat_tokenizer, tmp_path
+):
+    long = replace(PLAN, lengths=(4096,), tasks=("kv_list",))
+    with pytest.raises(SettingError, match="lengths: got 4096.*4096 tokens"):
+        run(long, tmp_path / "long", "bench", Evaluator(long, (llama, chat_tokenizer)))
+    with pytest.raises(SettingError, match="^model: got .*chat template"):
+        run(PLAN, tmp_path / "plain", "bench", Evaluator(PLAN, (llama, tokenizer)))
+    assert not (tmp_path / "long").exists()
+    assert not (tmp_path / "plain").exists()
+    with pytest.raises(UnsupportedModelError, match="sliding"):
+        Evaluator(PLAN, (tiny_model("gemma3"), chat_tokenizer))
+
+
+def test_a_press_of_ones_own_takes_part(llama, chat_tokenizer, tmp_path):
+    plan = replace(PLAN, methods=("knorm", "mine=kvpress:KnormPress()"), tasks=("kv_list",), limit=1)
+    run(plan, tmp_path, "bench", Evaluator(plan, (llama, chat_tokenizer)))
+    rows = {(row[0], row[1]): row[2:-1] for record in read_records(tmp_path) for row in record["results"]}
+    assert rows["mine", 0.5] == rows["knorm", 0.5]
+
+
+def test_every_registered_method_makes_a_press_that_takes_a_ratio():
+    for name, method in registered().items():
+        press = method.make(lambda scorer: scorer)
+        if name != "full":
+            press.compression_ratio = 0.3
+            assert press.compression_ratio == pytest.approx(0.3)
+    assert find_methods(["knorm"]).keys() == {"knorm"}
+
+
+def test_aware_compresses_the_question_too(chat_tokenizer):
+    sample = make_sample("needle_noise", lambda text: len(text), 900, 0)
+    agnostic, aware = (encode(sample, chat_tokenizer, setting) for setting in ("agnostic", "aware"))
+    whole = [torch.cat((p.context, p.question, p.answer), 1) for p in (agnostic, aware)]
+    assert torch.equal(*whole)
+    assert aware.question.shape[1] == 1
+    question = chat_tokenizer(sample.question).input_ids
+    assert agnostic.question[0, 1 : len(question) + 1].tolist() == question
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" 11, 22, and 33.", 1.0),
+        (" 33, 11 and 22\nand so on, 44", 1.0),
+        (" 11, 44", 2 / 5),
+        (" 11, 11, 11", 2 / 6),
+        ("", 0.0),
+        (" none of them", 0.0),
+    ],
+)
+def test_f1_of_an_enumeration(text, expected):
+    assert f1(text, ("11", "22", "33")) == pytest.approx(expected)
+
+
+def test_unknown_numbers_become_null():
+    assert rounded({"a": float("nan"), "b": [1.23456789, float("inf"), "x", 3]}) == {"a": None, "b": [1.2346, None, "x", 3]}
