@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,12 @@ def load_routers(source: str | Path) -> Routers:
             "written by save_routers. Save it again."
         ) from error
     return routers
+
+
+@cache
+def read_fingerprint(directory: Path) -> dict[str, Any]:
+    """Of the model that the routers in a directory belong to."""
+    return json.loads((directory / CONFIG).read_text())["fingerprint"]
 
 
 def _download(repo_id: str) -> Path:

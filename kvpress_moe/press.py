@@ -38,14 +38,22 @@ from kvpress_moe.model_support import (
     last_to_compress,
     slides,
 )
-from kvpress_moe.router_setup import check_routers, fits, trained_routers, untrained_routers, warn_untrained
-from kvpress_moe.routers import Routers
+from kvpress_moe.router_setup import (
+    check_routers,
+    fits,
+    shipped_routers,
+    trained_routers,
+    untrained_routers,
+    warn_untrained,
+)
+from kvpress_moe.routers import RouterConfig, Routers
 from kvpress_moe.selection import score_selection
 from kvpress_moe.settings import CHECKS, Default, check_number_of_experts, check_top_k_fits, check_tracking
 from kvpress_moe.shared_budget import Observation, SharedBudget
 from kvpress_moe.stats import RoutingStats
 from kvpress_moe.strategies import ExpertStrategies
 
+DEFAULT_EXPERTS, DEFAULT_TOP_K = 4, 2  # the guide's
 N_SINK = 4  # first tokens that hit rates leave out
 
 
@@ -84,18 +92,21 @@ class MoERouterPress(ScorerPress):
     experts : str or sequence, optional
         ``"guide"``, ``"strong"``, or a list of names, kvpress scorers and functions with the signature of ``score``.
     router : path, str or Routers, optional
-        Trained routers: a directory, a hub id, or the object. ``None`` starts untrained ones, which weigh all experts
-        alike until cache feedback moves them.
+        Trained routers: a directory, a hub id, or the object. ``None`` takes those that ship with the package for this
+        very model, if there are any and no experts are named; else untrained ones, which weigh all experts alike until
+        cache feedback moves them. Where no experts are named, they are the ones that the trained routers know.
 
     track_misses : bool, default=False
         Keep evicted keys on the CPU, and count hit rates with every generated token too, not only with the prompt's
         last window. Costs memory there and time at each step.
-    budget : {"uniform", "layer", "global"}, default="uniform"
+    budget : {"uniform", "layer", "global"}, optional
         Who shares: nobody (every head keeps as many), the heads of a layer, or all heads of all layers. Always exact in
         total. With ``"layer"`` and ``"global"`` the layers of the DynamicCache in use turn into
         :class:`~kvpress_moe.cache.RaggedLayer` at the end of the prefill, and memory is freed pair by pair. Both need
-        scores that compare across heads: one expert such as ``experts=["expected_attention"]``, whose scores are then
-        used as they are. Ranks of a mixture do not compare; heads then keep nearly equal numbers.
+        scores that compare across heads: those of trained routers, or of one expert such as
+        ``experts=["expected_attention"]``, whose scores are then used as they are. Ranks of an untrained mixture do not
+        compare; heads then keep nearly equal numbers. ``None``: ``"global"`` with trained routers (unless attention is
+        eager or ``track_misses`` is on, which cannot serve it), ``"uniform"`` otherwise; see :attr:`scope`.
     min_share : float, default=0.2
         Share of the mean that each head keeps at least, where heads compete.
 
@@ -111,8 +122,8 @@ class MoERouterPress(ScorerPress):
     """
 
     compression_ratio: float | None = 0.5
-    num_experts: int = Default(4)
-    top_k: int = Default(2)
+    num_experts: int = Default(DEFAULT_EXPERTS)
+    top_k: int = Default(DEFAULT_TOP_K)
     capacity_factor: float = 1.5
     dropout: float = 0.1
     router_type: str = "pikv"
@@ -121,7 +132,7 @@ class MoERouterPress(ScorerPress):
     experts: str | Iterable | None = None
     router: str | Path | Routers | None = None
     track_misses: bool = False
-    budget: str = "uniform"
+    budget: str | None = None
     min_share: float = 0.2
 
     _experts: list[Expert] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -132,6 +143,9 @@ class MoERouterPress(ScorerPress):
     _keep_fraction: float = field(default=1.0, init=False, repr=False, compare=False)
     _shared: SharedBudget = field(default_factory=SharedBudget, init=False, repr=False, compare=False)
     _entered: int = field(default=0, init=False, repr=False, compare=False)
+    _eager: bool = field(default=False, init=False, repr=False, compare=False)
+    _open: bool = field(default=False, init=False, repr=False, compare=False)
+    _open_top_k: bool = field(default=False, init=False, repr=False, compare=False)
     _ready: bool = field(default=False, init=False, repr=False, compare=False)
 
     # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,6 +155,8 @@ class MoERouterPress(ScorerPress):
         if self.experts is None or not isinstance(self.num_experts, Default):
             check_number_of_experts(self.num_experts, len(specs), given=self.experts is not None)
         self._experts = self._make_experts(specs)
+        self._open = self.experts is None and isinstance(self.num_experts, Default)
+        self._open_top_k = isinstance(self.top_k, Default)
         self.num_experts = len(specs)
         self.top_k = min(2, self.num_experts) if isinstance(self.top_k, Default) else self.top_k
         check_top_k_fits(self.top_k, self.num_experts)
@@ -160,6 +176,7 @@ class MoERouterPress(ScorerPress):
         """Bring what was derived from a setting in line with its new value; raise before anything has changed."""
         if name == "top_k":
             check_top_k_fits(value, self.num_experts)
+            self._open_top_k = False
         elif name == "num_experts" and value != self.num_experts:
             specs = expert_specs(self.experts, value)
             check_number_of_experts(value, len(specs), given=self.experts is not None)
@@ -198,10 +215,22 @@ class MoERouterPress(ScorerPress):
         """Judge by other experts. Routers and counts belong to the old ones and start anew."""
         experts = self._make_experts(specs)
         check_top_k_fits(self.top_k, len(experts))
+        self._open = False
+        self._exchange_experts(experts)
+        del self.routers
+
+    def _exchange_experts(self, experts: list[Expert]) -> None:
         self._experts = experts
         self.__dict__["num_experts"] = len(experts)
-        del self.routers
         self.reset_stats()
+
+    def _adopt(self, config: RouterConfig | None) -> None:
+        """Judge by the experts that trained routers know; ``None``: by the guide's again. Where the user named none."""
+        names = config.experts if config is not None else expert_specs(None, DEFAULT_EXPERTS)
+        if tuple(names) != tuple(self.expert_strategies.values()):
+            self._exchange_experts(self._make_experts(names))
+        if self._open_top_k:
+            self.__dict__["top_k"] = config.top_k if config is not None else DEFAULT_TOP_K
 
     def _make_experts(self, specs: Sequence) -> list[Expert]:
         if not specs:
@@ -230,6 +259,9 @@ class MoERouterPress(ScorerPress):
             Before any hook is registered.
         """
         check_model(model)
+        self._eager = model.config._attn_implementation == "eager"
+        attention = language_model(model).layers[0].self_attn
+        routers = self._routers_for(attention)
         for expert in self._experts:
             if expert.name == "observed_attention" and model.config._attn_implementation != "eager":
                 raise SettingError(
@@ -240,15 +272,13 @@ class MoERouterPress(ScorerPress):
                 )
             if isinstance(expert.scorer, ScorerPress):
                 expert.scorer.post_init_from_model(model)
-        if self.budget != "uniform" and model.config._attn_implementation == "eager":
+        if self.budget not in (None, "uniform") and model.config._attn_implementation == "eager":
             raise SettingError(
                 "budget",
                 self.budget,
                 "'uniform' with eager attention, which transformers does not let others replace",
                 "Load the model with attn_implementation='sdpa'.",
             )
-        attention = language_model(model).layers[0].self_attn
-        routers = self._routers_for(attention)
         if self.router is not None:
             self._check_routers(routers, attention)  # also when they are there: another model may be of the same size
         if not routers.config.trained:
@@ -295,16 +325,27 @@ class MoERouterPress(ScorerPress):
         """The routers of the model that an attention layer belongs to, built or loaded at the first use."""
         if self._routers is None or not fits(self._routers, attention):
             with torch.inference_mode(False):  # else their averages could not be updated outside inference mode
-                if self.router is None:
+                routers = trained_routers(self.router) if self.router is not None else None
+                if routers is None and self._open and self.router_type == "pikv":
+                    routers = shipped_routers(attention)
+                if self._open:
+                    self._adopt(routers.config if routers is not None else None)
+                if routers is None:
                     names = list(self.expert_strategies.values())
                     routers = untrained_routers(self.router_type, names, self.dropout, attention)
-                else:
-                    routers = trained_routers(self.router)
-                    self._check_routers(routers, attention)
+                self._check_routers(routers, attention)
             self._routers = routers
             self._apply_to_routers("cache_aware", self.cache_aware)
             self._apply_to_routers("dropout", self.dropout)
         return self._routers
+
+    @property
+    def scope(self) -> str:
+        """Who shares the budget: ``budget`` where it was set; else what the routers in use allow."""
+        if self.budget is not None:
+            return self.budget
+        calibrated = self._routers is not None and bool(self._routers.config.num_heads)
+        return "global" if calibrated and not self.track_misses and not self._eager else "uniform"
 
     def _check_routers(self, routers: Routers, attention: nn.Module) -> None:
         check_routers(routers, self.router_type, list(self.expert_strategies.values()), attention, self.router)
@@ -345,7 +386,7 @@ class MoERouterPress(ScorerPress):
         self.route(call)
         scores = self.mix(call)
         n_kept = self.n_kept(call)
-        if self.budget != "uniform":
+        if self.scope != "uniform":
             self.compress_ragged(call, scores, n_kept)
             return keys, values  # kvpress's hook stores them in the layer that was just replaced
         indices = select(scores, n_kept)
@@ -361,7 +402,7 @@ class MoERouterPress(ScorerPress):
         if first_to_compress(call.module):
             self._shared.clear()
         self._shared.add(call.layer_idx, scores, self.observe(call))
-        if self.budget == "global" and not last_to_compress(call.module):
+        if self.scope == "global" and not last_to_compress(call.module):
             return
         for layer_idx, (kept, observation) in self._shared.decide(n_kept, self.min_share).items():
             self.record(layer_idx, observation, kept)

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from torch import nn
 
-from kvpress_moe.checkpoint import load_routers
+from kvpress_moe.checkpoint import load_routers, read_fingerprint
 from kvpress_moe.errors import CheckpointError
-from kvpress_moe.fingerprint import check_fingerprint, fingerprint
+from kvpress_moe.fingerprint import check_fingerprint, fingerprint, sizes
 from kvpress_moe.routers import RouterConfig, Routers
 
 logger = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).parent / "data" / "routers"
 
 
 @cache  # once a process: a press is built per request by some
@@ -43,6 +45,21 @@ def untrained_routers(router_type: str, experts: Sequence[str], dropout: float, 
 def trained_routers(router: str | Path | Routers) -> Routers:
     """A copy of the given routers, or those saved where ``router`` says: feedback does not write into the original."""
     return deepcopy(router) if isinstance(router, Routers) else load_routers(router)
+
+
+def shipped_routers(attention: nn.Module) -> Routers | None:
+    """A copy of the routers that ship with the package for the model that an attention layer belongs to, if any."""
+    config = attention.config
+    for directory in sorted(SHIPPED.glob("*/")):
+        saved = read_fingerprint(directory)
+        if any(saved.get(name) != size for name, size in sizes(config).items()) or attention.layer_idx != 0:
+            continue
+        try:
+            check_fingerprint(saved, fingerprint(config, attention), str(directory))
+        except CheckpointError:
+            continue  # another model of the same size
+        return load_routers(directory)
+    return None
 
 
 def check_routers(

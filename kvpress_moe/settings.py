@@ -66,17 +66,18 @@ def check_track_misses(value: Any) -> None:
 
 def check_budget(value: Any) -> None:
     scopes = ("uniform", "layer", "global")
-    _require(value in scopes, "budget", value, " or ".join(map(repr, scopes)), "The default is 'uniform'.")
+    expected = " or ".join(map(repr, scopes))
+    _require(value is None or value in scopes, "budget", value, expected, "None decides by the routers.")
 
 
 def check_min_share(value: Any) -> None:
     _require(_is_number(value, 0, 1, closed_high=True), "min_share", value, "a number in [0, 1]", "The default is 0.2.")
 
 
-def check_tracking(track_misses: bool, budget: str) -> None:
+def check_tracking(track_misses: bool, budget: str | None) -> None:
     """Raise if misses are to be tracked in a ragged cache."""
     _require(
-        not (track_misses and budget != "uniform"),
+        not (track_misses and budget not in (None, "uniform")),
         "track_misses",
         track_misses,
         "False with a budget that heads share",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from kvpress.utils import get_prerope_query_states
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -14,7 +15,6 @@ from kvpress_moe.benchmark.judging import Judged, Kept
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.cache import RaggedCache, RaggedLayer
 from kvpress_moe.model_support import language_model
-from kvpress.utils import get_prerope_query_states
 
 BATCH_BYTES = 2**30  # of keys and values that are asked at once
 
@@ -86,9 +86,7 @@ def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Ref
         masses.append(of_head.sum(1))
         peaks.append(of_head.amax(1))
 
-    hooks = [
-        layer.self_attn.register_forward_hook(observe, with_kwargs=True) for layer in language_model(model).layers
-    ]
+    hooks = [layer.self_attn.register_forward_hook(observe, with_kwargs=True) for layer in language_model(model).layers]
     try:
         logits = read(model, cache, prompt, n_read)[0]
     finally:
@@ -98,7 +96,9 @@ def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Ref
     return Reference(logits, torch.stack(masses), torch.stack(peaks))
 
 
-def read(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt, n_read: int, offsets: Tensor | None = None) -> Tensor:
+def read(
+    model: PreTrainedModel, cache: DynamicCache, prompt: Prompt, n_read: int, offsets: Tensor | None = None
+) -> Tensor:
     """Let question and answer pass over a cache; the logits (B, A, V) of the answer's tokens."""
     tokens = torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1).to(model.device)
     n_rows = 1 if offsets is None else len(offsets)

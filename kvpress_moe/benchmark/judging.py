@@ -280,7 +280,9 @@ def judge(
         if method.budget is None:
             selections[name] = _Selection(method.make(protecting), ratios[name])
         else:
-            wanted = sorted({r for other in shared.values() if other.scorer == method.scorer for r in ratios[other.name]})
+            wanted = sorted(
+                {r for other in shared.values() if other.scorer == method.scorer for r in ratios[other.name]}
+            )
             if method.scorer not in scorers:
                 scorers[method.scorer] = _Scores(method.make(protecting), wanted)
     judges = [*scorers.values(), *selections.values()]

@@ -96,9 +96,7 @@ def compare(evaluator: Evaluator, n_samples: int, ratios: tuple[float, ...]) -> 
         start = time.perf_counter()
         prompt = evaluator.prompt(sample)
         for row, (name, ratio) in zip(record["results"], cells, strict=True):
-            logits, _ = answer_hooked(
-                evaluator.model, prompt, evaluator.methods[name], ratio, plan.sinks, plan.recent
-            )
+            logits, _ = answer_hooked(evaluator.model, prompt, evaluator.methods[name], ratio, plan.sinks, plan.recent)
             nll = torch.nn.functional.cross_entropy(logits.float(), prompt.answer[0].to(logits.device))
             difference = max(difference, abs(nll.item() - row[3]))
         seconds["naive"] += time.perf_counter() - start

@@ -129,7 +129,9 @@ def read_header(directory: Path) -> dict[str, Any]:
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingError("RUN", str(directory), f"a directory with a {HEADER}", f"{type(error).__name__}: {error}") from error
+        raise SettingError(
+            "RUN", str(directory), f"a directory with a {HEADER}", f"{type(error).__name__}: {error}"
+        ) from error
     if header.get("format") != FORMAT:
         raise SettingError("RUN", str(path), f"format {FORMAT}", f"It says {header.get('format')!r}.")
     return header

@@ -39,16 +39,21 @@ def bench(
     limit: Annotated[int, typer.Option(help="Samples per task and length.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     split: Annotated[str, typer.Option(help="train, tune or test: they share no text and no names.")] = "test",
-    setting: Annotated[str, typer.Option(help="agnostic (compressed before the question is seen) or aware.")] = "agnostic",
+    setting: Annotated[
+        str, typer.Option(help="agnostic (compressed before the question is seen) or aware.")
+    ] = "agnostic",
     sinks: Annotated[int, typer.Option(help="First tokens that every scorer has to keep.")] = 4,
     recent: Annotated[int, typer.Option(help="Last tokens that every scorer has to keep.")] = 16,
     min_share: Annotated[float, typer.Option(help="Of the mean that a head keeps at least, in shared budgets.")] = 0.2,
     hub: Annotated[
         str | None, typer.Option(help="Samples of this data set (hub id or directory, kvpress's schema) instead.")
     ] = None,
-    ray: Annotated[str | None, typer.Option(help="Spread samples over a Ray cluster: its address, auto, or local.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Spread samples over a Ray cluster: its address, auto, or local.")
+    ] = None,
     compare_naive: Annotated[
-        bool, typer.Option("--compare-naive", help="Time 5 samples against one prefill per press and ratio; no records.")
+        bool,
+        typer.Option("--compare-naive", help="Time 5 samples against one prefill per press and ratio; no records."),
     ] = False,
     list_all: Annotated[bool, typer.Option("--list", help="Show methods and tasks.")] = False,
 ) -> None:
@@ -124,7 +129,14 @@ def sample_bar():
     from contextlib import contextmanager
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     @contextmanager
     def bar():

@@ -25,7 +25,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Directory of the trained routers.")],
     model: Model = None,
     device: Device = "cpu",
-    experts: Annotated[str | None, typer.Option(help="Names separated by commas; 'learned' is the router's own.")] = None,
+    experts: Annotated[
+        str | None, typer.Option(help="Names separated by commas; 'learned' is the router's own.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts per token; all.")] = None,
     samples: Annotated[int | None, typer.Option(help="Prompts to learn from.")] = None,
     length: Annotated[int | None, typer.Option(help="Longest context, in tokens.")] = None,
@@ -86,7 +88,14 @@ def step_bar():
     from contextlib import contextmanager
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     @contextmanager
     def bar():

@@ -80,7 +80,9 @@ def written_norm(module: nn.Module, values: Tensor) -> Tensor:
     """‖W_O v‖, what a value (B, H, S, D) writes into the residual stream: (B, H, S), largest of its query heads."""
     head_dim, n_heads = values.shape[-1], values.shape[1]
     by_head = module.o_proj.weight.unflatten(1, (n_heads, -1, head_dim))  # (C, H, G, D)
-    norms = [torch.einsum("bsd,cgd->bgsc", values[:, head], by_head[:, head]).norm(dim=-1).amax(1) for head in range(n_heads)]
+    norms = [
+        torch.einsum("bsd,cgd->bgsc", values[:, head], by_head[:, head]).norm(dim=-1).amax(1) for head in range(n_heads)
+    ]
     return torch.stack(norms, 1)
 
 

@@ -214,4 +214,7 @@ def test_f1_of_an_enumeration(text, expected):
 
 
 def test_unknown_numbers_become_null():
-    assert rounded({"a": float("nan"), "b": [1.23456789, float("inf"), "x", 3]}) == {"a": None, "b": [1.2346, None, "x", 3]}
+    assert rounded({"a": float("nan"), "b": [1.23456789, float("inf"), "x", 3]}) == {
+        "a": None,
+        "b": [1.2346, None, "x", 3],
+    }

@@ -10,9 +10,7 @@ from kvpress_moe.benchmark.tasks.vocabulary import cities, firms, people, profes
 _OPENING = "Read the following notes. I will ask a question about them afterwards.\n\n"
 
 
-def question(
-    random: Random, count_tokens: CountTokens, length: int, index: int, split: str, *, hops: int = 1
-) -> dict:
+def question(random: Random, count_tokens: CountTokens, length: int, index: int, split: str, *, hops: int = 1) -> dict:
     """
     Notes on people (city, profession, firm) and on firms (city of the head office).
 

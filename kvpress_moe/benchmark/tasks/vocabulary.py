@@ -50,7 +50,9 @@ _CITY_PARTS = """
 Alder Ash Bright Brook Clear Cold Deep East Elm Fair Fern Glen Gold Green Hart High King Lake Lang Maple Mill New
 North Oak Old Pine Red Rock Rose Salt Sand Silver South Spring Stone Sun Thorn West White Wind Winter Wood
 """
-_CITY_ENDS = "borough bridge bury dale field ford gate haven hill hurst mere mouth port ridge side stead ton view ville wick"
+_CITY_ENDS = (
+    "borough bridge bury dale field ford gate haven hill hurst mere mouth port ridge side stead ton view ville wick"
+)
 _FIRM_ENDS = """
 Analytics Bakeries Brewing Ceramics Chemicals Dynamics Electronics Energy Foods Forestry Freight Furniture Glassworks
 Instruments Insurance Logistics Marine Mining Motors Optics Paper Pharmaceuticals Plastics Press Railways Robotics
