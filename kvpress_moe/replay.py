@@ -7,9 +7,7 @@ import logging
 import torch
 from kvpress import KVzipPress
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-
-from kvpress_moe.model_support import language_model
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ReplayScores(KVzipPress):
@@ -31,12 +29,44 @@ class ReplayScores(KVzipPress):
         self.scores = self.score_val.clone()
 
     @torch.no_grad()
-    def of(self, model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache) -> Tensor:
+    def of(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        input_ids: Tensor,
+        cache: DynamicCache,
+        n_prefix: int = 0,
+    ) -> Tensor:
         """
-        Scores (L, H, S), float32, of a prompt (1, S) whose full cache is there; the cache is as before afterwards.
+        Scores (L, H, S), float32, of a prompt whose full cache is there; the cache is as before afterwards.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+        tokenizer : PreTrainedTokenizerBase
+        input_ids : Tensor, shape (1, S)
+        cache : DynamicCache
+            Of these tokens.
+        n_prefix : int
+            First tokens that are the chat template's and not repeated; their scores are 0.
         """
-        with self(model):
-            self._context_ids, self._cache = input_ids, cache
-        for layer in language_model(model).layers:
-            layer.self_attn._modules.pop("rotary_emb", None)
+        self._context_ids, self._cache, self.prefix_length = input_ids, cache, n_prefix
+        suffix = chat_suffix(tokenizer)
+        self._suffix_ids = tokenizer.encode(suffix, return_tensors="pt", add_special_tokens=False)
+        try:
+            # The part of KVzipPress.__call__ that comes after the prefill; the rest looks for a tokenizer by name.
+            self._perform_kvzip_compression(model, tokenizer)
+        finally:
+            self._reset_internal_parameters()
         return self.scores[:, 0].float()
+
+
+def chat_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a chat template puts between the user's words and the answer; a new line where there is no template."""
+    if not tokenizer.chat_template:
+        return "\n"
+    words = "dummy context"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": words}], add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )
+    return text.split(words)[1]

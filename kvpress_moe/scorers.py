@@ -39,7 +39,8 @@ def score_learned(call: LayerCall) -> Tensor:
     """What the router's own expert reads off the hidden states: log importance (B, H, S)."""
     if call.router is None or call.router.learned is None:
         raise ExpertError(
-            "expert 'learned' is part of a trained router. Pass router= with one that has it, or leave it out of `experts`."
+            "expert 'learned' is part of a trained router. Pass router= with one that has it, or leave it out of "
+            "`experts`."
         )
     if call.q_len != call.k_len:
         raise ExpertError(

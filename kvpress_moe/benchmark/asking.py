@@ -108,7 +108,7 @@ def read(
 def step(
     model: PreTrainedModel, cache: DynamicCache, tokens: Tensor, start: int, offsets: Tensor | None, n_logits: int
 ) -> Tensor:
-    """A forward pass over tokens (B, T) at cache positions from ``start`` on; ``offsets`` (B) shift their rotary positions."""
+    """A forward pass over tokens (B, T) at cache positions from ``start`` on; ``offsets`` (B) turn positions."""
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
     position_ids = positions[None].expand(len(tokens), -1)
     output = model(

@@ -280,9 +280,8 @@ def judge(
         if method.budget is None:
             selections[name] = _Selection(method.make(protecting), ratios[name])
         else:
-            wanted = sorted(
-                {r for other in shared.values() if other.scorer == method.scorer for r in ratios[other.name]}
-            )
+            same = [other.name for other in shared.values() if other.scorer == method.scorer and other.budget]
+            wanted = sorted({ratio for other in same for ratio in ratios[other]})
             if method.scorer not in scorers:
                 scorers[method.scorer] = _Scores(method.make(protecting), wanted)
     judges = [*scorers.values(), *selections.values()]

@@ -11,10 +11,11 @@ import kvpress
 import torch
 from kvpress.presses.base_press import BasePress
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.judging import Cell, Judged, Kept, allocate, pick, seeded, set_ratio, take_masked
 from kvpress_moe.benchmark.methods import Method
+from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.protection import protect
 from kvpress_moe.model_support import language_model
 from kvpress_moe.replay import ReplayScores
@@ -22,7 +23,8 @@ from kvpress_moe.replay import ReplayScores
 
 def judge_alone(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
     judged: Judged,
     methods: dict[str, Method],
     cells: Iterable[Cell],
@@ -31,13 +33,14 @@ def judge_alone(
     min_share: float = 0.2,
 ) -> None:
     """Add to ``judged`` what the methods keep that need a prefill of their own; arguments as in ``judge``."""
+    input_ids = prompt.context.to(model.device)
     replay: tuple[list[Tensor], float] | None = None
     for name, ratio in cells:
         method = methods[name]
         if method.scorer == "kvzip":
             if replay is None:
                 start = time.perf_counter()
-                scores = ReplayScores().of(model, input_ids, judged.cache)
+                scores = ReplayScores().of(model, tokenizer, input_ids, judged.cache, prompt.n_prefix)
                 scores[..., :sinks] = scores[..., max(0, scores.shape[-1] - recent) :] = torch.inf
                 replay = list(scores), time.perf_counter() - start
             masks = allocate(replay[0], ratio, method.budget, min_share)
@@ -51,7 +54,7 @@ def judge_alone(
 def prefill_alone(
     model: PreTrainedModel, input_ids: Tensor, press: BasePress, judged: Judged, eager: bool = False
 ) -> Kept:
-    """Prefill under a press in the ordinary way and read off what it left; the cost is the time beyond the shared one."""
+    """Prefill under a press in the ordinary way and read off what it left; its cost is what exceeds the shared one."""
     cache = DynamicCache()
     start = time.perf_counter()
     with torch.no_grad(), attention_of(model, eager), seeded(0), press(model):

@@ -27,11 +27,14 @@ class Prompt:
         What comes after it, up to the answer's first token; at least one token.
     answer : Tensor
         The right answer.
+    n_prefix : int
+        First tokens of the context that are the chat template's.
     """
 
     context: Tensor
     question: Tensor
     answer: Tensor
+    n_prefix: int = 0
 
     def __len__(self) -> int:
         return self.context.shape[1] + self.question.shape[1] + self.answer.shape[1]
@@ -53,7 +56,7 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
     SettingError
         If the tokenizer has no chat template and the sample asks for one.
     """
-    context, question = sample.context, sample.answer_prefix
+    context, question, prefix = sample.context, sample.answer_prefix, ""
     if sample.chat:
         if not tokenizer.chat_template:
             raise SettingError(
@@ -70,6 +73,7 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
             enable_thinking=False,
         )
         context, question = text.split(mark)
+        prefix = context.removesuffix(sample.context)
         context, question = context + "\n", "\n" + question + sample.answer_prefix
         if setting == "aware":
             # All but the last token of the assistant's turn has been read when the cache is compressed.
@@ -80,7 +84,8 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
     ]
     if ids[1].shape[1] == 0:  # nothing is asked: the context's last token stays outside
         ids[0], ids[1] = ids[0][:, :-1], ids[0][:, -1:]
-    return Prompt(*ids)
+    n_prefix = len(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix else 0
+    return Prompt(*ids, n_prefix)
 
 
 def check_fits(prompt: Prompt, sample: Sample, limit: int) -> None:
@@ -89,6 +94,6 @@ def check_fits(prompt: Prompt, sample: Sample, limit: int) -> None:
         raise SettingError(
             "lengths",
             sample.length,
-            f"contexts that fit, with question and answer, into the model's {limit} tokens ({sample.id}: {len(prompt)})",
+            f"contexts that fit into the model's {limit} tokens with question and answer ({sample.id}: {len(prompt)})",
             "Ask for a shorter length.",
         )

@@ -18,8 +18,8 @@ def protect(press: Press, sinks: int, recent: int) -> Press:
     """
     Make a scorer rank the first ``sinks`` and the last ``recent`` pairs above all others; returns the same press.
 
-    Only the method ``score`` (ours: ``mix``) of this instance changes, so that presses with a selection of their own (PyramidKV) and
-    wrappers (AdaKV, ChunkKV, …) around it are protected too.
+    Only the method ``score`` (ours: ``mix``) of this instance changes, so that presses with a selection of their own
+    (PyramidKV) and wrappers (AdaKV, ChunkKV, …) around it are protected too.
 
     Raises
     ------

@@ -108,8 +108,8 @@ class Evaluator:
         config = self.model.config.get_text_config(decoder=True)
         if any(slides(config, layer) for layer in range(config.num_hidden_layers)):
             raise UnsupportedModelError(
-                "model: some layers have sliding-window attention, expected full attention in all layers. The benchmark "
-                "cannot compare presses on such models yet; MoERouterPress itself can serve them."
+                "model: some layers have sliding-window attention, expected full attention in all layers. The "
+                "benchmark cannot compare presses on such models yet; MoERouterPress itself can serve them."
             )
 
     def count_tokens(self, text: str) -> int:
@@ -149,7 +149,7 @@ class Evaluator:
         prompt = self.prompt(sample)
         protection = (plan.sinks, plan.recent, plan.min_share)
         judged = judge(self.model, prompt.context, self.methods, cells, *protection)
-        judge_alone(self.model, prompt.context, judged, self.methods, cells, *protection)
+        judge_alone(self.model, self.tokenizer, prompt, judged, self.methods, cells, *protection)
         reference = ask_full(self.model, judged.cache, prompt)
         full = self._keep_all(judged, prompt)
         kept = [full if cell[0] == "full" else judged.kept[cell] for cell in cells]

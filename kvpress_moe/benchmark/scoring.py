@@ -16,7 +16,7 @@ def score(sample: Sample, answer: Answer, text: str | None) -> float:
     Score an answer between 0 and 1.
 
     "exact": 1 if greedy decoding writes the right answer, token for token (after the answer's beginning that RULER
-    also gives). "f1": of the references in what was decoded. "tokens": share of the right tokens that are the likeliest.
+    also gives). "f1": of the references in what was decoded. "tokens": share of the right tokens that are likeliest.
     """
     if sample.metric == "exact":
         return float(answer.greedy.all())

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.asking import ask_full
 from kvpress_moe.benchmark.judging import prepared
@@ -29,13 +29,17 @@ from kvpress_moe.replay import ReplayScores
 
 
 @torch.no_grad()
-def capture(model: PreTrainedModel, prompt: Prompt, experts: Sequence[Expert]) -> dict[str, Tensor]:
+def capture(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, experts: Sequence[Expert]
+) -> dict[str, Tensor]:
     """
     What the routers learn from one prompt.
 
     Parameters
     ----------
     model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase
+        For the words that ask for the repetition.
     prompt : Prompt
         Its context is judged; its question and answer show what is attended to in earnest.
     experts : sequence of Expert
@@ -44,8 +48,8 @@ def capture(model: PreTrainedModel, prompt: Prompt, experts: Sequence[Expert]) -
     Returns
     -------
     dict
-        ``hidden`` (L, S, C) float16, inputs of the attention layers; ``ranks`` (L, E, H, S) float16, each expert's ranks
-        within the head; ``replay`` (L, H, S) float16, natural log of the largest attention that a repetition of the
+        ``hidden`` (L, S, C) float16, inputs of the attention layers; ``ranks`` (L, E, H, S) float16, each expert's
+        ranks within the head; ``replay`` (L, H, S) float16, log of the largest attention that a repetition of the
         context pays (KVzip, arXiv 2505.23416), minus infinity in the template's prefix, which is not repeated;
         ``answer`` the same of the real question and answer; ``writes`` (L, H, S), log of the norm of what the value
         writes, ‖W_O v‖, largest of the head's query heads.
@@ -65,7 +69,7 @@ def capture(model: PreTrainedModel, prompt: Prompt, experts: Sequence[Expert]) -
         for layer in language_model(model).layers:
             hooks.callback(layer.self_attn.register_forward_hook(record, with_kwargs=True).remove)
         model.model(input_ids=prompt.context.to(model.device), past_key_values=cache)
-    replay = ReplayScores().of(model, prompt.context.to(model.device), cache)
+    replay = ReplayScores().of(model, tokenizer, prompt.context.to(model.device), cache, prompt.n_prefix)
     peak = ask_full(model, cache, prompt).peak
     return {
         "hidden": torch.stack(hidden).cpu(),

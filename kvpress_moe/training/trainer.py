@@ -146,7 +146,7 @@ def train(
     fill.fill(
         what,
         made,
-        lambda prompt: capture(model, prompt, experts),
+        lambda prompt: capture(model, tokenizer, prompt, experts),
         lambda done, total: progress("capturing", done, total),
     )
     return fit_routers(model, recipe, fill, [fill.path(name) for name, _ in made], recipe.heuristics, progress)

@@ -35,7 +35,7 @@ def prompt():
 def judged(llama, prompt):
     cells = [(name, ratio) for name in HOOKED for ratio in RATIOS]
     found = judge(llama, prompt.context, METHODS, cells, sinks=4, recent=8)
-    judge_alone(llama, prompt.context, found, METHODS, cells, sinks=4, recent=8)
+    judge_alone(llama, None, prompt, found, METHODS, cells, sinks=4, recent=8)
     return found
 
 

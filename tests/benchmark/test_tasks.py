@@ -93,7 +93,7 @@ def test_frequent_words_are_the_most_frequent():
 @pytest.mark.parametrize("share", [keys, people, firms, cities, nouns, topics, modules, sentences])
 def test_splits_share_nothing(share):
     train, tune, test = (set(share(split)) for split in SPLITS)
-    assert train and tune and test
+    assert min(len(train), len(tune), len(test)) > 3
     assert not train & tune
     assert not train & test
     assert not tune & test

@@ -1,0 +1,241 @@
+"""Routers learn from captured prompts, the press gives the scores they were fitted to, and runs are repeatable."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import DynamicCache
+
+from kvpress_moe import MoERouterPress
+from kvpress_moe.benchmark.judging import prepared
+from kvpress_moe.benchmark.prompts import encode
+from kvpress_moe.benchmark.tasks import make_sample
+from kvpress_moe.checkpoint import load_routers, save_routers
+from kvpress_moe.errors import ExpertError, SettingError
+from kvpress_moe.experts import make_expert
+from kvpress_moe.replay import ReplayScores, chat_suffix
+from kvpress_moe.training.capture import Shards, capture, written_norm
+from kvpress_moe.training.fit import fold_scaling, predict
+from kvpress_moe.training.objective import FLOOR, tail_weights, target
+from kvpress_moe.training.trainer import Recipe, kept_thresholds, layer_data, prompts, train
+from tests.benchmark.test_runner import TEMPLATE
+from tests.tiny import decoder, prefill, tiny_model
+
+RECIPE = Recipe(
+    experts=("learned", "keydiff", "cur"),
+    top_k=2,
+    samples=3,
+    length=600,
+    tasks=("kv_list", "prose"),
+    epochs=8,
+    bottleneck=8,
+    learned_width=8,
+)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.fixture(scope="module")
+def trained(llama, chat_tokenizer, shards):
+    return train(llama, chat_tokenizer, RECIPE, shards)
+
+
+@pytest.fixture(scope="module")
+def prompt(chat_tokenizer):
+    return encode(make_sample("kv_list", len, 700, 0), chat_tokenizer)
+
+
+def test_training_is_repeatable_and_takes_up_what_was_captured(llama, chat_tokenizer, shards, trained, monkeypatch):
+    def never(*args):
+        raise AssertionError("captured again")
+
+    monkeypatch.setattr("kvpress_moe.training.trainer.capture", never)
+    again, metrics = train(llama, chat_tokenizer, RECIPE, shards)
+    for name, tensor in again.state_dict().items():
+        assert_close(tensor, trained[0].state_dict()[name], equal_nan=True, rtol=0, atol=0)
+    assert metrics == trained[1]
+    with pytest.raises(SettingError, match="^shards: got"):
+        train(llama, chat_tokenizer, replace(RECIPE, experts=("learned", "knorm"), top_k=1), shards)
+
+
+def test_fitting_beats_a_constant_per_head(llama, chat_tokenizer, shards, trained):
+    store = Shards(shards)
+    paths = store.names()
+    for layer_idx, router in enumerate(trained[0].layers):
+        data = layer_data(
+            store.layer(layer_idx, paths), [0, 0, 1], "replay", kept_thresholds(store, paths, 2, "replay")
+        )
+        with torch.no_grad():
+            scores, _ = predict(router, data.hidden, data.ranks, RECIPE.top_k, learned=0)
+        constant = (data.targets * data.weights).sum(0) / data.weights.sum(0)
+        error = (data.weights * (scores - data.targets).square()).mean()
+        assert error < 0.95 * (data.weights * (constant - data.targets).square()).mean()
+
+
+def test_the_press_gives_the_scores_that_were_fitted(llama, trained, prompt):
+    """One formula in two places: training does all experts at once, the press one after the other."""
+    press = MoERouterPress(router=trained[0], capacity_factor=10.0)
+    seen = {}
+
+    def score(module, args, kwargs, output):
+        layer = cache.layers[module.layer_idx]
+        seen[module.layer_idx] = (
+            kwargs["hidden_states"],
+            press.score(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs),
+            torch.stack([rank(name, module, layer, kwargs) for name in ("keydiff", "keydiff", "cur")], -1),
+        )
+
+    def rank(name, module, layer, kwargs):
+        from kvpress_moe.layer_call import LayerCall
+        from kvpress_moe.mixing import rank_within_head
+
+        call = LayerCall(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
+        return rank_within_head(make_expert(name).score(call, 0.5))
+
+    cache = DynamicCache()
+    with prepared(llama, [press]):
+        hooks = [layer.self_attn.register_forward_hook(score, with_kwargs=True) for layer in decoder(llama).layers]
+        with torch.no_grad():
+            llama.model(input_ids=prompt.context, past_key_values=cache)
+        for hook in hooks:
+            hook.remove()
+    assert list(press.expert_strategies.values()) == list(RECIPE.experts)
+    assert press.top_k == 2
+    for layer_idx, (hidden, scores, ranks) in seen.items():
+        with torch.no_grad():
+            expected, _ = predict(trained[0].layers[layer_idx], hidden[0], ranks[0].transpose(0, 1), 2, learned=0)
+        assert_close(scores[0].T, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_trained_routers_share_one_budget_unless_told_otherwise(llama, trained, prompt):
+    ragged = prefill(llama, prompt.context, MoERouterPress(0.7, router=trained[0]))
+    n_kept = int(prompt.context.shape[1] * (1 - 0.7))
+    assert sum(sum(layer.lengths[0]) for layer in ragged.layers) == 2 * 2 * n_kept
+    assert len({length for layer in ragged.layers for length in layer.lengths[0]}) > 1
+    uniform = prefill(llama, prompt.context, MoERouterPress(0.7, router=trained[0], budget="uniform"))
+    assert [layer.keys.shape[2] for layer in uniform.layers] == [n_kept] * 2
+
+
+def test_saved_and_loaded_routers_keep_the_same_pairs(llama, trained, prompt, tmp_path):
+    save_routers(trained[0], tmp_path, trained[1])
+    assert load_routers(tmp_path).config == trained[0].config
+    live = prefill(llama, prompt.context, MoERouterPress(0.7, router=trained[0]))
+    loaded = prefill(llama, prompt.context, MoERouterPress(0.7, router=tmp_path))
+    for one, other in zip(live.layers, loaded.layers, strict=True):
+        assert torch.equal(one.flat_keys, other.flat_keys)
+    assert json.loads((tmp_path / "routers.json").read_text())["metrics"]["recipe"]["seed"] == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_every_family_trains(family, chat_tokenizer, prompt):
+    model = tiny_model(family)
+    recipe = replace(RECIPE, samples=2, epochs=1)
+    routers, _ = train(model, chat_tokenizer, recipe)
+    cache = prefill(model, prompt.context, MoERouterPress(0.5, router=routers))
+    assert sum(sum(layer.lengths[0]) for layer in cache.layers) == 2 * 2 * (prompt.context.shape[1] // 2)
+
+
+def test_captured_targets_are_the_largest_attention_that_a_repetition_pays(llama, chat_tokenizer, prompt):
+    """By hand: let the request and the context pass over the full cache, and look at every attention weight."""
+    shard = capture(llama, chat_tokenizer, prompt, [make_expert("keydiff")])
+    ask = chat_tokenizer(
+        "\n\nRepeat the previous context exactly.", add_special_tokens=False, return_tensors="pt"
+    ).input_ids
+    suffix = chat_tokenizer(chat_suffix(chat_tokenizer), add_special_tokens=False, return_tensors="pt").input_ids
+    repeated = prompt.context[:, prompt.n_prefix :]
+    eager = tiny_model("llama", attn_implementation="eager")
+    cache = prefill(eager, prompt.context)
+    with torch.no_grad():
+        ids = torch.cat((ask, suffix, repeated), 1)
+        attentions = eager(input_ids=ids, past_key_values=cache, output_attentions=True).attentions
+    for layer_idx, attention in enumerate(attentions):
+        n_context = prompt.context.shape[1]
+        logs = attention[0].unflatten(0, (2, -1)).clamp(min=1e-30)
+        # KVzip leaves the template's prefix, sinks apart, out of the softmax
+        seen = torch.cat((logs[..., :4], logs[..., prompt.n_prefix :]), -1)
+        kept = (seen / seen.sum(-1, keepdim=True))[..., 4 : 4 + n_context - prompt.n_prefix].amax((1, 2)).log()
+        assert_close(shard["replay"][layer_idx][:, prompt.n_prefix :].float(), kept, atol=2e-2, rtol=2e-2)
+        assert shard["replay"][layer_idx][:, : prompt.n_prefix].isinf().all()
+
+
+def test_what_a_value_writes_is_its_norm_after_the_output_projection(llama):
+    attention = decoder(llama).layers[0].self_attn
+    values = torch.randn(1, 2, 5, 8)
+    expected = torch.zeros(1, 2, 5)
+    for head in range(2):
+        for pair in range(5):
+            norms = []
+            for query_head in (2 * head, 2 * head + 1):
+                whole = torch.zeros(32)
+                whole[8 * query_head : 8 * query_head + 8] = values[0, head, pair]
+                norms.append(attention.o_proj(whole).norm().item())
+            expected[0, head, pair] = max(norms)
+    assert_close(written_norm(attention, values).detach(), expected)
+
+
+def test_targets_and_weights():
+    shard = {"replay": torch.tensor([[-1.0, -torch.inf]]), "answer": torch.tensor([[-3.0, -2.0]])}
+    shard["writes"] = torch.tensor([[0.5, 1.0]])
+    assert target(shard, "replay").tolist() == [[-1, FLOOR]]
+    assert target(shard, "written").tolist() == [[-0.5, FLOOR]]
+    assert target(shard, "both").tolist() == [[-1, -2]]
+    weights = tail_weights(torch.tensor([[-4.0], [-2.5], [-1.5], [0.0]]), torch.tensor([-3.0, -2.0, -1.0]))
+    assert_close(weights[:, 0], torch.tensor([0.1, 0.4, 0.7, 1.0]))
+
+
+def test_scaling_is_folded_into_the_first_map():
+    linear = torch.nn.Linear(4, 3)
+    inputs, mean, std = torch.randn(6, 4), torch.randn(4), torch.rand(4) + 0.5
+    expected = linear((inputs - mean) / std)
+    fold_scaling(linear, mean, std)
+    assert_close(linear(inputs), expected)
+
+
+def test_the_learned_expert_needs_a_router_and_one_hidden_state_per_pair(llama, prompt):
+    with pytest.raises(ExpertError, match="part of a trained router"):
+        prefill(llama, prompt.context, MoERouterPress(experts=["learned", "keydiff"]))
+
+
+def test_replay_leaves_the_cache_as_it_was(llama, chat_tokenizer, prompt):
+    cache = prefill(llama, prompt.context)
+    before = [layer.keys.clone() for layer in cache.layers]
+    ReplayScores().of(llama, chat_tokenizer, prompt.context, cache, prompt.n_prefix)
+    for keys, layer in zip(before, cache.layers, strict=True):
+        assert torch.equal(keys, layer.keys)
+
+
+def test_prompts_come_from_the_train_split_in_several_lengths(chat_tokenizer):
+    made = prompts(replace(RECIPE, samples=10, length=1024), chat_tokenizer, 4096)
+    assert all("/train/" in name for name, _ in made)
+    assert len({name.split("/")[2] for name, _ in made}) > 2
+    assert len({name for name, _ in made}) == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"experts": ("learned", "knrom")}, "experts"),
+        ({"experts": ("cur", "cur")}, "experts"),
+        ({"top_k": 4}, "top_k"),
+        ({"teacher": "mean"}, "teacher"),
+        ({"tasks": ("needles",)}, "tasks"),
+        ({"epochs": 0}, "epochs"),
+        ({"length": 8}, "length"),
+    ],
+)
+def test_bad_recipes_are_refused(change, field):
+    with pytest.raises(SettingError, match=f"^{field}: got"):
+        replace(RECIPE, **change).check()
