@@ -6,13 +6,17 @@ STAMP := $(VENV)/.installed
 export TQDM_DISABLE ?= 1
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check bench-quick setup clean
 
 demo: setup  ## install, get the embedded model, ask it a question through every cache
 	$(BIN)/kvpress-moe ask --experts strong --ratio 0.75
 
 test: setup  ## install, run the whole suite
 	$(BIN)/python -m pytest
+
+bench-quick: setup  ## all tasks, all fast methods, a few samples each: table and page in runs/quick (under 10 minutes)
+	$(BIN)/kvpress-moe bench --out runs/quick --lengths 512 --ratios 0.5,0.75 --limit 2
+	$(BIN)/kvpress-moe report runs/quick
 
 check: setup  ## format and lint
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from kvpress_moe.attention import per_kv_head
 from kvpress_moe.budget import mixed_keep_fraction, pairs_kept
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.cache.masks import fit_masks, fit_masks_after_forward
+from kvpress_moe.checkpoint import save_routers
 from kvpress_moe.errors import ExpertError, SettingError, UnsupportedModelError
 from kvpress_moe.eviction import evict, kept_mask, select
 from kvpress_moe.experts import Expert, OwnExpert, expert_specs, make_expert
@@ -338,6 +340,47 @@ class MoERouterPress(ScorerPress):
             self._apply_to_routers("cache_aware", self.cache_aware)
             self._apply_to_routers("dropout", self.dropout)
         return self._routers
+
+    @classmethod
+    def from_pretrained(cls, router: str | Path | Routers, **settings: Any) -> MoERouterPress:
+        """
+        A press with trained routers.
+
+        Parameters
+        ----------
+        router : path, str or Routers
+            A directory, a hub id (``"user/name"``), or the object.
+        **settings
+            Of the press. Experts and ``top_k`` are those of the routers unless named.
+        """
+        return cls(router=trained_routers(router), **settings)
+
+    def save_pretrained(self, directory: str | Path, metrics: dict[str, Any] | None = None) -> Path:
+        """
+        Write the routers in use to a directory, see :func:`kvpress_moe.checkpoint.save_routers`.
+
+        Raises
+        ------
+        SettingError
+            If there are none yet: the press has seen no model.
+        """
+        routers = self._routers if self._routers is not None else self.router
+        if not isinstance(routers, Routers):
+            raise SettingError("routers", None, "routers in use", "Enter `with press(model):` once, or pass router=.")
+        return save_routers(routers, directory, metrics)
+
+    def push_to_hub(self, repo_id: str, private: bool = False, metrics: dict[str, Any] | None = None) -> str:
+        """
+        Upload the routers in use to a repository of the Hugging Face hub, which is made if need be; its address.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, metrics)
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Routers for MoERouterPress")
+        return str(address)
 
     @property
     def scope(self) -> str:

@@ -183,8 +183,7 @@ class Evaluator:
     def _stop_tokens(self) -> frozenset[int]:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        newline = self.tokenizer("\n", add_special_tokens=False).input_ids[-1:]
-        return frozenset(token for token in (*ends, self.tokenizer.eos_token_id, *newline) if token is not None)
+        return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
 
 
 def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:

@@ -27,12 +27,12 @@ def score(sample: Sample, answer: Answer, text: str | None) -> float:
 
 def f1(text: str, references: Sequence[str]) -> float:
     """
-    F1 of the items of an enumeration ("a, b, and c") in the first line of a text.
+    F1 of the items of an enumeration ("a, b, and c") or of a bulleted list, up to the first blank line.
 
     Items are compared without case and outer punctuation; an item said twice counts as one that is wrong.
     """
-    first_line = text.strip().split("\n")[0]
-    items = [normalised(item) for item in _SEPARATORS.split(first_line)]
+    listed = text.strip().split("\n\n")[0]
+    items = [normalised(item) for item in _SEPARATORS.split(listed)]
     items = [item for item in items if item]
     wanted = {normalised(reference) for reference in references}
     right = len(wanted & set(items))
@@ -41,4 +41,4 @@ def f1(text: str, references: Sequence[str]) -> float:
 
 def normalised(item: str) -> str:
     """Without case and without punctuation or spaces around it."""
-    return item.strip(" \t.:!?\"'`()[]*").casefold()
+    return item.strip(" \t.:!?\"'`()[]*-").casefold()

@@ -67,6 +67,7 @@ def fit_layer(
     epochs: int,
     learning_rate: float,
     seed: int,
+    train_gate: bool = True,
     batch_size: int = 2048,
 ) -> float:
     """
@@ -83,6 +84,8 @@ def fit_layer(
         router.calibration.slope.fill_(1.0 / data.ranks.shape[-1])
         if learned is not None:
             router.calibration.slope[:, learned] = 1.0
+    for parameter in (*router.up.parameters(), *router.down.parameters()):
+        parameter.requires_grad_(train_gate)
     parameters = [parameter for parameter in router.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     n_steps = epochs * -(-len(hidden) // batch_size)
@@ -101,7 +104,7 @@ def fit_layer(
                 optimizer.step()
                 schedule.step()
                 total += error.item() * len(batch) / len(hidden)
-    router.eval()
+    router.eval().requires_grad_(True)
     fold_scaling(router.down, mean, std)
     if learned is not None:
         fold_scaling(router.learned.down, mean, std)

@@ -49,6 +49,8 @@ class Recipe:
     router_type : {"pikv", "base"}
     bottleneck, learned_width : int
         Widths of the gate and of the learned expert.
+    gate : bool
+        False leaves the gate at equal weights: a static mixture, for ablations.
     dropout, aux_loss_weight, learning_rate : float
     epochs, seed : int
     """
@@ -59,6 +61,7 @@ class Recipe:
     length: int = 1024
     tasks: tuple[str, ...] = tuple(task for task in TASKS if task not in HELD_OUT)
     teacher: str = "replay"
+    gate: bool = True
     router_type: str = "pikv"
     bottleneck: int = 32
     learned_width: int = 64
@@ -197,6 +200,7 @@ def fit_routers(
             recipe.epochs,
             recipe.learning_rate,
             recipe.seed + layer_idx,
+            train_gate=recipe.gate,
         )
         losses.append(loss)
         progress("fitting layers", layer_idx + 1, config.num_hidden_layers, loss)

@@ -202,7 +202,8 @@ def test_aware_compresses_the_question_too(chat_tokenizer):
     ("text", "expected"),
     [
         (" 11, 22, and 33.", 1.0),
-        (" 33, 11 and 22\nand so on, 44", 1.0),
+        (" 33, 11 and 22\n\nThese are all, 44", 1.0),
+        (" 22\n* 11\n* **33**", 1.0),
         (" 11, 44", 2 / 5),
         (" 11, 11, 11", 2 / 6),
         ("", 0.0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room
-from kvpress_moe.benchmark.tasks.needles import enumeration
+from kvpress_moe.benchmark.tasks.needles import bullets
 from kvpress_moe.benchmark.tasks.vocabulary import nouns
 
 _OPENING = "Below is a list of words. Memorize the words that appear most often.\n"
@@ -26,8 +26,8 @@ def frequent_words(random: Random, count_tokens: CountTokens, length: int, index
     return {
         "context": _OPENING + ", ".join(listed),
         "question": "What are the three most common words in the list above?",
-        "answer_prefix": "The three most common words in the list are",
-        "answer": f" {enumeration(common)}",
+        "answer_prefix": "The three most common words in the list are:\n\n*",
+        "answer": bullets(common),
         "references": tuple(common),
         "metric": "f1",
     }

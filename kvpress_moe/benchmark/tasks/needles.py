@@ -63,8 +63,8 @@ def needle(
         listed = enumeration(asked)
         wanted.sort(key=body.index) if n_asked == 1 else None
         question = f"What are all the special magic numbers for {listed} mentioned in the provided text?"
-        prefix = f"The special magic numbers for {listed} mentioned in the provided text are"
-        answer = f" {enumeration(wanted)}"
+        prefix = f"The special magic numbers for {listed} mentioned in the provided text are:\n\n*"
+        answer = bullets(wanted)
     return {
         "context": _OPENING + body,
         "question": question,
@@ -74,6 +74,11 @@ def needle(
         "metric": "exact" if len(wanted) == 1 else "f1",
         "depth": depth,
     }
+
+
+def bullets(items: list[str]) -> str:
+    """A list as chat models write it, after its first bullet; asked for one line, the embedded model writes one too."""
+    return " " + "\n* ".join(items)
 
 
 def enumeration(items: list[str]) -> str:
