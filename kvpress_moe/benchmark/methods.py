@@ -114,6 +114,8 @@ def _ours() -> Iterator[Method]:
         yield _scored(f"moe_{name}", partial(MoERouterPress, **settings), "ours")
     mixture = partial(MoERouterPress, experts="strong", top_k=4)
     yield _scored("uniform_mix", mixture, "ours")
+    for budget in ("uniform", "layer", "global"):  # the routers that ship with the package for this model
+        yield _scored(f"moe_trained_{budget}", MoERouterPress, "ours", budget, "moe_trained")
     yield _wrapped("adakv_uniform_mix", kvpress.AdaKVPress, mixture, "ours")
     yield _wrapped("chunkkv_uniform_mix", kvpress.ChunkKVPress, mixture, "ours")
 
@@ -163,7 +165,9 @@ def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-p
     """A method from whatever makes a press; whether it scores or selects is seen from the press."""
     press = make()
     if isinstance(press, MoERouterPress):
-        return Method(name, group, lambda protect: protect(make()), press.budget, name)
+        calibrated = press.router is not None  # what its scope will be once it has seen the model
+        budget = press.budget or ("global" if calibrated else "uniform")
+        return Method(name, "ours", lambda protect: protect(make()), budget, name)
     if isinstance(press, ScorerPress):
         plain = type(press).compress is ScorerPress.compress
         return Method(name, group, lambda protect: protect(make()), "uniform" if plain else None, name)

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from kvpress_moe import __version__
-from kvpress_moe.cli import ask, bench, compress, train
+from kvpress_moe.cli import ask, bench, compress, report, train
 from kvpress_moe.errors import KVPressMoEError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command(epilog=ask.EPILOG)(ask.ask)
 app.command(epilog=compress.EPILOG)(compress.compress)
 app.command(epilog=bench.EPILOG)(bench.bench)
+app.command(epilog=report.EPILOG)(report.report)
 app.command(epilog=train.EPILOG)(train.train)
 
 

@@ -1,0 +1,62 @@
+"""The report of benchmark runs, made from their records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvpress_moe.benchmark.report.markdown import markdown, ranked, tables
+from kvpress_moe.benchmark.report.page import page
+from kvpress_moe.benchmark.report.summary import Results, load
+from kvpress_moe.checkpoint import write_atomically
+from kvpress_moe.errors import SettingError
+
+
+def write_report(runs: Sequence[Path], out: Path, ours: str | None = None) -> list[Path]:
+    """
+    Write ``report.md``, plots and ``report.html``.
+
+    Parameters
+    ----------
+    runs : sequence of Path
+        Directories that `kvpress-moe bench` wrote; of the same model, seed and setting.
+    out : Path
+        Directory of the report; made if it is not there.
+    ours : str, optional
+        The method that the others are compared with. The best of the group "ours" otherwise.
+
+    Returns
+    -------
+    list of Path
+        What was written.
+
+    Raises
+    ------
+    SettingError
+        If the records cannot be read or do not belong together, or matplotlib is not installed.
+    """
+    results = load(runs)
+    reference = ours or compared(results)
+    if reference not in results.methods:
+        raise SettingError("ours", reference, f"one of {', '.join(results.methods)}", "")
+    try:
+        from kvpress_moe.benchmark.report.plots import draw
+
+        out.mkdir(parents=True, exist_ok=True)
+        plots = draw(results, reference, out)
+    except ImportError as error:
+        raise SettingError("report", "plots", "the package matplotlib", "pip install kvpress-moe[bench]") from error
+    found = tables(results, reference)
+    texts = {
+        "report.md": markdown(results, found, plots),
+        "report.html": page(results, found, plots, out, reference),
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    return [out / name for name in (*texts, *(name for _, name in plots))]
+
+
+def compared(results: Results) -> str:
+    """The best method of the group "ours" (a press of this package, a router of one's own); else the best of all."""
+    order = ranked(results)
+    return next((method for method in order if results.group(method) == "ours"), order[0])

@@ -1,0 +1,198 @@
+"""The report as Markdown: one table over all methods, one per task, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvpress_moe.benchmark.report.summary import (
+    SOLVED,
+    Results,
+    best_single,
+    mean_over_tasks,
+    oracle_values,
+)
+
+ORACLE = "best press per task (oracle)"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Plain cells, to be written as Markdown or HTML."""
+
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", "", self.note, ""] if self.note else [f"## {self.title}", ""]
+        lines += [_line(self.head), _line(["---", *["---:"] * (len(self.head) - 1)])]
+        return "\n".join(lines + [_line(row) for row in self.rows])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def facts(results: Results) -> list[tuple[str, str]]:
+    """What the numbers are numbers of."""
+    header = results.header
+    counts = {task: sum(results.task_of[sample] == task for sample in results.samples) for task in results.tasks}
+    per_task = (
+        f"{min(counts.values())}"
+        if len(set(counts.values())) == 1
+        else f"{min(counts.values())} to {max(counts.values())}"
+    )
+    lengths = ", ".join(str(length) for length in sorted(set(results.length_of.values())))
+    return [
+        ("Model", str(header["model"])),
+        ("Samples", f"{len(results.samples)}: {per_task} for each of {len(counts)} tasks, {lengths} tokens"),
+        ("Setting", f"{header['setting']}, split {header['split']}, seed {header['seed']}"),
+        (
+            "Protected",
+            f"the first {header['sinks']} and the last {header['recent']} tokens, for every method that scores",
+        ),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in header["versions"].items())),
+        ("Command", "; ".join(header["commands"])),
+    ]
+
+
+def ranked(results: Results, metric: str = "kl") -> list[str]:
+    """Methods by the mean of a metric at the middle ratio, best first; the full cache before all."""
+    middle = results.ratios[len(results.ratios) // 2]
+
+    def key(method: str) -> float:
+        value = mean_over_tasks(results.by_task((method, middle), metric)).mean
+        return value if np.isfinite(value) else np.inf
+
+    return sorted((method for method in results.methods if method != "full"), key=key)
+
+
+def overview(results: Results, metric: str, title: str, note: str, spec: str) -> Table:
+    """Methods × ratios: means over tasks with intervals."""
+    head = ["method", "group", *(f"{ratio:.0%} evicted" for ratio in results.ratios)]
+    rows = []
+    if metric == "score":
+        rows.append(
+            [
+                "full",
+                "reference",
+                *[f"{mean_over_tasks(results.by_task(('full', 0.0), metric)):{spec}}"] * len(results.ratios),
+            ]
+        )
+    for method in ranked(results):
+        cells = [f"{mean_over_tasks(results.by_task((method, ratio), metric)):{spec}}" for ratio in results.ratios]
+        rows.append([method, results.group(method), *cells])
+    cells = [f"{mean_over_tasks(oracle_values(results, ratio, metric)):{spec}}" for ratio in results.ratios]
+    rows.append([ORACLE, "oracle", *cells])
+    return Table(title, note, head, rows)
+
+
+def costs(results: Results) -> Table:
+    """What each method costs and keeps."""
+    head = [
+        "method",
+        *(f"{what} at {ratio:.0%}" for ratio in results.ratios for what in ("pairs kept", "cost", "hit rate")),
+    ]
+    rows = []
+    for method in ranked(results):
+        row = [method]
+        for ratio in results.ratios:
+            for metric, spec in (("share", ".2%"), ("cost", ".1%"), ("hit", ".2f")):
+                value = mean_over_tasks(results.by_task((method, ratio), metric)).mean
+                row.append(f"{value:{spec}}" if np.isfinite(value) else "unknown")
+        rows.append(row)
+    note = (
+        "Pairs: counted in the cache that answered, over the full cache's. Cost: time of scoring and selecting over "
+        "the time of the shared prefill, in one process. Hit rate: share of the attention of question and answer (full "
+        "cache) on kept pairs; it does not rank methods."
+    )
+    return Table("Pairs, cost, hit rate", note, head, rows)
+
+
+def versus(results: Results, reference: str) -> Table:
+    """Paired differences in KL from one method."""
+    head = ["method", *(f"{ratio:.0%} evicted" for ratio in results.ratios)]
+    rows = []
+    for method in ranked(results):
+        if method == reference:
+            continue
+        cells = []
+        for ratio in results.ratios:
+            estimate = mean_over_tasks(results.paired((method, ratio), (reference, ratio), "kl"))
+            sign = "" if not np.isfinite(estimate.mean) else " *" if estimate.low > 0 or estimate.high < 0 else ""
+            cells.append(f"{estimate:+.3f}{sign}")
+        rows.append([method, *cells])
+    note = f"KL minus that of `{reference}` on the same samples; * where the 95 % interval leaves out zero."
+    return Table(f"Paired differences from {reference}", note, head, rows)
+
+
+def skills(results: Results) -> Table:
+    """What the model can do with its full cache."""
+    rows = []
+    for task in results.tasks:
+        score = results.by_task(("full", 0.0), "score").get(task, np.array([np.nan]))
+        nll = results.by_task(("full", 0.0), "nll").get(task, np.array([np.nan]))
+        mark = "" if score.mean() >= SOLVED else " †"
+        rows.append([task + mark, str(len(score)), f"{score.mean():.2f}", f"{nll.mean():.2f}"])
+    note = f"† below {SOLVED}: scores of this task say little; KL and NLL still do."
+    return Table("What the full cache can do", note, ["task", "samples", "score", "NLL of the right answer"], rows)
+
+
+def per_task(results: Results, metric: str, title: str, spec: str, ratio: float) -> Table:
+    """Methods × tasks at one ratio."""
+    head = ["method", *results.tasks]
+    rows = []
+    for method in (["full"] if metric == "score" else []) + ranked(results):
+        by_task = results.by_task((method, 0.0 if method == "full" else ratio), metric)
+        rows.append([method, *(f"{by_task[task].mean():{spec}}" if task in by_task else "–" for task in results.tasks)])
+    best = [best_single(results, ratio, task) or "–" for task in results.tasks]
+    rows.append(["best press of the task", *best])
+    return Table(f"{title}, {ratio:.0%} evicted", "", head, rows)
+
+
+def tables(results: Results, reference: str) -> list[Table]:
+    """All tables of the report, in order."""
+    found = [
+        overview(
+            results,
+            "kl",
+            "Divergence from the full cache",
+            "Mean KL of the answers' next-token distributions from the full cache's, in nats; the mean of the tasks' "
+            "means, 95 % bootstrap intervals. Lower is better. Sorted by the middle ratio.",
+            ".4f",
+        ),
+        overview(
+            results,
+            "extra",
+            "NLL of the right answer beyond the full cache's",
+            "Nats per token. Lower is better.",
+            ".3f",
+        ),
+        overview(
+            results,
+            "score",
+            "Task score",
+            "Exact match, F1, or share of right tokens; mean over all tasks, also those the model cannot do.",
+            ".3f",
+        ),
+        versus(results, reference),
+        skills(results),
+        costs(results),
+    ]
+    for ratio in results.ratios:
+        found.append(per_task(results, "kl", "KL by task", ".3f", ratio))
+        found.append(per_task(results, "score", "Score by task", ".2f", ratio))
+    return found
+
+
+def markdown(results: Results, found: Sequence[Table], plots: Sequence[tuple[str, str]]) -> str:
+    """The whole report; plots as (title, file name)."""
+    lines = ["# Benchmark of KV-cache presses", ""]
+    lines += [f"- **{name}**: {text}" for name, text in facts(results)]
+    for title, name in plots:
+        lines += ["", f"![{title}]({name})"]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(table.markdown() for table in found) + "\n"

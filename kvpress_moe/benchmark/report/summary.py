@@ -1,0 +1,187 @@
+"""Records of runs -> the numbers of the report: means over tasks, paired differences, intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvpress_moe.benchmark.records import read_header, read_records
+from kvpress_moe.errors import SettingError
+
+RESAMPLES = 2000
+SOLVED = 0.5  # full-cache score from which a task says something about scores
+_MUST_AGREE = ("model", "fingerprint", "seed", "split", "setting", "sinks", "recent", "min_share")
+METRICS = ("score", "nll", "kl", "hit", "pairs", "bytes", "seconds")
+
+Cell = tuple[str, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+@dataclass
+class Results:
+    """
+    All records of one or several runs of the same kind.
+
+    Attributes
+    ----------
+    header : dict
+        Of the first run, with the methods and commands of all.
+    tasks : list of str
+    samples : list of str
+        Their ids.
+    task_of, depth_of, length_of : dict
+        Sample -> its task, depth, length.
+    values : dict of (method, ratio) -> dict of sample -> dict of metric -> float
+        NaN where unknown. ``score``, ``nll``, ``kl``, ``hit``, ``pairs``, ``bytes`` as recorded; ``extra`` is the NLL
+        minus the full cache's, ``cost`` the compression's time over the prefill's, ``share`` the pairs over all.
+    """
+
+    header: dict[str, Any]
+    tasks: list[str] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)
+    task_of: dict[str, str] = field(default_factory=dict)
+    depth_of: dict[str, float | None] = field(default_factory=dict)
+    length_of: dict[str, int] = field(default_factory=dict)
+    values: dict[Cell, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(method for method, _ in self.values))
+
+    @property
+    def ratios(self) -> list[float]:
+        return sorted({ratio for method, ratio in self.values if method != "full"})
+
+    def group(self, method: str) -> str:
+        return self.header["methods"].get(method, {}).get("group", "third-party")
+
+    def by_task(self, cell: Cell, metric: str, samples: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Task -> the metric of its samples (of those given), in the records' order; unknown values left out."""
+        found: dict[str, list[float]] = {}
+        values = self.values.get(cell, {})
+        for sample in self.samples if samples is None else samples:
+            value = values.get(sample, {}).get(metric, np.nan)
+            if np.isfinite(value):
+                found.setdefault(self.task_of[sample], []).append(value)
+        return {task: np.array(of_task) for task, of_task in found.items()}
+
+    def paired(self, cell: Cell, other: Cell, metric: str) -> dict[str, np.ndarray]:
+        """Task -> differences (cell minus other) over the samples that both have."""
+        found: dict[str, list[float]] = {}
+        for sample in self.samples:
+            one = self.values.get(cell, {}).get(sample, {}).get(metric, np.nan)
+            two = self.values.get(other, {}).get(sample, {}).get(metric, np.nan)
+            if np.isfinite(one - two):
+                found.setdefault(self.task_of[sample], []).append(one - two)
+        return {task: np.array(of_task) for task, of_task in found.items()}
+
+
+def load(runs: Sequence[Path]) -> Results:
+    """
+    Read runs; several lines of one sample are put together, a last line that was cut short is left out.
+
+    Raises
+    ------
+    SettingError
+        If a run cannot be read, holds no record, or differs from the first in what makes records comparable.
+    """
+    headers = [read_header(run) for run in runs]
+    for run, header in zip(runs, headers, strict=True):
+        for name in _MUST_AGREE:
+            if header.get(name) != headers[0].get(name):
+                raise SettingError(
+                    "RUN",
+                    str(run),
+                    f"a run of the same {name} as the first ({headers[0].get(name)!r}, this one {header.get(name)!r})",
+                    "Report them one by one.",
+                )
+    merged = dict(headers[0])
+    merged["methods"] = {name: about for header in headers for name, about in header["methods"].items()}
+    merged["commands"] = list(dict.fromkeys(command for header in headers for command in header["commands"]))
+    results = Results(merged)
+    for run in runs:
+        for record in read_records(run):
+            _add(results, record)
+    if not results.samples:
+        raise SettingError("RUN", ", ".join(map(str, runs)), "at least one record", "Run `kvpress-moe bench` first.")
+    for cell in results.values.values():
+        for sample, values in cell.items():
+            full = results.values.get(("full", 0.0), {}).get(sample, {})
+            values["extra"] = values["nll"] - full.get("nll", np.nan)
+            values["share"] = values["pairs"] / full.get("pairs", np.nan)
+    return results
+
+
+def _add(results: Results, record: dict[str, Any]) -> None:
+    sample, task = record["sample"], record["task"]
+    if sample not in results.task_of:
+        results.samples.append(sample)
+        results.task_of[sample] = task
+        results.depth_of[sample] = record.get("depth")
+        results.length_of[sample] = record["length"]
+        if task not in results.tasks:
+            results.tasks.append(task)
+    for row in record["results"]:
+        named = dict(zip(record["columns"], row, strict=True))
+        values = {name: np.nan if named[name] is None else float(named[name]) for name in METRICS}
+        values["cost"] = values["seconds"] / record["prefill_s"] if record["prefill_s"] else np.nan
+        results.values.setdefault((named["method"], named["ratio"]), {})[sample] = values
+
+
+def mean_over_tasks(by_task: dict[str, np.ndarray], seed: int = 0) -> Estimate:
+    """
+    The mean of the tasks' means, so that every task counts alike, with its interval.
+
+    Percentile bootstrap: samples are drawn anew within each task, 2,000 times.
+    """
+    if not by_task:
+        return Estimate(np.nan, np.nan, np.nan)
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros(RESAMPLES)
+    for values in by_task.values():
+        drawn += values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(1) / len(by_task)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Estimate(float(np.mean([values.mean() for values in by_task.values()])), float(low), float(high))
+
+
+def best_single(results: Results, ratio: float, task: str | None = None) -> str | None:
+    """
+    The press of kvpress with the lowest mean KL at a ratio; of one task, where named.
+
+    Chosen on the reported samples themselves, which favours it: an oracle.
+    """
+    found = {}
+    for method in results.methods:
+        if results.group(method) != "kvpress":
+            continue
+        by_task = results.by_task((method, ratio), "kl")
+        by_task = {task: by_task[task]} if task in by_task else {} if task else by_task
+        if by_task:
+            found[method] = np.mean([values.mean() for values in by_task.values()])
+    return min(found, key=found.get) if found else None
+
+
+def oracle_values(results: Results, ratio: float, metric: str) -> dict[str, np.ndarray]:
+    """Task -> the metric of the press that is best at that very task (in hindsight, by KL)."""
+    found = {}
+    for task in results.tasks:
+        best = best_single(results, ratio, task)
+        by_task = results.by_task((best, ratio), metric) if best else {}
+        if task in by_task:
+            found[task] = by_task[task]
+    return found

@@ -1,0 +1,32 @@
+"""kvpress-moe report: tables, plots and a page from the records of benchmark runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EPILOG = """Examples:
+
+kvpress-moe report runs/quick
+
+kvpress-moe report runs/first runs/second --out results --ours moe
+"""
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories that `bench` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Directory of the report; the first run's.")] = None,
+    ours: Annotated[
+        str | None, typer.Option(help="Method that the others are compared with; the best of the group ours.")
+    ] = None,
+) -> None:
+    """
+    Write report.md, plots and one self-contained page, report.html, from the records alone.
+    """
+    from kvpress_moe.benchmark.report import write_report
+
+    written = write_report(runs, out or runs[0], ours)
+    print(json.dumps({"written": [str(path) for path in written]}, separators=(",", ":")))
