@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -108,34 +107,45 @@ class Shards:
     def names(self) -> list[Path]:
         return sorted(self.directory.glob("*.safetensors"))
 
-    def fill(
-        self,
-        recipe: dict[str, Any],
-        prompts: Sequence[tuple[str, Prompt]],
-        capture_one: Callable[[Prompt], dict[str, Tensor]],
-        progress: Callable[[int, int], Any] = lambda done, total: None,
-    ) -> None:
+    def claim(self, model: dict[str, Any], experts: Sequence[str]) -> tuple[str, ...]:
         """
-        Capture the prompts that have no shard yet.
+        Say what the shards are of, or see that those which are there will do; the experts that they hold.
 
         Parameters
         ----------
-        recipe : dict
-            What the shards are made of (model, experts, …).
+        model : dict
+            Fingerprint.
+        experts : sequence of str
+            Those that are needed; shards that hold more will do.
 
         Raises
         ------
         SettingError
-            If the directory holds shards of another recipe.
+            If the directory holds shards of another model, or of fewer experts.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         note = self.directory / "recipe.json"
-        text = json.dumps(recipe, indent=1, sort_keys=True)
-        if note.exists() and note.read_text() != text:
+        if note.exists():
+            there = json.loads(note.read_text())
+            if there["model"] == model and set(experts) <= set(there["experts"]):
+                return tuple(there["experts"])
             raise SettingError(
-                "shards", str(self.directory), "shards of the same recipe", "Name another directory, or delete it."
+                "shards",
+                str(self.directory),
+                f"shards of this model and of experts {list(experts)} (there are {there['experts']})",
+                "Name another directory, or delete it.",
             )
+        text = json.dumps({"model": model, "experts": list(experts)}, indent=1)
         write_atomically(note, lambda path: path.write_text(text))
+        return tuple(experts)
+
+    def fill(
+        self,
+        prompts: Sequence[tuple[str, Prompt]],
+        capture_one: Callable[[Prompt], dict[str, Tensor]],
+        progress: Callable[[int, int], Any] = lambda done, total: None,
+    ) -> None:
+        """Capture the prompts that have no shard yet."""
         for done, (name, prompt) in enumerate(prompts):
             progress(done, len(prompts))
             if not self.path(name).exists():
@@ -150,8 +160,3 @@ class Shards:
             with safe_open(name, "pt") as shard:
                 prompts.append({key: shard.get_slice(key)[layer_idx] for key in shard.keys()})  # noqa: SIM118
         return prompts
-
-
-def digest(recipe: dict[str, Any]) -> str:
-    """Eight hex digits that stand for a recipe."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]

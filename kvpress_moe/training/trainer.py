@@ -57,10 +57,10 @@ class Recipe:
 
     experts: tuple[str, ...] = ("learned", "keydiff", "leverage", "cur", "tova")
     top_k: int = 5
-    samples: int = 96
+    samples: int = 120
     length: int = 1024
     tasks: tuple[str, ...] = tuple(task for task in TASKS if task not in HELD_OUT)
-    teacher: str = "replay"
+    teacher: str = "both"
     gate: bool = True
     router_type: str = "pikv"
     bottleneck: int = 32
@@ -144,15 +144,14 @@ def train(
     limit = model.config.get_text_config(decoder=True).max_position_embeddings
     fill = Shards(shards)
     made = prompts(recipe, tokenizer, limit)
-    experts: Sequence[Expert] = [make_expert(name) for name in recipe.heuristics]
-    what = {"model": model_fingerprint(model), "experts": list(recipe.heuristics)}
+    captured = fill.claim(model_fingerprint(model), recipe.heuristics)
+    experts: Sequence[Expert] = [make_expert(name) for name in captured]
     fill.fill(
-        what,
         made,
         lambda prompt: capture(model, tokenizer, prompt, experts),
         lambda done, total: progress("capturing", done, total),
     )
-    return fit_routers(model, recipe, fill, [fill.path(name) for name, _ in made], recipe.heuristics, progress)
+    return fit_routers(model, recipe, fill, [fill.path(name) for name, _ in made], captured, progress)
 
 
 def fit_routers(
