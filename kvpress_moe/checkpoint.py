@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -34,7 +35,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def save_routers(routers: Routers, directory: str | Path, metrics: dict[str, Any] | None = None) -> Path:
+def save_routers(
+    routers: Routers,
+    directory: str | Path,
+    metrics: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """
     Write routers to a directory, which is made if need be.
 
@@ -45,6 +51,8 @@ def save_routers(routers: Routers, directory: str | Path, metrics: dict[str, Any
         Gets ``routers.safetensors`` and ``routers.json``.
     metrics : dict, optional
         Anything worth keeping beside the weights.
+    dtype : torch.dtype, default=torch.float32
+        Of the weights in the file; they are float32 again when loaded.
 
     Returns
     -------
@@ -59,7 +67,7 @@ def save_routers(routers: Routers, directory: str | Path, metrics: dict[str, Any
         "metrics": metrics or {},
         "versions": {name: version(name) for name in ("kvpress-moe", "kvpress", "torch", "transformers")},
     }
-    weights = {name: tensor.contiguous().cpu() for name, tensor in routers.state_dict().items()}
+    weights = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in routers.state_dict().items()}
     write_atomically(directory / WEIGHTS, lambda path: save_file(weights, path))
     write_atomically(directory / CONFIG, lambda path: path.write_text(json.dumps(card, indent=1)))
     return directory
@@ -86,7 +94,7 @@ def load_routers(source: str | Path) -> Routers:
         card = json.loads((directory / CONFIG).read_text())
         config = RouterConfig(**{**card["config"], "experts": tuple(card["config"]["experts"])})
         routers = Routers(config, card["fingerprint"])
-        routers.load_state_dict(load_file(directory / WEIGHTS))
+        routers.load_state_dict({name: tensor.float() for name, tensor in load_file(directory / WEIGHTS).items()})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"router: {source} cannot be read ({type(error).__name__}: {error}), expected {WEIGHTS} and {CONFIG} as "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +35,7 @@ def train(
     length: Annotated[int | None, typer.Option(help="Longest context, in tokens.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Kinds of prompts; all but variable_tracking and code.")] = None,
     teacher: Annotated[str | None, typer.Option(help="replay, written, answer or both.")] = None,
+    gate: Annotated[bool, typer.Option(help="--no-gate: equal weights for all tokens, a static mixture.")] = True,
     epochs: Annotated[int | None, typer.Option(help="Passes over the captured tokens.")] = None,
     aux_loss_weight: Annotated[float | None, typer.Option(help="Of the load-balancing loss.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts and fit.")] = None,
@@ -57,6 +60,7 @@ def train(
         "length": length,
         "tasks": split_names(tasks),
         "teacher": teacher,
+        "gate": gate,
         "epochs": epochs,
         "aux_loss_weight": aux_loss_weight,
         "seed": seed,
@@ -67,6 +71,8 @@ def train(
     recipe = replace(Recipe(), **given)
     recipe.check()
 
+    import torch
+
     from kvpress_moe.checkpoint import save_routers
     from kvpress_moe.models import load_model
     from kvpress_moe.training import trainer
@@ -76,7 +82,8 @@ def train(
     with step_bar() as progress:
         routers, metrics = trainer.train(loaded, tokenizer, recipe, shards, progress)
     metrics["seconds"] = round(time.perf_counter() - start, 1)
-    save_routers(routers, out, metrics)
+    metrics["command"] = shlex.join(["kvpress-moe", *sys.argv[1:]])
+    save_routers(routers, out, metrics, dtype=torch.float16)
     Console().print(f"Use them: MoERouterPress(router={str(out)!r})", markup=False, highlight=False)
     mean_loss = sum(metrics["loss_by_layer"]) / len(metrics["loss_by_layer"])
     summary = {"router": str(out), "prompts": metrics["prompts"], "loss": round(mean_loss, 4)}

@@ -63,7 +63,7 @@ class Recipe:
     teacher: str = "both"
     gate: bool = True
     router_type: str = "pikv"
-    bottleneck: int = 32
+    bottleneck: int = 16
     learned_width: int = 64
     dropout: float = 0.1
     aux_loss_weight: float = 0.01
