@@ -326,7 +326,7 @@ def test_wrappers_that_store_the_result_themselves_are_refused(llama):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("budget", "head"), ("budget", None), ("min_share", 1.5), ("min_share", "a")]
+    ("field", "value"), [("budget", "head"), ("budget", 1), ("min_share", 1.5), ("min_share", "a")]
 )
 def test_wrong_settings_are_refused(field, value):
     with pytest.raises(SettingError, match=f"^{field}: got"):

@@ -17,10 +17,11 @@ from kvpress_moe.checkpoint import load_routers, save_routers
 from kvpress_moe.errors import ExpertError, SettingError
 from kvpress_moe.experts import make_expert
 from kvpress_moe.replay import ReplayScores, chat_suffix
-from kvpress_moe.training.capture import Shards, capture, written_norm
-from kvpress_moe.training.fit import fold_scaling, predict
+from kvpress_moe.routers import BaseMoERouter
+from kvpress_moe.training.capture import capture, written_norm
+from kvpress_moe.training.fit import LayerData, fit_layer, fold_scaling, predict
 from kvpress_moe.training.objective import FLOOR, tail_weights, target
-from kvpress_moe.training.trainer import Recipe, kept_thresholds, layer_data, prompts, train
+from kvpress_moe.training.trainer import Recipe, prompts, train
 from tests.benchmark.test_runner import TEMPLATE
 from tests.tiny import decoder, prefill, tiny_model
 
@@ -72,18 +73,25 @@ def test_training_is_repeatable_and_takes_up_what_was_captured(llama, chat_token
         train(llama, chat_tokenizer, replace(RECIPE, experts=("learned", "knorm"), top_k=1), shards)
 
 
-def test_fitting_beats_a_constant_per_head(llama, chat_tokenizer, shards, trained):
-    store = Shards(shards)
-    paths = store.names()
-    for layer_idx, router in enumerate(trained[0].layers):
-        data = layer_data(
-            store.layer(layer_idx, paths), [0, 0, 1], "replay", kept_thresholds(store, paths, 2, "replay")
-        )
+def test_fitting_finds_a_score_that_is_there():
+    """Targets made of ranks, of the hidden state, and of a choice between experts that the hidden state tells."""
+    hidden, ranks = torch.randn(3000, 16), torch.rand(3000, 2, 3) * 0.99
+    choice = torch.sigmoid(4 * hidden[:, :1])
+    routed = 3 * choice * ranks[..., 1] + 3 * (1 - choice) * ranks[..., 2]
+    targets = routed + hidden[:, 1:3] - torch.tensor([2.0, 5.0])
+    data = LayerData(hidden * 3 + 1, ranks, targets, torch.ones_like(targets))
+    constant = (targets - targets.mean(0)).square().mean().item()
+
+    def error(**changes):
+        router = BaseMoERouter(16, 3, dropout=0.0, bottleneck=8, num_heads=2, learned=8)
+        settings = {"top_k": 3, "learned": 0, "aux_loss_weight": 0.0, "epochs": 40, "learning_rate": 1e-2, "seed": 0}
+        fit_layer(router, data, **{**settings, **changes}, batch_size=256)
         with torch.no_grad():
-            scores, _ = predict(router, data.hidden, data.ranks, RECIPE.top_k, learned=0)
-        constant = (data.targets * data.weights).sum(0) / data.weights.sum(0)
-        error = (data.weights * (scores - data.targets).square()).mean()
-        assert error < 0.97 * (data.weights * (constant - data.targets).square()).mean()
+            scores, _ = predict(router, data.hidden, data.ranks, 3, learned=0)
+        return (scores - targets).square().mean().item()
+
+    assert error() < 0.03 * constant
+    assert error(train_gate=False) > 2 * error()  # the choice is in the gate, and nowhere else
 
 
 def test_the_press_gives_the_scores_that_were_fitted(llama, trained, prompt):
