@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 .PHONY: demo test check bench-quick setup clean
 
 demo: setup  ## install, get the embedded model, ask it a question through every cache
-	$(BIN)/kvpress-moe ask --experts strong --ratio 0.75
+	$(BIN)/kvpress-moe ask --ratio 0.75
 
 test: setup  ## install, run the whole suite
 	$(BIN)/python -m pytest

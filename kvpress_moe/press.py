@@ -41,6 +41,7 @@ from kvpress_moe.model_support import (
     slides,
 )
 from kvpress_moe.router_setup import (
+    belong,
     check_routers,
     fits,
     shipped_routers,
@@ -263,6 +264,8 @@ class MoERouterPress(ScorerPress):
         check_model(model)
         self._eager = model.config._attn_implementation == "eager"
         attention = language_model(model).layers[0].self_attn
+        if self.router is None and self._routers is not None and not belong(self._routers, attention):
+            del self.routers  # shipped ones, or feedback, of another model of this size
         routers = self._routers_for(attention)
         for expert in self._experts:
             if expert.name == "observed_attention" and model.config._attn_implementation != "eager":

@@ -35,6 +35,19 @@ def fits(routers: Routers, attention: nn.Module) -> bool:
     return (routers.config.num_layers, routers.config.hidden_size) == (config.num_hidden_layers, config.hidden_size)
 
 
+def belong(routers: Routers, attention: nn.Module) -> bool:
+    """Whether routers were made for the very model whose first attention layer is given."""
+    if not fits(routers, attention):
+        return False
+    if routers.fingerprint is None:
+        return True
+    try:
+        check_fingerprint(routers.fingerprint, fingerprint(attention.config, attention), "routers in use")
+    except CheckpointError:
+        return False
+    return True
+
+
 def untrained_routers(router_type: str, experts: Sequence[str], dropout: float, attention: nn.Module) -> Routers:
     """Routers that prefer no expert yet, for the model that an attention layer belongs to."""
     config = attention.config
@@ -52,13 +65,11 @@ def shipped_routers(attention: nn.Module) -> Routers | None:
     config = attention.config
     for directory in sorted(SHIPPED.glob("*/")):
         saved = read_fingerprint(directory)
-        if any(saved.get(name) != size for name, size in sizes(config).items()) or attention.layer_idx != 0:
+        if attention.layer_idx != 0 or any(saved.get(name) != size for name, size in sizes(config).items()):
             continue
-        try:
-            check_fingerprint(saved, fingerprint(config, attention), str(directory))
-        except CheckpointError:
-            continue  # another model of the same size
-        return load_routers(directory)
+        routers = load_routers(directory)
+        if belong(routers, attention):
+            return routers
     return None
 
 

@@ -44,7 +44,7 @@ def ask(
     questions: Annotated[list[str] | None, typer.Argument(help="One or more questions about the text.")] = None,
     ratio: Ratio = 0.5,
     experts: Experts = None,
-    budget: Budget = "uniform",
+    budget: Budget = None,
     router: Router = None,
     cache: Annotated[str | None, typer.Option(help="Ask a cache that `compress` wrote instead of a text.")] = None,
     model: Model = None,
@@ -111,11 +111,12 @@ def run(
     from kvpress_moe.press import MoERouterPress
 
     press = MoERouterPress(**settings)
-    names = list(press.expert_strategies.values())
-    singles = [MoERouterPress(**{**settings, "router": None, "experts": [name]}) for name in names]
-
     step("loading the model", total=1)
     model, tokenizer = load_model(model_name, device)
+    press.post_init_from_model(model)  # trained routers may bring experts of their own
+    names = list(press.expert_strategies.values())
+    alone = [name for name in names if name != "learned"]  # a part of its router
+    singles = [MoERouterPress(**{**settings, "router": None, "experts": [name]}) for name in alone]
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     tokens = pipeline.preprocess(context, questions, "", sys.maxsize)
     context_ids = tokens["context_ids"]
@@ -129,7 +130,7 @@ def run(
     methods = [
         ("full cache", None),
         ("router", press),
-        *((f"only {n}", p) for n, p in zip(names, singles, strict=True)),
+        *((f"only {n}", p) for n, p in zip(alone, singles, strict=True)),
     ]
     step("asking", total=len(methods) * len(questions))
     rows, full_bytes = [], cache_bytes(prefill.cache)

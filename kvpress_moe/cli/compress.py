@@ -39,7 +39,7 @@ def compress(
     out: Annotated[Path, typer.Option(help="The file to write.")],
     ratio: Ratio = 0.5,
     experts: Experts = None,
-    budget: Budget = "uniform",
+    budget: Budget = None,
     router: Router = None,
     model: Model = None,
     device: Device = "cpu",

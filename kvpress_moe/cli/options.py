@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 
 Ratio = Annotated[float, typer.Option(help="Share of the KV pairs to remove, in [0, 1).")]
 Experts = Annotated[
-    str | None, typer.Option(help="guide, strong, or names separated by commas; the guide's first four.")
+    str | None,
+    typer.Option(
+        help="guide, strong, or names separated by commas; those of the trained routers, else the guide's first four."
+    ),
 ]
-Budget = Annotated[str, typer.Option(help="Who shares: uniform (nobody), layer (its heads), global (all heads).")]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Who shares: uniform (nobody), layer (its heads), global (all); global with trained routers."),
+]
 Router = Annotated[str | None, typer.Option(help="Trained routers: a directory or a hub id.")]
 Model = Annotated[str | None, typer.Option(help="Hub id or directory; SmolLM2-135M-Instruct.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]

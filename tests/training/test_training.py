@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +249,46 @@ def test_prompts_come_from_the_train_split_in_several_lengths(chat_tokenizer):
 def test_bad_recipes_are_refused(change, field):
     with pytest.raises(SettingError, match=f"^{field}: got"):
         replace(RECIPE, **change).check()
+
+
+def test_pretrained_presses_are_passed_on(llama, trained, prompt, tmp_path, monkeypatch):
+    with pytest.raises(SettingError, match="^routers: got None"):
+        MoERouterPress().save_pretrained(tmp_path / "none")
+    press = MoERouterPress.from_pretrained(trained[0], compression_ratio=0.7)
+    first = prefill(llama, prompt.context, press)
+    press.save_pretrained(tmp_path / "saved")
+    again = MoERouterPress.from_pretrained(tmp_path / "saved", compression_ratio=0.7, cache_aware=False)
+    second = prefill(llama, prompt.context, again)
+    assert [layer.lengths for layer in first.layers] == [layer.lengths for layer in second.layers]
+
+    uploaded = {}
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            return f"https://huggingface.co/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            uploaded[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert press.push_to_hub("me/routers") == "https://huggingface.co/me/routers"
+    assert uploaded == {"me/routers": ["routers.json", "routers.safetensors"]}
+
+
+def test_routers_ship_for_the_model_they_were_trained_for_alone(llama, trained, prompt, tmp_path, monkeypatch):
+    """Named experts, another router type or another model of the same size leave them aside."""
+    save_routers(trained[0], tmp_path / "tiny", dtype=torch.float16)
+    monkeypatch.setattr("kvpress_moe.router_setup.SHIPPED", tmp_path)
+    press = MoERouterPress(0.7)
+    prefill(llama, prompt.context, press)
+    assert (list(press.expert_strategies.values()), press.top_k, press.scope) == (list(RECIPE.experts), 2, "global")
+    torch.manual_seed(1)
+    other = tiny_model("llama", initializer_range=0.21)
+    prefill(other, prompt.context, press)
+    assert (press.expert_strategies[0], press.num_experts, press.top_k) == ("aggressive", 4, 2)
+    assert press.scope == "uniform"
+    for settings in ({"experts": "guide"}, {"num_experts": 3}, {"router_type": "base"}):
+        press = MoERouterPress(0.7, **settings)
+        prefill(llama, prompt.context, press)
+        assert not press.routers.config.trained
+        assert press.scope == "uniform"
