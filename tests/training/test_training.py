@@ -282,8 +282,8 @@ def test_routers_ship_for_the_model_they_were_trained_for_alone(llama, trained, 
     press = MoERouterPress(0.7)
     prefill(llama, prompt.context, press)
     assert (list(press.expert_strategies.values()), press.top_k, press.scope) == (list(RECIPE.experts), 2, "global")
-    torch.manual_seed(1)
-    other = tiny_model("llama", initializer_range=0.21)
+    other = tiny_model("llama")
+    decoder(other).layers[0].self_attn.o_proj.weight.data.normal_()
     prefill(other, prompt.context, press)
     assert (press.expert_strategies[0], press.num_experts, press.top_k) == ("aggressive", 4, 2)
     assert press.scope == "uniform"
