@@ -62,8 +62,10 @@ def test_the_embedded_model_answers_a_needle_question_from_a_compressed_cache():
     def step(*args, **kwargs):
         pass
 
-    result = run(read_context(None), [BUILT_IN_QUESTION], {"experts": "strong"}, None, "cpu", 24, step)
+    settings = {"compression_ratio": 0.75}  # with the routers that ship for this model
+    result = run(read_context(None), [BUILT_IN_QUESTION], settings, None, "cpu", 24, step)
     answers = {row["method"]: row["answers"][0] for row in result["methods"]}
     assert "7194" in answers["full cache"]
     assert "7194" in answers["router"]
-    assert result["methods"][1]["mib"] == pytest.approx(result["methods"][0]["mib"] / 2, rel=0.01)
+    assert result["methods"][1]["mib"] == pytest.approx(result["methods"][0]["mib"] / 4, rel=0.01)
+    assert "learned" in result["experts"]
