@@ -43,6 +43,14 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def chat_tokenizer():
+    """The same with a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
 def model_directory(llama, tokenizer, tmp_path_factory):
     """The tiny Llama and its tokenizer, saved as a user would."""
     directory = tmp_path_factory.mktemp("tiny-llama")

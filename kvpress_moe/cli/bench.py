@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from kvpress_moe.cli.options import Device, Model
+from kvpress_moe.cli.progress import timed_bar
 from kvpress_moe.errors import SettingError
 
 EPILOG = """Examples:
@@ -100,8 +101,8 @@ def bench(
 
         spread = over_ray(ray)
     command = shlex.join(["kvpress-moe", *sys.argv[1:]])
-    with sample_bar() as progress:
-        summary = run(plan, out, command, spread=spread, progress=progress)
+    with timed_bar() as step:
+        summary = run(plan, out, command, spread=spread, progress=lambda done, total: step("samples", done, total))
     print(json.dumps({"run": str(out), **summary}, separators=(",", ":")))
 
 
@@ -122,37 +123,6 @@ def numbers(field: str, text: str, kind: type) -> tuple:
         return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
         raise SettingError(field, text, "numbers separated by commas", f"For example --{field} 0.5,0.9.") from error
-
-
-def sample_bar():
-    """A progress bar of samples with the time that is left, on standard error."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    @contextmanager
-    def bar():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("loading", total=None)
-            yield lambda done, total: progress.update(task, description="samples", completed=done, total=total)
-
-    return bar()
 
 
 def show_all(console) -> None:

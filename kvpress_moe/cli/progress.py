@@ -1,4 +1,4 @@
-"""The progress bar of the commands: one line on standard error, gone when the work is done."""
+"""The progress bars of the commands: on standard error, gone when the work is done."""
 
 from __future__ import annotations
 
@@ -22,5 +22,38 @@ def progress_bar() -> Iterator[Step]:
             progress.update(task, description=description, advance=advance)
             if total is not None:
                 progress.reset(task, total=total, description=description)
+
+        yield step
+
+
+@contextmanager
+def timed_bar() -> Iterator[Step]:
+    """Yields ``step(description, done, total, loss=None)``: a line per description, with the time that is left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, int] = {}
+
+        def step(description: str, done: int, total: int, loss: float | None = None) -> None:
+            if description not in tasks:
+                tasks[description] = progress.add_task(description, total=total)
+            text = description if loss is None else f"{description}, loss {loss:.3f}"
+            progress.update(tasks[description], description=text, completed=done, total=total)
 
         yield step

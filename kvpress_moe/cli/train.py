@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from kvpress_moe.cli.options import Device, Model
+from kvpress_moe.cli.progress import timed_bar
 
 EPILOG = """Examples:
 
@@ -79,7 +80,7 @@ def train(
 
     start = time.perf_counter()
     loaded, tokenizer = load_model(model, device)
-    with step_bar() as progress:
+    with timed_bar() as progress:
         routers, metrics = trainer.train(loaded, tokenizer, recipe, shards, progress)
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     metrics["command"] = shlex.join(["kvpress-moe", *sys.argv[1:]])
@@ -88,41 +89,3 @@ def train(
     mean_loss = sum(metrics["loss_by_layer"]) / len(metrics["loss_by_layer"])
     summary = {"router": str(out), "prompts": metrics["prompts"], "loss": round(mean_loss, 4)}
     print(json.dumps({**summary, "seconds": metrics["seconds"]}, separators=(",", ":")))
-
-
-def step_bar():
-    """A progress bar with loss and time left, on standard error."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    @contextmanager
-    def bar():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            tasks: dict[str, int] = {}
-
-            def step(description: str, done: int, total: int, loss: float | None = None) -> None:
-                if description not in tasks:
-                    tasks[description] = progress.add_task(description, total=total)
-                text = description if loss is None else f"{description}, loss {loss:.3f}"
-                progress.update(tasks[description], description=text, completed=done, total=total)
-
-            yield step
-
-    return bar()

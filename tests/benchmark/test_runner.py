@@ -1,6 +1,5 @@
 """A run records every sample once, survives a kill, and refuses what would spoil it."""
 
-import copy
 import json
 import os
 import signal
@@ -21,7 +20,6 @@ from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.errors import SettingError, UnsupportedModelError
 from tests.tiny import tiny_model
 
-TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
 PLAN = Plan(
     methods=("knorm", "adakv_snapkv", "moe_guide"),
     tasks=("needle_noise", "multi_value", "code"),
@@ -29,13 +27,6 @@ PLAN = Plan(
     lengths=(700,),
     limit=2,
 )
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer(tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

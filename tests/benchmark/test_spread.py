@@ -1,13 +1,12 @@
 """A Ray cluster gives the records that this machine would have written, also when a worker dies."""
 
-import copy
 import os
 
 import pytest
 
 from kvpress_moe.benchmark.records import read_records
 from kvpress_moe.benchmark.runner import Plan, run
-from tests.benchmark.test_runner import TEMPLATE, without_seconds
+from tests.benchmark.test_runner import without_seconds
 
 ray = pytest.importorskip("ray")
 
@@ -15,14 +14,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 
 @pytest.fixture
-def chat_model(model_directory, tokenizer, tmp_path):
+def chat_model(model_directory, chat_tokenizer, tmp_path):
     from shutil import copytree
 
     directory = tmp_path / "model"
     copytree(model_directory, directory)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(directory)
+    chat_tokenizer.save_pretrained(directory)
     return str(directory)
 
 

@@ -1,6 +1,5 @@
 """Routers learn from captured prompts, the press gives the scores they were fitted to, and runs are repeatable."""
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from kvpress_moe.training.capture import capture, written_norm
 from kvpress_moe.training.fit import LayerData, fit_layer, fold_scaling, predict
 from kvpress_moe.training.objective import FLOOR, tail_weights, target
 from kvpress_moe.training.trainer import Recipe, prompts, train
-from tests.benchmark.test_runner import TEMPLATE
 from tests.tiny import decoder, prefill, tiny_model
 
 RECIPE = Recipe(
@@ -36,13 +34,6 @@ RECIPE = Recipe(
     bottleneck=8,
     learned_width=8,
 )
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer(tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
