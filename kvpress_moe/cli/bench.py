@@ -54,7 +54,10 @@ def bench(
     ] = None,
     compare_naive: Annotated[
         bool,
-        typer.Option("--compare-naive", help="Time 5 samples against one prefill per press and ratio; no records."),
+        typer.Option(
+            "--compare-naive",
+            help="Time up to 5 samples (--limit) against one prefill per press and ratio; no records.",
+        ),
     ] = False,
     list_all: Annotated[bool, typer.Option("--list", help="Show methods and tasks.")] = False,
 ) -> None:
@@ -93,7 +96,7 @@ def bench(
     )
     plan.check()
     if compare_naive:
-        print(json.dumps(compare(Evaluator(plan), 5, plan.ratios), separators=(",", ":")))
+        print(json.dumps(compare(Evaluator(plan), min(5, limit), plan.ratios), separators=(",", ":")))
         return
     spread = None
     if ray is not None:
