@@ -56,7 +56,7 @@ def bench(
         bool,
         typer.Option(
             "--compare-naive",
-            help="Time up to 5 samples (--limit) against one prefill per press and ratio; no records.",
+            help="Time up to 5 samples against one prefill per press and ratio; no records.",
         ),
     ] = False,
     list_all: Annotated[bool, typer.Option("--list", help="Show methods and tasks.")] = False,
