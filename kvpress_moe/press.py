@@ -286,7 +286,7 @@ class MoERouterPress(ScorerPress):
             )
         if self.router is not None:
             self._check_routers(routers, attention)  # also when they are there: another model may be of the same size
-        if not routers.config.trained:
+        if not routers.config.trained and self.num_experts > 1:  # one expert needs no routing
             warn_untrained()
 
     @contextmanager
