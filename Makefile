@@ -14,7 +14,7 @@ demo: setup  ## install, get the embedded model, ask it a question through every
 test: setup  ## install, run the whole suite
 	$(BIN)/python -m pytest
 
-bench-quick: setup  ## all tasks, all fast methods, a few samples each: table and page in runs/quick (under 10 minutes)
+bench-quick: setup  ## all tasks, all fast methods, two samples each: table and page in runs/quick
 	$(BIN)/kvpress-moe bench --out runs/quick --lengths 512 --ratios 0.5,0.75 --limit 2
 	$(BIN)/kvpress-moe report runs/quick
 

@@ -136,9 +136,11 @@ class Evaluator:
         check_fits(prompt, sample, self.model.config.get_text_config(decoder=True).max_position_embeddings)
         return prompt
 
-    def evaluate(self, sample: Sample, cells: list[Cell]) -> dict[str, Any]:
+    def evaluate(self, sample: Sample, cells: list[Cell], decode: bool = True) -> dict[str, Any]:
         """
         One prefill, all cells: the record of a sample.
+
+        Without ``decode`` nothing is written out, and F1 scores are 0.
         """
         from kvpress_moe.benchmark.asking import ask, ask_full
         from kvpress_moe.benchmark.judging import judge
@@ -153,7 +155,7 @@ class Evaluator:
         reference = ask_full(self.model, judged.cache, prompt)
         full = self._keep_all(judged, prompt)
         kept = [full if cell[0] == "full" else judged.kept[cell] for cell in cells]
-        write = prompt.answer.shape[1] + 8 if sample.metric == "f1" else 0
+        write = prompt.answer.shape[1] + 8 if decode and sample.metric == "f1" else 0
         answers = ask(self.model, judged, prompt, reference, kept, write, self._stop_tokens())
         results = []
         for (name, ratio), one, answer in zip(cells, kept, answers, strict=True):
