@@ -121,6 +121,21 @@ def test_bad_input_is_named(arguments, field):
         find_tasks(["needle_nois"])
 
 
+@pytest.mark.parametrize("task", ["kv_list", "qa_one_hop", "qa_two_hop"])
+def test_a_length_that_the_names_of_a_split_cannot_fill_is_refused(task):
+    with pytest.raises(SettingError, match="^lengths: got .* at most about"):
+        make_sample(task, count_tokens, 2**17, 0)
+
+
+def test_references_of_a_data_set_may_be_numbers(tmp_path):
+    pytest.importorskip("datasets")
+    row = {"context": "a", "question": "q?", "answer_prefix": "", "answers": [12, 34], "task": "count"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    (sample,) = load_hub_samples(str(tmp_path), count_tokens)
+    assert sample.references == ("12", "34")
+    assert sample.answer == " 12, 34"
+
+
 def test_samples_of_a_data_set_in_kvpress_schema(tmp_path):
     pytest.importorskip("datasets")
     rows = [

@@ -24,7 +24,14 @@ def cycle_sentences(random: Random, sentences: Sequence[str]) -> Iterator[str]:
 
 
 def fill(filler: Iterator[str], room: int, count_tokens: CountTokens, joint: str = " ") -> list[str]:
-    """Pieces of filler that together take at most ``room`` tokens, and nearly so many."""
+    """
+    Pieces of filler that together take at most ``room`` tokens, and nearly so many.
+
+    Raises
+    ------
+    SettingError
+        If the filler ends long before the room does.
+    """
     pieces: list[str] = []
     used = 0
     for piece in filler:
@@ -32,6 +39,10 @@ def fill(filler: Iterator[str], room: int, count_tokens: CountTokens, joint: str
         if used > room:
             break
         pieces.append(piece)
+    else:
+        if used < 0.8 * room:
+            most = f"at most about {used} tokens: the split has no more names"
+            raise SettingError("lengths", room, most, "Ask for a shorter context, or leave this task out.")
     return pieces
 
 

@@ -48,7 +48,7 @@ def load_hub_samples(name: str, count_tokens: CountTokens) -> list[Sample]:
     samples = []
     for row in rows:
         answers = row["answer"] if "answer" in rows.column_names else row["answers"]
-        references = tuple(answers) if isinstance(answers, (list, tuple)) else (str(answers),)
+        references = tuple(map(str, answers)) if isinstance(answers, (list, tuple)) else (str(answers),)
         task = f"{Path(name.partition(':')[0]).name}/{row['task']}"
         samples.append(
             Sample(

@@ -20,7 +20,7 @@ class Sample:
     split : {"train", "tune", "test"}
         Samples of different splits share no prose, no code, no names.
     length : int
-        Tokens asked for; the context has at most so many, and at least 0.8 times as many.
+        Tokens asked for; the context has at most so many, and from 512 on at least 0.8 times as many.
     index : int
         Number of the sample; (task, split, length, index, seed) determine it.
     context : str
@@ -30,7 +30,7 @@ class Sample:
     answer_prefix : str
         How the answer begins; given to the model (as in RULER), so that it answers in the expected form.
     answer : str
-        The right answer as the model would write it after ``answer_prefix``, with its leading space.
+        The right answer as the model would write it after ``answer_prefix``, with a leading space where one follows.
     references : tuple of str
         What is looked for in the answer: one string for "exact", one or more for "f1", none for "tokens".
     metric : {"exact", "f1", "tokens"}
