@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ class LayerCall:
         Routing weights of the pairs, once the call has been routed; per head only where a cache is compressed again.
     router : BaseMoERouter, optional
         The router that gave them.
+    ranks : dict of int -> Tensor (B, H, S)
+        Ranks within the head that experts gave, by the expert's index, where they were asked already.
     """
 
     module: nn.Module
@@ -56,6 +58,7 @@ class LayerCall:
     kwargs: Mapping[str, Any]
     weights: Tensor | None = None
     router: BaseMoERouter | None = None
+    ranks: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def layer_idx(self) -> int:

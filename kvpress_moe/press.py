@@ -485,10 +485,14 @@ class MoERouterPress(ScorerPress):
         if calibration is None:
             return mix(score, active, call.weights)
 
+        learned = {index for index, expert in enumerate(self._experts) if expert.name == "learned"}
+        asked = range(self.num_experts) if learned and call.router.learned.num_seen else active
+        call.ranks = {index: rank_within_head(score(index)) for index in asked if index not in learned}
+
         def term(index: int) -> Tensor:
-            if self._experts[index].name == "learned":
+            if index in learned:
                 return calibration.slope[:, index, None] * score(index)  # in log attention already
-            return calibration.term(rank_within_head(score(index)), index)
+            return calibration.term(call.ranks[index], index)
 
         return mix_calibrated(term, active, call.weights, calibration.offset)
 

@@ -187,9 +187,11 @@ def ask(
     log_reference = reference.logits.float().log_softmax(-1)
     right = prompt.answer[0].to(reference.logits.device)
     n_read = judged.cache.get_seq_length()
+    likely = log_reference.exp()
+    order = sorted(range(len(kept)), key=lambda index: kept[index].n_pairs)  # rows of one length are read together
     answers: list[Answer] = []
-    for batch in batches(kept, bytes_per_pair):
-        rows = [kept[index] for index in batch]
+    for batch in batches([kept[index] for index in order], bytes_per_pair):
+        rows = [kept[order[index]] for index in batch]
         cache = stack(judged.cache, rows)
         n_bytes = [_row_bytes(cache, row) for row in range(len(rows))]
         offsets = torch.tensor([row.next_position - n_read for row in rows], device=right.device)
@@ -197,13 +199,13 @@ def ask(
         for row, own, counted in zip(rows, logits, n_bytes, strict=True):
             log_own = own.float().log_softmax(-1)
             nll = -log_own.gather(-1, right[:, None]).mean()
-            kl = (log_reference.exp() * (log_reference - log_own)).sum(-1).mean()
+            kl = (likely * (log_reference - log_own)).sum(-1).mean()
             greedy = own.argmax(-1) == right
             rate = hit_rate(row, reference.mass)
             answers.append(Answer(nll.item(), kl.clamp(min=0).item(), greedy.cpu(), rate, row.n_pairs, counted))
         if write:
             write_out(model, cache, prompt, logits.argmax(-1), answers[-len(rows) :], offsets, n_read, write, stop)
-    return answers
+    return [answers[at] for at in sorted(range(len(order)), key=order.__getitem__)]
 
 
 def _row_bytes(cache: RaggedCache, row: int) -> int:

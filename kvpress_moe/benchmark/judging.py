@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import wraps
 from typing import Any
 
 import kvpress
@@ -41,6 +41,9 @@ _RATIO_FREE = (
     kvpress.LeverageScorePress,
     kvpress.NonCausalAttnPress,
 )
+
+#: Those of them that draw random numbers.
+_DRAWING = (kvpress.RandomPress, kvpress.LeverageScorePress, kvpress.CapPress)
 
 
 @dataclass
@@ -124,6 +127,42 @@ class _Clock:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+class _Memo:
+    """
+    Scores of the layer that is passing, so that a scorer inside several wrappers, or under several ratios, runs once.
+
+    Only for scorers that a ratio does not change; those that draw random numbers share nothing with other presses,
+    because what they draw depends on what was drawn before.
+    """
+
+    def __init__(self):
+        self._scores: dict[tuple, Tensor] = {}
+
+    def clear(self) -> None:
+        self._scores.clear()
+
+    def remember(self, scorer: ScorerPress) -> ScorerPress:
+        """Let this scorer look up what it was asked before; returns the same scorer."""
+        if type(scorer) not in _RATIO_FREE:
+            return scorer
+        score = scorer.score
+        owner = id(scorer) if isinstance(scorer, _DRAWING) else repr(scorer)
+
+        @wraps(score)
+        def remembered(module, hidden_states, keys, values, attentions, kwargs):
+            inputs = kwargs["hidden_states"].untyped_storage().data_ptr()
+            if hidden_states.untyped_storage().data_ptr() != inputs:  # gathered: nothing says which tokens these are
+                return score(module, hidden_states, keys, values, attentions, kwargs)
+            # a slice of the layer's inputs says which keys these are: presses score before they change any
+            about = (owner, hidden_states.data_ptr(), hidden_states.shape, keys.shape)
+            if about not in self._scores:
+                self._scores[about] = score(module, hidden_states, keys, values, attentions, kwargs)
+            return self._scores[about]
+
+        object.__setattr__(scorer, "score", remembered)
+        return scorer
 
 
 class _Scores:
@@ -272,7 +311,11 @@ def judge(
     ratios: dict[str, list[float]] = {}
     for name, ratio in cells:
         ratios.setdefault(name, []).append(ratio)
-    protecting = partial(protect, sinks=sinks, recent=recent)
+    memo = _Memo()
+
+    def protecting(scorer: ScorerPress) -> ScorerPress:
+        return protect(memo.remember(scorer), sinks, recent)
+
     shared = {name: methods[name] for name in ratios if name != "full" and not methods[name].own_prefill}
     scorers: dict[str, _Scores] = {}
     selections: dict[str, _Selection] = {}
@@ -291,6 +334,7 @@ def judge(
 
     def pass_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
         start = clock.now()
+        memo.clear()
         layer = cache.layers[module.layer_idx]
         for judging in judges:
             judging.judge(module, (kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs), clock)

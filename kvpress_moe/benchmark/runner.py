@@ -155,7 +155,7 @@ class Evaluator:
         reference = ask_full(self.model, judged.cache, prompt)
         full = self._keep_all(judged, prompt)
         kept = [full if cell[0] == "full" else judged.kept[cell] for cell in cells]
-        write = prompt.answer.shape[1] + 8 if decode and sample.metric == "f1" else 0
+        write = prompt.answer.shape[1] + 8 if decode and sample.metric in ("f1", "any") else 0
         answers = ask(self.model, judged, prompt, reference, kept, write, self._stop_tokens())
         results = []
         for (name, ratio), one, answer in zip(cells, kept, answers, strict=True):

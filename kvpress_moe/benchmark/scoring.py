@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from kvpress_moe.benchmark.asking import Answer
@@ -16,12 +17,15 @@ def score(sample: Sample, answer: Answer, text: str | None) -> float:
     Score an answer between 0 and 1.
 
     "exact": 1 if greedy decoding writes the right answer, token for token (after the answer's beginning that RULER
-    also gives). "f1": of the references in what was decoded. "tokens": share of the right tokens that are likeliest.
+    also gives). "f1": of the references in what was decoded. "any": the best F1 of words with any of the references (as
+    SQuAD and LongBench, arXiv 2308.14508, score short answers). "tokens": share of the right tokens that are likeliest.
     """
     if sample.metric == "exact":
         return float(answer.greedy.all())
     if sample.metric == "tokens":
         return answer.greedy.float().mean().item()
+    if sample.metric == "any":
+        return max(word_f1(text or "", reference) for reference in sample.references)
     return f1(text or "", sample.references)
 
 
@@ -37,6 +41,18 @@ def f1(text: str, references: Sequence[str]) -> float:
     wanted = {normalised(reference) for reference in references}
     right = len(wanted & set(items))
     return 2 * right / (len(items) + len(wanted)) if right else 0.0
+
+
+def word_f1(text: str, reference: str) -> float:
+    """F1 of the words of the first line of an answer, each counted as often as it comes up; articles left out."""
+    given, wanted = (Counter(_words(part)) for part in (text.strip().split("\n")[0], reference))
+    right = (given & wanted).total()
+    return 2 * right / (given.total() + wanted.total()) if right else 0.0
+
+
+def _words(text: str) -> list[str]:
+    words = (normalised(word) for word in text.split())
+    return [word for word in words if word and word not in ("a", "an", "the")]
 
 
 def normalised(item: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class RaggedLayer(CacheLayerMixin):
         self.is_initialized = True
         self.n_read, self.lengths = n_read, lengths
         self.flat_keys, self.flat_values = flat_keys, flat_values
-        self._heads: list[list[tuple[Tensor, Tensor]]] | None = None
+        self._runs: list[tuple[Tensor, Tensor]] | None = None
         empty = (len(lengths), len(lengths[0]), 0)
         self.new_keys = flat_keys.new_empty(*empty, flat_keys.shape[-1])  # (B, H, T, D)
         self.new_values = flat_values.new_empty(*empty, flat_values.shape[-1])
@@ -127,7 +128,7 @@ class RaggedLayer(CacheLayerMixin):
         self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:
-        self._heads = None
+        self._runs = None
         for name in ("flat_keys", "flat_values", "new_keys", "new_values"):
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
@@ -144,7 +145,7 @@ class RaggedLayer(CacheLayerMixin):
         self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
     def _select(self, rows: list[int]) -> None:
-        self._heads = None
+        self._runs = None
         per_row = [sum(heads) for heads in self.lengths]
         keys, values = self.flat_keys.split(per_row), self.flat_values.split(per_row)
         self.flat_keys = torch.cat([keys[row] for row in rows])
@@ -157,15 +158,22 @@ class RaggedLayer(CacheLayerMixin):
 
     def heads(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Keys and values of the prompt's kept pairs by row and head, each (pairs, D), as views."""
-        if self._heads is None:  # a Python loop that every decoding step would repeat
-            self._heads = self._split()
-        return self._heads
-
-    def _split(self) -> list[list[tuple[Tensor, Tensor]]]:
         flat_lengths = [length for heads in self.lengths for length in heads]
         pairs = list(zip(self.flat_keys.split(flat_lengths), self.flat_values.split(flat_lengths), strict=True))
         n_heads = len(self.lengths[0])
         return [pairs[row * n_heads : (row + 1) * n_heads] for row in range(len(self.lengths))]
+
+    def runs(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (R, pairs, D) of each run of R neighbouring heads of equal length, in order, as views."""
+        if self._runs is None:  # a Python loop that every decoding step would repeat
+            lengths = [(length, len(list(run))) for length, run in groupby(chain.from_iterable(self.lengths))]
+            flat_lengths = [length * n_heads for length, n_heads in lengths]
+            keys, values = self.flat_keys.split(flat_lengths), self.flat_values.split(flat_lengths)
+            self._runs = [
+                (k.view(n_heads, length, k.shape[-1]), v.view(n_heads, length, v.shape[-1]))
+                for k, v, (length, n_heads) in zip(keys, values, lengths, strict=True)
+            ]
+        return self._runs
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from kvpress_moe.cache.ragged import RaggedLayer
 
 
+LOGITS_AT_ONCE = 2**19  # what a run of heads may hold in memory; longer runs are cut
+
+
 def register_ragged_attention() -> None:
     """
     Let every registered attention function recognise ragged layers; what is not ragged goes where it went before.
@@ -47,7 +50,8 @@ def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float) -> Tenso
     """
     Attention of the newest tokens over a ragged layer: each sees all kept pairs and what came since, up to itself.
 
-    One head after the other, on views of the flat tensors: no padding and no copy of the kept pairs.
+    Neighbouring heads of one length are computed together, on views of the flat tensors: no padding and no copy of the
+    kept pairs.
 
     Parameters
     ----------
@@ -69,12 +73,15 @@ def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float) -> Tenso
         future = torch.ones(q_len, n_new, dtype=torch.bool, device=query.device).triu(n_new - q_len + 1)
         new_logits = new_logits.unflatten(2, (-1, q_len)).masked_fill(future, -torch.inf).flatten(2, 3)
     outputs = []
-    rows = zip(layer.heads(), grouped.unbind(), new_logits.unbind(), layer.new_values.unbind(), strict=True)
-    for pairs_of_heads, *parts in rows:
-        heads = zip(pairs_of_heads, *(part.unbind() for part in parts), strict=True)
-        for (keys, values), queries, logits_of_new, new_values in heads:
-            logits = torch.cat(((queries @ keys.T).float(), logits_of_new), dim=-1)
+    by_head = [part.flatten(0, 1) for part in (grouped, new_logits, layer.new_values)]  # (B·H, …)
+    first = 0
+    for run_keys, run_values in layer.runs():
+        at_once = max(1, LOGITS_AT_ONCE // (grouped.shape[2] * (run_keys.shape[1] + n_new)))
+        for keys, values in zip(run_keys.split(at_once), run_values.split(at_once), strict=True):
+            queries, logits_of_new, new_values = (part[first : first + len(keys)] for part in by_head)
+            first += len(keys)
+            logits = torch.cat(((queries @ keys.mT).float(), logits_of_new), dim=-1)
             weights = logits.softmax(dim=-1).to(query.dtype)
-            n_kept = keys.shape[0]
-            outputs.append(torch.addmm(weights[:, n_kept:] @ new_values, weights[:, :n_kept], values))
-    return torch.stack(outputs).view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
+            n_kept = keys.shape[1]
+            outputs.append(torch.baddbmm(weights[..., n_kept:] @ new_values, weights[..., :n_kept], values))
+    return torch.cat(outputs).view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)

@@ -37,8 +37,12 @@ def train(
     tasks: Annotated[str | None, typer.Option(help="Kinds of prompts; all but variable_tracking and code.")] = None,
     teacher: Annotated[str | None, typer.Option(help="replay, written, answer or both.")] = None,
     gate: Annotated[bool, typer.Option(help="--no-gate: equal weights for all tokens, a static mixture.")] = True,
+    learned_sees: Annotated[
+        bool, typer.Option(help="--no-learned-sees: the learned expert reads the hidden state alone.")
+    ] = True,
     epochs: Annotated[int | None, typer.Option(help="Passes over the captured tokens.")] = None,
     aux_loss_weight: Annotated[float | None, typer.Option(help="Of the load-balancing loss.")] = None,
+    budget_weight: Annotated[float | None, typer.Option(help="Of the loss at the budgets' thresholds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts and fit.")] = None,
     shards: Annotated[
         Path | None, typer.Option(help="Keep captured prompts here; a run that was interrupted goes on from them.")
@@ -62,8 +66,10 @@ def train(
         "tasks": split_names(tasks),
         "teacher": teacher,
         "gate": gate,
+        "learned_sees": learned_sees,
         "epochs": epochs,
         "aux_loss_weight": aux_loss_weight,
+        "budget_weight": budget_weight,
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}

@@ -62,6 +62,8 @@ class BaseMoERouter(nn.Module):
         KV heads H, if the router is to be calibrated: trained to give scores in one unit. 0: ranks are averaged.
     learned : int, default=0
         Width of the expert ``"learned"`` inside this router; 0: it has none.
+    num_seen : int, default=0
+        Ranks of other experts that it sees.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class BaseMoERouter(nn.Module):
         seed: int = 0,
         num_heads: int = 0,
         learned: int = 0,
+        num_seen: int = 0,
     ):
         super().__init__()
         # Not nn.Linear(...): its own initialisation would draw from the user's global generator.
@@ -84,7 +87,7 @@ class BaseMoERouter(nn.Module):
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
         self.calibration = Calibration(num_heads, num_experts) if num_heads else None
-        self.learned = LearnedExpert(hidden_size, learned, num_heads, seed) if learned else None
+        self.learned = LearnedExpert(hidden_size, learned, num_heads, seed, num_seen) if learned else None
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Preference for every expert, shape (B, S, E), float32, from hidden states (B, S, C)."""

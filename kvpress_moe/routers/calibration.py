@@ -44,6 +44,8 @@ class LearnedExpert(nn.Module):
     """
     An expert that reads importance off the hidden state, the idea of KVzap (arXiv 2601.07891): C -> width -> H.
 
+    It may also see how the other experts rank the token in every head, and so learn when to believe whom.
+
     Parameters
     ----------
     hidden_size : int
@@ -52,18 +54,24 @@ class LearnedExpert(nn.Module):
     num_heads : int
         KV heads H.
     seed : int
+    num_seen : int, default=0
+        Ranks that it sees beside the hidden state: H times the number of other experts.
     """
 
-    def __init__(self, hidden_size: int, width: int, num_heads: int, seed: int = 0):
+    def __init__(self, hidden_size: int, width: int, num_heads: int, seed: int = 0, num_seen: int = 0):
         super().__init__()
-        self.down = skip_init(nn.Linear, hidden_size, width)
+        self.num_seen = num_seen
+        self.down = skip_init(nn.Linear, hidden_size + 2 * num_seen, width)
         self.up = skip_init(nn.Linear, width, num_heads)
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.down.weight, std=hidden_size**-0.5, generator=generator)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Log importance (…, H) of tokens with hidden states (…, C)."""
+    def forward(self, hidden_states: Tensor, ranks: Tensor | None = None) -> Tensor:
+        """Log importance (…, H) of tokens with hidden states (…, C) and ranks (…, num_seen) in (0, 1)."""
+        if self.num_seen:
+            seen = torch.cat((ranks - 0.5, torch.log1p(-ranks) + 1), dim=-1)  # both of mean zero
+            hidden_states = torch.cat((hidden_states, seen.to(hidden_states.dtype)), dim=-1)
         hidden_states = hidden_states.to(self.down.weight.dtype)
         return self.up(F.silu(self.down(hidden_states))).float()

@@ -33,6 +33,8 @@ class RouterConfig:
         KV heads of the model where the routers are calibrated (all trained ones are), 0 where they are not.
     learned : int, default=0
         Width of the expert ``"learned"``, 0 where it is not among the experts.
+    learned_sees : bool, default=False
+        Whether that expert sees the ranks that the others give.
     top_k : int, default=2
         Experts per token that the routers were trained with.
     """
@@ -46,11 +48,17 @@ class RouterConfig:
     trained: bool = False
     num_heads: int = 0
     learned: int = 0
+    learned_sees: bool = False
     top_k: int = 2
 
     @property
     def num_experts(self) -> int:
         return len(self.experts)
+
+    @property
+    def num_seen(self) -> int:
+        """Ranks that the learned expert sees of each token: of every other expert, in every head."""
+        return self.num_heads * (self.num_experts - 1) if self.learned and self.learned_sees else 0
 
     def as_dict(self) -> dict:
         return asdict(self) | {"experts": list(self.experts)}
@@ -82,6 +90,7 @@ class Routers(nn.Module):
                 seed=layer_idx,
                 num_heads=config.num_heads,
                 learned=config.learned,
+                num_seen=config.num_seen,
             )
             for layer_idx in range(config.num_layers)
         )

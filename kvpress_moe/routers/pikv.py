@@ -39,11 +39,12 @@ class PiKVMoERouter(BaseMoERouter):
         seed: int = 0,
         num_heads: int = 0,
         learned: int = 0,
+        num_seen: int = 0,
         cache_aware: bool = True,
         feedback_strength: float = 4.0,
         momentum: float = 0.9,
     ):
-        super().__init__(hidden_size, num_experts, dropout, bottleneck, seed, num_heads, learned)
+        super().__init__(hidden_size, num_experts, dropout, bottleneck, seed, num_heads, learned, num_seen)
         self.cache_aware = cache_aware
         self.feedback_strength = feedback_strength
         self.momentum = momentum

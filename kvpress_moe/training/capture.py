@@ -107,7 +107,7 @@ class Shards:
     def names(self) -> list[Path]:
         return sorted(self.directory.glob("*.safetensors"))
 
-    def claim(self, model: dict[str, Any], experts: Sequence[str]) -> tuple[str, ...]:
+    def claim(self, model: dict[str, Any], experts: Sequence[str], seed: int) -> tuple[str, ...]:
         """
         Say what the shards are of, or see that those which are there will do; the experts that they hold.
 
@@ -117,25 +117,28 @@ class Shards:
             Fingerprint.
         experts : sequence of str
             Those that are needed; shards that hold more will do.
+        seed : int
+            Of the prompts.
 
         Raises
         ------
         SettingError
-            If the directory holds shards of another model, or of fewer experts.
+            If the directory holds shards of another model or seed, or of fewer experts.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         note = self.directory / "recipe.json"
         if note.exists():
             there = json.loads(note.read_text())
-            if there["model"] == model and set(experts) <= set(there["experts"]):
+            if (there["model"], there.get("seed")) == (model, seed) and set(experts) <= set(there["experts"]):
                 return tuple(there["experts"])
             raise SettingError(
                 "shards",
                 str(self.directory),
-                f"shards of this model and of experts {list(experts)} (there are {there['experts']})",
+                f"shards of this model, of seed {seed} and of experts {list(experts)} (there are shards of seed "
+                f"{there.get('seed')} and of experts {there['experts']})",
                 "Name another directory, or delete it.",
             )
-        text = json.dumps({"model": model, "experts": list(experts)}, indent=1)
+        text = json.dumps({"model": model, "seed": seed, "experts": list(experts)}, indent=1)
         write_atomically(note, lambda path: path.write_text(text))
         return tuple(experts)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kvpress_moe.gate import gate, load_balance
 from kvpress_moe.routers.base import BaseMoERouter
+from kvpress_moe.training.objective import budget_loss
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,15 @@ class LayerData:
         Of the heuristic experts; the learned one's column is ignored.
     targets : Tensor, shape (N, H), float32
     weights : Tensor, shape (N, H), float32
+    thresholds : Tensor, shape (3,), float32
+        Targets at which budgets divide the pairs.
     """
 
     hidden: Tensor
     ranks: Tensor
     targets: Tensor
     weights: Tensor
+    thresholds: Tensor
 
 
 def predict(
@@ -52,7 +56,9 @@ def predict(
     decision = gate(router.logits(hidden[None]), top_k, capacity_factor=float(num_experts))
     terms = router.calibration.terms(ranks)
     if learned is not None:
-        own = router.calibration.slope[:, learned] * router.learned(hidden)
+        seen = torch.cat((ranks[..., :learned], ranks[..., learned + 1 :]), dim=-1)  # (N, H, E - 1)
+        seen = seen.transpose(1, 2).flatten(1) if router.learned.num_seen else None
+        own = router.calibration.slope[:, learned] * router.learned(hidden, seen)
         terms = torch.cat((terms[..., :learned], own[..., None], terms[..., learned + 1 :]), dim=-1)
     scores = num_experts * (decision.weights[0][:, None] * terms).sum(-1) + router.calibration.offset
     return scores, load_balance(decision.probs, decision.chosen)
@@ -68,6 +74,7 @@ def fit_layer(
     learning_rate: float,
     seed: int,
     train_gate: bool = True,
+    budget_weight: float = 0.0,
     batch_size: int = 2048,
 ) -> float:
     """
@@ -99,8 +106,9 @@ def fit_layer(
                 scores, aux_loss = predict(router, hidden[batch], data.ranks[batch], top_k, learned)
                 weights = data.weights[batch]
                 error = (weights * (scores - data.targets[batch]).square()).sum() / weights.sum()
+                budget = budget_loss(scores, data.targets[batch], data.thresholds)
                 optimizer.zero_grad()
-                (error + aux_loss_weight * aux_loss).backward()
+                (error + budget_weight * budget + aux_loss_weight * aux_loss).backward()
                 optimizer.step()
                 schedule.step()
                 total += error.item() * len(batch) / len(hidden)
@@ -113,6 +121,7 @@ def fit_layer(
 
 @torch.no_grad()
 def fold_scaling(linear: nn.Linear, mean: Tensor, std: Tensor) -> None:
-    """Make a map of standardised inputs one of raw inputs."""
-    linear.weight.div_(std)
-    linear.bias.sub_(linear.weight @ mean)
+    """Make a map whose first C inputs were standardised one of raw inputs."""
+    weight = linear.weight[:, : len(std)]
+    weight.div_(std)
+    linear.bias.sub_(weight @ mean)

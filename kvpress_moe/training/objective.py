@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvpress_moe.errors import SettingError
 
@@ -34,6 +35,26 @@ def target(shard: dict[str, Tensor], teacher: str) -> Tensor:
     else:
         raise SettingError("teacher", teacher, f"one of {', '.join(TEACHERS)}", "The default is 'replay'.")
     return log_attention.float().clamp(min=FLOOR)
+
+
+def budget_loss(
+    scores: Tensor, targets: Tensor, thresholds: Tensor, temperature: float = 0.5, softness: float = 0.25
+) -> Tensor:
+    """
+    Cross-entropy of the question that a budget asks: does this pair belong to those that stay?
+
+    Asked at each of the thresholds that :func:`tail_weights` takes too; scores and targets share their unit, so one
+    threshold divides both. What is far from every threshold costs nothing, however wrong its score is.
+
+    Parameters
+    ----------
+    scores, targets : Tensor, shape (N, H)
+    thresholds : Tensor, shape (3,)
+    temperature, softness : float
+        Widths, in nats, within which a score and a target count as undecided.
+    """
+    belongs = torch.sigmoid((targets[..., None] - thresholds) / softness)
+    return F.binary_cross_entropy_with_logits((scores[..., None] - thresholds) / temperature, belongs)
 
 
 def tail_weights(targets: Tensor, thresholds: Tensor) -> Tensor:

@@ -49,9 +49,12 @@ class Recipe:
     router_type : {"pikv", "base"}
     bottleneck, learned_width : int
         Widths of the gate and of the learned expert.
+    learned_sees : bool
+        Whether the learned expert sees the others' ranks beside the hidden state.
     gate : bool
         False leaves the gate at equal weights: a static mixture, for ablations.
-    dropout, aux_loss_weight, learning_rate : float
+    dropout, aux_loss_weight, budget_weight, learning_rate : float
+        ``budget_weight`` is that of :func:`kvpress_moe.training.objective.budget_loss`, beside the squared error's 1.
     epochs, seed : int
     """
 
@@ -65,8 +68,10 @@ class Recipe:
     router_type: str = "pikv"
     bottleneck: int = 16
     learned_width: int = 64
+    learned_sees: bool = True
     dropout: float = 0.1
     aux_loss_weight: float = 0.01
+    budget_weight: float = 2.0
     epochs: int = 8
     learning_rate: float = 3e-3
     seed: int = 0
@@ -144,7 +149,7 @@ def train(
     limit = model.config.get_text_config(decoder=True).max_position_embeddings
     fill = Shards(shards)
     made = prompts(recipe, tokenizer, limit)
-    captured = fill.claim(model_fingerprint(model), recipe.heuristics)
+    captured = fill.claim(model_fingerprint(model), recipe.heuristics, recipe.seed)
     experts: Sequence[Expert] = [make_expert(name) for name in captured]
     fill.fill(
         made,
@@ -182,6 +187,7 @@ def fit_routers(
         trained=True,
         num_heads=config.num_key_value_heads,
         learned=recipe.learned_width if learned is not None else 0,
+        learned_sees=recipe.learned_sees,
         top_k=recipe.top_k,
     )
     routers = Routers(router_config, model_fingerprint(model))
@@ -200,6 +206,7 @@ def fit_routers(
             recipe.learning_rate,
             recipe.seed + layer_idx,
             train_gate=recipe.gate,
+            budget_weight=recipe.budget_weight,
         )
         losses.append(loss)
         progress("fitting layers", layer_idx + 1, config.num_hidden_layers, loss)
@@ -229,7 +236,7 @@ def layer_data(
         targets.append(target(shard, teacher).T[judged])
     targets = torch.cat(targets)
     ranks = torch.cat(ranks).clamp(max=1 - 1e-4)  # half precision rounds the best rank of a long prompt to 1
-    return LayerData(torch.cat(hidden), ranks, targets, tail_weights(targets, thresholds))
+    return LayerData(torch.cat(hidden), ranks, targets, tail_weights(targets, thresholds), thresholds)
 
 
 def with_experts(recipe: Recipe, experts: Sequence[str], top_k: int | None = None) -> Recipe:

@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
 
+from kvpress_moe.benchmark.asking import Answer
+from kvpress_moe.benchmark.scoring import score
 from kvpress_moe.benchmark.tasks import SPLITS, TASKS, find_tasks, make_sample
+from kvpress_moe.benchmark.tasks.continuation import beginning
 from kvpress_moe.benchmark.tasks.filling import fill, hide, swept_depth
 from kvpress_moe.benchmark.tasks.hub import load_hub_samples
 from kvpress_moe.benchmark.tasks.texts import modules, sentences, topics
@@ -134,6 +138,27 @@ def test_references_of_a_data_set_may_be_numbers(tmp_path):
     (sample,) = load_hub_samples(str(tmp_path), count_tokens)
     assert sample.references == ("12", "34")
     assert sample.answer == " 12, 34"
+
+
+def test_where_answers_are_alternatives_one_is_enough(tmp_path):
+    pytest.importorskip("datasets")
+    row = {"context": "a", "question": "q?", "answer_prefix": "", "answers": ["in Paris", "Paris, France"]}
+    rows = [{**row, "task": "qa_1"}, {**row, "task": "niah_multivalue"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    either, both = load_hub_samples(str(tmp_path), count_tokens)
+    assert (either.metric, either.answer) == ("any", " in Paris")
+    assert (both.metric, both.answer) == ("f1", " in Paris, Paris, France")
+    answer = Answer(0.0, 0.0, torch.zeros(2, dtype=torch.bool), 0.0, 0, 0)
+    assert score(either, answer, " Paris, France.") == 1.0
+    assert score(either, answer, "the Paris") == pytest.approx(2 / 3)  # of two words each time
+    assert score(either, answer, "Rome") == 0.0
+
+
+def test_a_passage_to_be_copied_begins_as_no_other_does():
+    words = "a b c d e f g h i j k l m n".split()
+    other = "a b c d e f g x i j k l m n".split()
+    assert beginning(words, [words, other]) == 8
+    assert beginning(words, [words, words, other[1:]]) == 6
 
 
 def test_samples_of_a_data_set_in_kvpress_schema(tmp_path):

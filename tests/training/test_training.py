@@ -20,7 +20,7 @@ from kvpress_moe.replay import ReplayScores, chat_suffix
 from kvpress_moe.routers import BaseMoERouter
 from kvpress_moe.training.capture import capture, written_norm
 from kvpress_moe.training.fit import LayerData, fit_layer, fold_scaling, predict
-from kvpress_moe.training.objective import FLOOR, tail_weights, target
+from kvpress_moe.training.objective import FLOOR, budget_loss, tail_weights, target
 from kvpress_moe.training.trainer import Recipe, prompts, train
 from tests.tiny import decoder, prefill, tiny_model
 
@@ -63,6 +63,8 @@ def test_training_is_repeatable_and_takes_up_what_was_captured(llama, chat_token
     assert metrics == trained[1]
     with pytest.raises(SettingError, match="^shards: got"):
         train(llama, chat_tokenizer, replace(RECIPE, experts=("learned", "knorm"), top_k=1), shards)
+    with pytest.raises(SettingError, match="^shards: got .* of seed 1"):
+        train(llama, chat_tokenizer, replace(RECIPE, seed=1), shards)
 
 
 def test_fitting_finds_a_score_that_is_there():
@@ -71,7 +73,7 @@ def test_fitting_finds_a_score_that_is_there():
     choice = torch.sigmoid(4 * hidden[:, :1])
     routed = 3 * choice * ranks[..., 1] + 3 * (1 - choice) * ranks[..., 2]
     targets = routed + hidden[:, 1:3] - torch.tensor([2.0, 5.0])
-    data = LayerData(hidden * 3 + 1, ranks, targets, torch.ones_like(targets))
+    data = LayerData(hidden * 3 + 1, ranks, targets, torch.ones_like(targets), torch.zeros(3))
     constant = (targets - targets.mean(0)).square().mean().item()
 
     def error(**changes):
@@ -84,6 +86,27 @@ def test_fitting_finds_a_score_that_is_there():
 
     assert error() < 0.03 * constant
     assert error(train_gate=False) > 2 * error()  # the choice is in the gate, and nowhere else
+
+
+def test_the_learned_expert_learns_whom_to_believe():
+    """Targets that follow one expert where the other ranks a pair high, and nothing where it does not."""
+    hidden, ranks = torch.randn(4000, 8), torch.rand(4000, 1, 3) * 0.99
+    targets = 3 * ranks[..., 1] * (ranks[..., 2] > 0.5)
+    data = LayerData(hidden, ranks, targets, torch.ones_like(targets), torch.zeros(3))
+    errors = []
+    for num_seen in (2, 0):
+        router = BaseMoERouter(8, 3, dropout=0.0, bottleneck=8, num_heads=1, learned=16, num_seen=num_seen)
+        fit_layer(router, data, 3, 0, 0.0, epochs=30, learning_rate=1e-2, seed=0, batch_size=256)
+        with torch.no_grad():
+            errors.append((predict(router, hidden, ranks, 3, learned=0)[0] - targets).square().mean().item())
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_the_budget_loss_asks_which_side_of_a_threshold_a_pair_is_on():
+    targets, thresholds = torch.tensor([[-5.0], [-1.0], [3.0]]), torch.tensor([0.0])
+    right, wrong = torch.tensor([[-9.0], [-4.0], [1.0]]), torch.tensor([[-5.0], [0.5], [3.0]])
+    assert (right - targets).square().mean() > (wrong - targets).square().mean()
+    assert budget_loss(right, targets, thresholds) < 0.3 * budget_loss(wrong, targets, thresholds)
 
 
 def test_the_press_gives_the_scores_that_were_fitted(llama, trained, prompt):

@@ -61,14 +61,24 @@ def copying(random: Random, count_tokens: CountTokens, length: int, index: int, 
     kept = fill(passages(), length - 4, count_tokens, joint="\n\n")
     depth = swept_depth(index)
     number = int(depth * len(kept))
-    words = kept[number].split(": ", 1)[1].split(" ")
-    answer, _ = split_at(" " + " ".join(words[6:]) + " ", ANSWER_TOKENS, count_tokens)
+    texts = [passage.split(": ", 1)[1].split(" ") for passage in kept]
+    words = texts[number]
+    given = beginning(words, texts)
+    answer, _ = split_at(" " + " ".join(words[given:]) + " ", ANSWER_TOKENS, count_tokens)
     return {
         "context": "\n\n".join(kept),
         "question": f"Repeat passage {number + 1} word for word.",
-        "answer_prefix": " ".join(words[:6]),
+        "answer_prefix": " ".join(words[:given]),
         "answer": answer,
         "references": (),
         "metric": "tokens",
         "depth": depth,
     }
+
+
+def beginning(words: list[str], others: list[list[str]]) -> int:
+    """How many words of a passage to give away: six, and more where another passage begins alike."""
+    given = 6
+    while given < len(words) - 6 and any(other[:given] == words[:given] and other != words for other in others):
+        given += 1
+    return given

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Metric = Literal["exact", "f1", "tokens"]
+Metric = Literal["exact", "f1", "any", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,11 @@ class Sample:
     answer : str
         The right answer as the model would write it after ``answer_prefix``, with a leading space where one follows.
     references : tuple of str
-        What is looked for in the answer: one string for "exact", one or more for "f1", none for "tokens".
-    metric : {"exact", "f1", "tokens"}
-        "exact": the answer is right or not; "f1": several references; "tokens": share of the answer's tokens that are
-        guessed right (continuations).
+        What is looked for in the answer: one string for "exact", one or more for "f1", alternatives for "any", none for
+        "tokens".
+    metric : {"exact", "f1", "any", "tokens"}
+        "exact": the answer is right or not; "f1": several references, all wanted; "any": several, one of which is
+        enough; "tokens": share of the answer's tokens that are guessed right (continuations).
     chat : bool, default=True
         Whether context and question are put into the model's chat template; False for continuations.
     depth : float or None
