@@ -72,16 +72,66 @@ def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float) -> Tenso
     if q_len > 1:
         future = torch.ones(q_len, n_new, dtype=torch.bool, device=query.device).triu(n_new - q_len + 1)
         new_logits = new_logits.unflatten(2, (-1, q_len)).masked_fill(future, -torch.inf).flatten(2, 3)
+    grouped, new_logits, new_values = (
+        part.flatten(0, 1) for part in (grouped, new_logits, layer.new_values)
+    )  # (B·H, …)
+    keys, values = zip(*layer.runs(), strict=True)
+    sizes = [len(run) for run in keys]
+    parts = [part.split(sizes) for part in (grouped, new_logits, new_values)]
+    longest = max(run.shape[1] for run in keys)
+    if new_logits[..., 0].numel() * (longest + n_new) <= LOGITS_AT_ONCE:
+        output = attend_padded(grouped, new_logits, new_values, keys, values, parts[0], longest)
+    else:
+        output = torch.cat([attend(*run) for run in zip(*parts, keys, values, strict=True)])
+    return output.view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
+
+
+def attend(queries: Tensor, new_logits: Tensor, new_values: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """
+    Attention of one run of R heads of equal length n, a few at a time if their logits are many.
+
+    Parameters
+    ----------
+    queries : Tensor, shape (R, G·Q, D)
+        Scaled.
+    new_logits : Tensor, shape (R, G·Q, T), float32
+    new_values : Tensor, shape (R, T, D)
+    keys, values : Tensor, shape (R, n, D)
+
+    Returns
+    -------
+    Tensor, shape (R, G·Q, D)
+    """
+    n_kept = keys.shape[1]
+    at_once = max(1, LOGITS_AT_ONCE // (queries.shape[1] * (n_kept + new_logits.shape[2])))
     outputs = []
-    by_head = [part.flatten(0, 1) for part in (grouped, new_logits, layer.new_values)]  # (B·H, …)
-    first = 0
-    for run_keys, run_values in layer.runs():
-        at_once = max(1, LOGITS_AT_ONCE // (grouped.shape[2] * (run_keys.shape[1] + n_new)))
-        for keys, values in zip(run_keys.split(at_once), run_values.split(at_once), strict=True):
-            queries, logits_of_new, new_values = (part[first : first + len(keys)] for part in by_head)
-            first += len(keys)
-            logits = torch.cat(((queries @ keys.mT).float(), logits_of_new), dim=-1)
-            weights = logits.softmax(dim=-1).to(query.dtype)
-            n_kept = keys.shape[1]
-            outputs.append(torch.baddbmm(weights[..., n_kept:] @ new_values, weights[..., :n_kept], values))
-    return torch.cat(outputs).view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
+    for some in zip(*(part.split(at_once) for part in (queries, new_logits, new_values, keys, values)), strict=True):
+        queries, new_logits, new_values, keys, values = some
+        weights = torch.cat(((queries @ keys.mT).float(), new_logits), dim=-1).softmax(dim=-1).to(queries.dtype)
+        outputs.append(torch.baddbmm(weights[..., n_kept:] @ new_values, weights[..., :n_kept], values))
+    return torch.cat(outputs)
+
+
+def attend_padded(
+    grouped: Tensor,
+    new_logits: Tensor,
+    new_values: Tensor,
+    keys: tuple[Tensor, ...],
+    values: tuple[Tensor, ...],
+    queries: tuple[Tensor, ...],
+    longest: int,
+) -> Tensor:
+    """
+    The same for all heads (B·H, …) at once, with two operations for each run: only logits are padded, never pairs.
+
+    For few queries, where starting an operation costs more than what it computes.
+    """
+    logits = grouped.new_full((*new_logits.shape[:2], longest), -torch.inf)
+    sizes = [len(run) for run in keys]
+    for run, run_queries, padded in zip(keys, queries, logits.split(sizes), strict=True):
+        torch.bmm(run_queries, run.mT, out=padded[..., : run.shape[1]])
+    weights = torch.cat((logits.float(), new_logits), dim=-1).softmax(dim=-1).to(grouped.dtype)
+    output = weights[..., longest:] @ new_values
+    for run, kept, summed in zip(values, weights.split(sizes), output.split(sizes), strict=True):
+        summed.baddbmm_(kept[..., : run.shape[1]], run)
+    return output

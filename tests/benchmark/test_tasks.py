@@ -21,6 +21,16 @@ def count_tokens(text):
     return -(-len(text) // 4)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache_of_datasets(tmp_path_factory, monkeypatch):
+    """What ``datasets`` makes of a file does not stay in the user's cache."""
+    try:
+        import datasets.config
+    except ImportError:
+        return
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_same_arguments_give_the_same_sample_and_others_another(task):
     sample = make_sample(task, count_tokens, 1024, 3, seed=1)
