@@ -165,8 +165,8 @@ def test_where_answers_are_alternatives_one_is_enough(tmp_path):
 
 
 def test_a_passage_to_be_copied_begins_as_no_other_does():
-    words = "a b c d e f g h i j k l m n".split()
-    other = "a b c d e f g x i j k l m n".split()
+    words = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n"]
+    other = ["a", "b", "c", "d", "e", "f", "g", "x", "i", "j", "k", "l", "m", "n"]
     assert beginning(words, [words, other]) == 8
     assert beginning(words, [words, words, other[1:]]) == 6
 
