@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -163,7 +163,7 @@ def ask(
     reference: Reference,
     kept: Sequence[Kept],
     write: int = 0,
-    stop: frozenset[int] = frozenset(),
+    ended: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> list[Answer]:
     """
     Ask compressed caches, as many at once as memory allows.
@@ -179,8 +179,8 @@ def ask(
     kept : sequence of Kept
     write : int, default=0
         Decode greedily up to so many tokens. Where the right answer is the likeliest it is not decoded again.
-    stop : frozenset of int
-        Tokens that end what is decoded.
+    ended : callable
+        Whether tokens decoded so far are a whole answer: what followed would not count.
     """
     layer = judged.cache.layers[0]
     bytes_per_pair = 2 * layer.keys.shape[-1] * layer.keys.element_size()
@@ -204,7 +204,7 @@ def ask(
             rate = hit_rate(row, reference.mass)
             answers.append(Answer(nll.item(), kl.clamp(min=0).item(), greedy.cpu(), rate, row.n_pairs, counted))
         if write:
-            write_out(model, cache, prompt, logits.argmax(-1), answers[-len(rows) :], offsets, n_read, write, stop)
+            write_out(model, cache, prompt, logits.argmax(-1), answers[-len(rows) :], offsets, n_read, write, ended)
     return [answers[at] for at in sorted(range(len(order)), key=order.__getitem__)]
 
 
@@ -230,7 +230,7 @@ def write_out(
     offsets: Tensor,
     n_read: int,
     limit: int,
-    stop: frozenset[int],
+    ended: Callable[[list[int]], bool],
 ) -> None:
     """
     Decode greedily and note it in the answers.
@@ -247,19 +247,21 @@ def write_out(
     if not going:
         return
     start = min(departs[row] for row in going)
+    written = {row: right[:start] for row in going}
+    tokens = {row: int(likeliest[row, start]) for row in going}
     cache.crop(n_read + n_question + start)
-    cache.batch_select_indices(torch.tensor(going))
-    offsets = offsets[going]
-    tokens = likeliest[going, start][:, None]
-    written = [right[:start] for _ in going]
-    done = [False] * len(going)
+    rows = list(range(len(answers)))  # those that the cache holds
     for position in range(start, limit):
-        for index, token in enumerate(tokens[:, 0].tolist()):
-            done[index] |= token in stop
-            if not done[index]:
-                written[index].append(token)
-        if all(done) or position == limit - 1:
+        for row in going:
+            written[row].append(tokens[row])
+        going = [row for row in going if not ended(written[row])]
+        if not going or position == limit - 1:
             break
-        tokens = step(model, cache, tokens, n_read + n_question + position, offsets, 1)[:, -1].argmax(-1)[:, None]
-    for index, row in enumerate(going):
-        answers[row].written = written[index]
+        if len(going) <= 0.75 * len(rows):  # leaving rows out copies the others
+            cache.batch_select_indices(torch.tensor([rows.index(row) for row in going]))
+            rows = going
+        last = torch.tensor([tokens.get(row, 0) for row in rows], device=offsets.device)
+        logits = step(model, cache, last[:, None], n_read + n_question + position, offsets[rows], 1)
+        tokens |= dict(zip(rows, logits[:, -1].argmax(-1).tolist(), strict=True))
+    for row, tokens_written in written.items():
+        answers[row].written = tokens_written

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import Any
 
@@ -144,11 +144,12 @@ class _Memo:
         self._scores.clear()
 
     def remember(self, scorer: ScorerPress) -> ScorerPress:
-        """Let this scorer look up what it was asked before; returns the same scorer."""
-        if type(scorer) not in _RATIO_FREE:
+        """Let this scorer (ours: its experts) look up what it was asked before; returns the same scorer."""
+        if isinstance(scorer, MoERouterPress):
+            return self._remember_experts(scorer)
+        if type(scorer) not in _RATIO_FREE or hasattr(scorer.score, "__wrapped__"):
             return scorer
         score = scorer.score
-        owner = id(scorer) if isinstance(scorer, _DRAWING) else repr(scorer)
 
         @wraps(score)
         def remembered(module, hidden_states, keys, values, attentions, kwargs):
@@ -156,13 +157,34 @@ class _Memo:
             if hidden_states.untyped_storage().data_ptr() != inputs:  # gathered: nothing says which tokens these are
                 return score(module, hidden_states, keys, values, attentions, kwargs)
             # a slice of the layer's inputs says which keys these are: presses score before they change any
-            about = (owner, hidden_states.data_ptr(), hidden_states.shape, keys.shape)
+            about = (_who(scorer), type(module), hidden_states.data_ptr(), hidden_states.shape, keys.shape)
             if about not in self._scores:
                 self._scores[about] = score(module, hidden_states, keys, values, attentions, kwargs)
             return self._scores[about]
 
         object.__setattr__(scorer, "score", remembered)
         return scorer
+
+    def _remember_experts(self, press: MoERouterPress) -> MoERouterPress:
+        mix = press.mix
+
+        @wraps(mix)
+        def remembered(call):
+            for expert in press._experts:  # may have changed since: a press chooses its experts when it sees a model
+                if isinstance(expert.scorer, ScorerPress):
+                    self.remember(expert.scorer)
+            return mix(call)
+
+        object.__setattr__(press, "mix", remembered)
+        return press
+
+
+def _who(scorer: ScorerPress) -> tuple:
+    """What two scorers have in common that score alike."""
+    if isinstance(scorer, _DRAWING):
+        return (id(scorer),)
+    settings = ((f.name, getattr(scorer, f.name)) for f in fields(scorer) if f.name != "compression_ratio")
+    return (type(scorer), repr(sorted(settings)))
 
 
 class _Scores:

@@ -156,7 +156,7 @@ class Evaluator:
         full = self._keep_all(judged, prompt)
         kept = [full if cell[0] == "full" else judged.kept[cell] for cell in cells]
         write = prompt.answer.shape[1] + 8 if decode and sample.metric in ("f1", "any") else 0
-        answers = ask(self.model, judged, prompt, reference, kept, write, self._stop_tokens())
+        answers = ask(self.model, judged, prompt, reference, kept, write, self._ended)
         results = []
         for (name, ratio), one, answer in zip(cells, kept, answers, strict=True):
             text = None if answer.written is None else self.tokenizer.decode(answer.written, skip_special_tokens=True)
@@ -182,10 +182,15 @@ class Evaluator:
         masks = [torch.ones_like(layer.keys[0, :, :, 0], dtype=torch.bool) for layer in judged.cache.layers]
         return Kept(masks, None, prompt.context.shape[1])
 
+    @cached_property
     def _stop_tokens(self) -> frozenset[int]:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
+
+    def _ended(self, tokens: list[int]) -> bool:
+        """Whether a decoded answer is whole: the model ended it, or a blank line did, after which no score looks."""
+        return tokens[-1] in self._stop_tokens or "\n\n" in self.tokenizer.decode(tokens).strip()
 
 
 def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:
