@@ -45,9 +45,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def chat_tokenizer():
     """The same with a chat template."""
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
-    return tokenizer
+    return byte_tokenizer(chat=True)
 
 
 @pytest.fixture(scope="session")

@@ -98,16 +98,20 @@ def tiny_model(family: str, *, attn_implementation: str = "sdpa", dtype=torch.fl
     return model.eval()
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token (0 to 255), and <s>, </s>, <pad> are 256 to 258."""
+CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
+
+
+def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
+    """Every byte is a token (0 to 255), and <s>, </s>, <pad> are 256 to 258; with a chat template or without."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "</s>", "<pad>")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=4096
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=4096, **special)
+    wrapped.chat_template = CHAT if chat else None
+    return wrapped
 
 
 def tokens(n_tokens: int, batch_size: int = 1, seed: int = 0) -> Tensor:

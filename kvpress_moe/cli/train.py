@@ -20,6 +20,8 @@ kvpress-moe train --out routers/smollm2
 
 kvpress-moe train --out routers/mine --model my/model --samples 200 --length 2048
 
+accelerate launch --multi_gpu --module kvpress_moe train --out routers/big --model my/model --device cuda --shards /disk
+
 kvpress-moe ask --router routers/smollm2
 """
 
@@ -35,7 +37,10 @@ def train(
     samples: Annotated[int | None, typer.Option(help="Prompts to learn from.")] = None,
     length: Annotated[int | None, typer.Option(help="Longest context, in tokens.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Kinds of prompts; all but variable_tracking and code.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="replay, written, answer or both.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="replay, answer or both.")] = None,
+    value_weight: Annotated[
+        float | None, typer.Option(help="How much it counts what a value writes: 0 attention alone, 1 the product.")
+    ] = None,
     gate: Annotated[bool, typer.Option(help="--no-gate: equal weights for all tokens, a static mixture.")] = True,
     learned_sees: Annotated[
         bool, typer.Option(help="--no-learned-sees: the learned expert reads the hidden state alone.")
@@ -65,6 +70,7 @@ def train(
         "length": length,
         "tasks": split_names(tasks),
         "teacher": teacher,
+        "value_weight": value_weight,
         "gate": gate,
         "learned_sees": learned_sees,
         "epochs": epochs,
@@ -83,11 +89,15 @@ def train(
     from kvpress_moe.checkpoint import save_routers
     from kvpress_moe.models import load_model
     from kvpress_moe.training import trainer
+    from kvpress_moe.training.crew import launched
 
     start = time.perf_counter()
-    loaded, tokenizer = load_model(model, device)
+    crew = launched(device)
+    loaded, tokenizer = load_model(model, crew.device if crew else device)
     with timed_bar() as progress:
-        routers, metrics = trainer.train(loaded, tokenizer, recipe, shards, progress)
+        routers, metrics = trainer.train(loaded, tokenizer, recipe, shards, progress, crew)
+    if crew and crew.rank:
+        return  # the first process speaks for all
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     metrics["command"] = shlex.join(["kvpress-moe", *sys.argv[1:]])
     save_routers(routers, out, metrics, dtype=torch.float16)

@@ -26,6 +26,8 @@ from kvpress_moe.mixing import rank_within_head
 from kvpress_moe.model_support import language_model
 from kvpress_moe.replay import ReplayScores
 
+FORMAT = 2  # of shards
+
 
 @torch.no_grad()
 def capture(
@@ -50,22 +52,28 @@ def capture(
         ``hidden`` (L, S, C) float16, inputs of the attention layers; ``ranks`` (L, E, H, S) float16, each expert's
         ranks within the head; ``replay`` (L, H, S) float16, log of the largest attention that a repetition of the
         context pays (KVzip, arXiv 2505.23416), minus infinity in the template's prefix, which is not repeated;
-        ``answer`` the same of the real question and answer; ``writes`` (L, H, S), log of the norm of what the value
-        writes, ‖W_O v‖, largest of the head's query heads.
+        ``answer`` the same of the real question and answer; ``writes`` (L, H, S) float16, log of what the value adds
+        to the residual stream, ‖W_O v‖ of the largest of the head's query heads, over the stream's norm there (mean of
+        the logs of all tokens).
     """
-    hidden, ranks, writes = [], [], []
+    hidden, ranks, writes, stream = [], [], [], []
     cache = DynamicCache()
+
+    def record_stream(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        residual = args[0] if args else kwargs["hidden_states"]
+        stream.append(residual.float().norm(dim=-1).log().mean())
 
     def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
         layer = cache.layers[module.layer_idx]
         call = LayerCall(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
         hidden.append(call.hidden_states[0].half())
         ranks.append(torch.stack([rank_within_head(expert.score(call, 0.5))[0].half() for expert in experts]))
-        writes.append(written_norm(module, layer.values)[0].log().half())
+        writes.append((written_norm(module, layer.values)[0].float().log() - stream[-1]).half())
 
     presses = [expert.scorer for expert in experts if hasattr(expert.scorer, "post_init_from_model")]
     with prepared(model, presses), ExitStack() as hooks:
         for layer in language_model(model).layers:
+            hooks.callback(layer.register_forward_pre_hook(record_stream, with_kwargs=True).remove)
             hooks.callback(layer.self_attn.register_forward_hook(record, with_kwargs=True).remove)
         model.model(input_ids=prompt.context.to(model.device), past_key_values=cache)
     replay = ReplayScores().of(model, tokenizer, prompt.context.to(model.device), cache, prompt.n_prefix)
@@ -129,16 +137,18 @@ class Shards:
         note = self.directory / "recipe.json"
         if note.exists():
             there = json.loads(note.read_text())
-            if (there["model"], there.get("seed")) == (model, seed) and set(experts) <= set(there["experts"]):
+            same = (there["model"], there.get("seed"), there.get("format")) == (model, seed, FORMAT)
+            if same and set(experts) <= set(there["experts"]):
                 return tuple(there["experts"])
             raise SettingError(
                 "shards",
                 str(self.directory),
-                f"shards of this model, of seed {seed} and of experts {list(experts)} (there are shards of seed "
-                f"{there.get('seed')} and of experts {there['experts']})",
+                f"shards of this model, of seed {seed}, of experts {list(experts)} and of format {FORMAT} (there are "
+                f"shards of seed {there.get('seed')}, of experts {there['experts']} and of format "
+                f"{there.get('format', 1)})",
                 "Name another directory, or delete it.",
             )
-        text = json.dumps({"model": model, "seed": seed, "experts": list(experts)}, indent=1)
+        text = json.dumps({"format": FORMAT, "model": model, "seed": seed, "experts": list(experts)}, indent=1)
         write_atomically(note, lambda path: path.write_text(text))
         return tuple(experts)
 

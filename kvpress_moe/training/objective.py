@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from kvpress_moe.errors import SettingError
 
 FLOOR = -12.0  # natural log; attention below e^-12 is as good as none
-TEACHERS = ("replay", "written", "answer", "both")
+TEACHERS = ("replay", "answer", "both")
 
 
-def target(shard: dict[str, Tensor], teacher: str) -> Tensor:
+def target(shard: dict[str, Tensor], teacher: str, value_weight: float = 0.0) -> Tensor:
     """
     Importance of a layer's pairs, log scale, shape (H, S), float32.
 
@@ -20,21 +20,18 @@ def target(shard: dict[str, Tensor], teacher: str) -> Tensor:
     ----------
     shard : dict of str -> Tensor
         One layer of what :func:`kvpress_moe.training.capture.capture` recorded.
-    teacher : {"replay", "written", "answer", "both"}
-        Largest attention that a repetition of the context pays; the same times the norm of what the value writes; that
-        of the real question and answer; the larger of the first and the third.
+    teacher : {"replay", "answer", "both"}
+        Largest attention that a repetition of the context pays; that of the real question and answer; the larger of
+        both.
+    value_weight : float, default=0
+        Power of what the value adds to the residual stream, relative to its norm, in the product with the attention. 0:
+        attention alone (KVzip, arXiv 2505.23416); 1: the product (KVzip+ of KVzap, arXiv 2601.07891).
     """
-    if teacher == "replay":
-        log_attention = shard["replay"]
-    elif teacher == "written":
-        log_attention = shard["replay"] + shard["writes"]
-    elif teacher == "answer":
-        log_attention = shard["answer"]
-    elif teacher == "both":
-        log_attention = torch.maximum(shard["replay"], shard["answer"])
-    else:
-        raise SettingError("teacher", teacher, f"one of {', '.join(TEACHERS)}", "The default is 'replay'.")
-    return log_attention.float().clamp(min=FLOOR)
+    if teacher not in TEACHERS:
+        raise SettingError("teacher", teacher, f"one of {', '.join(TEACHERS)}", "The default is 'both'.")
+    both = torch.maximum(shard["replay"], shard["answer"])
+    log_attention = both if teacher == "both" else shard[teacher]
+    return (log_attention.float() + value_weight * shard["writes"].float()).clamp(min=FLOOR)
 
 
 def budget_loss(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ from kvpress_moe.fingerprint import model_fingerprint
 from kvpress_moe.model_support import check_model
 from kvpress_moe.routers import RouterConfig, Routers
 from kvpress_moe.training.capture import Shards, capture
+from kvpress_moe.training.crew import Crew
 from kvpress_moe.training.fit import LayerData, fit_layer
+from kvpress_moe.training.fitted import Fitted
 from kvpress_moe.training.objective import TEACHERS, tail_weights, target
 
 #: Task kinds that training never sees, so that the benchmark can tell learning from memorising.
 HELD_OUT = ("variable_tracking", "code")
 KEPT_SHARES = (0.5, 0.25, 0.1)
+
+Aim = Callable[[dict[str, Tensor]], Tensor]  # a layer of a shard -> what its pairs should score, (H, S)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,9 @@ class Recipe:
         Their longest context, in tokens; they are spread between half of it and all of it.
     tasks : tuple of str
         Kinds of prompts (train split of the benchmark's).
-    teacher : {"replay", "written", "answer", "both"}
+    teacher : {"replay", "answer", "both"}
+    value_weight : float
+        See :func:`kvpress_moe.training.objective.target`.
     router_type : {"pikv", "base"}
     bottleneck, learned_width : int
         Widths of the gate and of the learned expert.
@@ -64,6 +71,7 @@ class Recipe:
     length: int = 1024
     tasks: tuple[str, ...] = tuple(task for task in TASKS if task not in HELD_OUT)
     teacher: str = "both"
+    value_weight: float = 0.5
     gate: bool = True
     router_type: str = "pikv"
     bottleneck: int = 16
@@ -87,6 +95,8 @@ class Recipe:
             raise SettingError("top_k", self.top_k, f"a number from 1 to {len(self.experts)}", "")
         if self.teacher not in TEACHERS:
             raise SettingError("teacher", self.teacher, f"one of {', '.join(TEACHERS)}", "")
+        if not 0 <= self.value_weight <= 1:
+            raise SettingError("value_weight", self.value_weight, "a number from 0 to 1", "0 is attention alone.")
         for field in ("samples", "epochs", "bottleneck", "learned_width"):
             if getattr(self, field) < 1:
                 raise SettingError(field, getattr(self, field), "at least 1", "")
@@ -123,6 +133,7 @@ def train(
     recipe: Recipe,
     shards: Path | None = None,
     progress: Callable[..., Any] = lambda description, done, total, loss=None: None,
+    crew: Crew | None = None,
 ) -> tuple[Routers, dict[str, Any]]:
     """
     Train routers for a frozen model.
@@ -133,17 +144,29 @@ def train(
     tokenizer : PreTrainedTokenizerBase
     recipe : Recipe
     shards : Path, optional
-        Where captured prompts are kept; what is there already is not captured again. A temporary directory otherwise.
+        Where captured prompts and fitted layers are kept; what is there already is not done again. A temporary
+        directory otherwise.
     progress : callable
         ``progress(description, done, total, loss)``.
+    crew : Crew, optional
+        Processes that share the work, and the ``shards``; this one alone otherwise.
 
     Returns
     -------
     routers, metrics
+        The same in every process.
+
+    Raises
+    ------
+    SettingError
+        If the recipe is wrong, or processes that share the work do not share a directory.
     """
     recipe.check()
     check_model(model)
+    crew = crew or Crew()
     if shards is None:
+        if crew.size > 1:
+            raise SettingError("shards", None, "a directory that all processes share", "Add --shards DIRECTORY.")
         with tempfile.TemporaryDirectory() as temporary:
             return train(model, tokenizer, recipe, Path(temporary), progress)
     limit = model.config.get_text_config(decoder=True).max_position_embeddings
@@ -152,11 +175,12 @@ def train(
     captured = fill.claim(model_fingerprint(model), recipe.heuristics, recipe.seed)
     experts: Sequence[Expert] = [make_expert(name) for name in captured]
     fill.fill(
-        made,
+        crew.part(made),
         lambda prompt: capture(model, tokenizer, prompt, experts),
         lambda done, total: progress("capturing", done, total),
     )
-    return fit_routers(model, recipe, fill, [fill.path(name) for name, _ in made], captured, progress)
+    crew.wait()
+    return fit_routers(model, recipe, fill, [fill.path(name) for name, _ in made], captured, progress, crew)
 
 
 def fit_routers(
@@ -166,15 +190,17 @@ def fit_routers(
     paths: Sequence[Path],
     captured: Sequence[str],
     progress: Callable[..., Any] = lambda description, done, total, loss=None: None,
+    crew: Crew | None = None,
 ) -> tuple[Routers, dict[str, Any]]:
     """
-    Fit every layer's router to captured prompts.
+    Fit every layer's router to captured prompts; layers that were fitted so before are read from the shards' directory.
 
     Parameters
     ----------
     captured : sequence of str
         Experts that the shards hold, in order; the recipe's may be some of them.
     """
+    crew = crew or Crew()
     config = model.config.get_text_config(decoder=True)
     learned = recipe.experts.index("learned") if "learned" in recipe.experts else None
     router_config = RouterConfig(
@@ -192,12 +218,15 @@ def fit_routers(
     )
     routers = Routers(router_config, model_fingerprint(model))
     columns = [captured.index(name) if name != "learned" else 0 for name in recipe.experts]
-    thresholds = kept_thresholds(shards, paths, config.num_hidden_layers, recipe.teacher)
-    losses = []
-    for layer_idx, router in enumerate(routers.layers):
-        data = layer_data(shards.layer(layer_idx, paths), columns, recipe.teacher, thresholds)
+    aim = partial(target, teacher=recipe.teacher, value_weight=recipe.value_weight)
+    fitted = Fitted(shards.directory, {"recipe": asdict(recipe), "prompts": [path.name for path in paths]})
+    mine = crew.part(range(config.num_hidden_layers))
+    missing = [layer_idx for layer_idx in mine if not fitted.path(layer_idx).exists()]
+    thresholds = kept_thresholds(shards, paths, config.num_hidden_layers, aim) if missing else None
+    for layer_idx in missing:
+        data = layer_data(shards.layer(layer_idx, paths), columns, aim, thresholds)
         loss = fit_layer(
-            router,
+            routers.layers[layer_idx],
             data,
             recipe.top_k,
             learned,
@@ -208,24 +237,26 @@ def fit_routers(
             train_gate=recipe.gate,
             budget_weight=recipe.budget_weight,
         )
-        losses.append(loss)
-        progress("fitting layers", layer_idx + 1, config.num_hidden_layers, loss)
+        fitted.save(layer_idx, routers.layers[layer_idx], loss)
+        progress("fitting layers", len(mine) - len(missing) + missing.index(layer_idx) + 1, len(mine), loss)
+    crew.wait()
+    losses = [fitted.load(layer_idx, router) for layer_idx, router in enumerate(routers.layers)]
     metrics = {"recipe": asdict(recipe), "prompts": len(paths), "loss_by_layer": [round(loss, 4) for loss in losses]}
     return routers, metrics
 
 
-def kept_thresholds(shards: Shards, paths: Sequence[Path], num_layers: int, teacher: str) -> Tensor:
+def kept_thresholds(shards: Shards, paths: Sequence[Path], num_layers: int, aim: Aim) -> Tensor:
     """Target above which half, a quarter and a tenth of all pairs lie, over all layers and heads: shape (3,)."""
     sampled = []
     for layer_idx in range(num_layers):
-        values = torch.cat([target(shard, teacher).flatten() for shard in shards.layer(layer_idx, paths)])
+        values = torch.cat([aim(shard).flatten() for shard in shards.layer(layer_idx, paths)])
         sampled.append(values[:: max(1, len(values) // 20_000)])
     pooled = torch.cat(sampled)
     return torch.stack([pooled.quantile(1 - share) for share in KEPT_SHARES]) if len(pooled) < 2**24 else pooled
 
 
 def layer_data(
-    captured: Sequence[dict[str, Tensor]], columns: Sequence[int], teacher: str, thresholds: Tensor
+    captured: Sequence[dict[str, Tensor]], columns: Sequence[int], aim: Aim, thresholds: Tensor
 ) -> LayerData:
     """Tokens of all prompts of one layer; those of a template's prefix, which the teacher cannot judge, left out."""
     hidden, ranks, targets = [], [], []
@@ -233,7 +264,7 @@ def layer_data(
         judged = shard["replay"].isfinite().any(0)
         hidden.append(shard["hidden"][judged].float())
         ranks.append(shard["ranks"][columns].permute(2, 1, 0)[judged].float())  # (E, H, S) -> (S, H, E)
-        targets.append(target(shard, teacher).T[judged])
+        targets.append(aim(shard).T[judged])
     targets = torch.cat(targets)
     ranks = torch.cat(ranks).clamp(max=1 - 1e-4)  # half precision rounds the best rank of a long prompt to 1
     return LayerData(torch.cat(hidden), ranks, targets, tail_weights(targets, thresholds), thresholds)

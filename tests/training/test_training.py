@@ -1,6 +1,10 @@
 """Routers learn from captured prompts, the press gives the scores they were fitted to, and runs are repeatable."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from kvpress_moe.experts import make_expert
 from kvpress_moe.replay import ReplayScores, chat_suffix
 from kvpress_moe.routers import BaseMoERouter
 from kvpress_moe.training.capture import capture, written_norm
+from kvpress_moe.training.crew import Crew
 from kvpress_moe.training.fit import LayerData, fit_layer, fold_scaling, predict
 from kvpress_moe.training.objective import FLOOR, budget_loss, tail_weights, target
 from kvpress_moe.training.trainer import Recipe, prompts, train
@@ -57,6 +62,8 @@ def test_training_is_repeatable_and_takes_up_what_was_captured(llama, chat_token
         raise AssertionError("captured again")
 
     monkeypatch.setattr("kvpress_moe.training.trainer.capture", never)
+    for path in shards.glob("fitted-*/layer-*"):
+        path.unlink()
     again, metrics = train(llama, chat_tokenizer, RECIPE, shards)
     for name, tensor in again.state_dict().items():
         assert_close(tensor, trained[0].state_dict()[name], equal_nan=True, rtol=0, atol=0)
@@ -65,6 +72,72 @@ def test_training_is_repeatable_and_takes_up_what_was_captured(llama, chat_token
         train(llama, chat_tokenizer, replace(RECIPE, experts=("learned", "knorm"), top_k=1), shards)
     with pytest.raises(SettingError, match="^shards: got .* of seed 1"):
         train(llama, chat_tokenizer, replace(RECIPE, seed=1), shards)
+
+
+def test_a_fit_that_was_interrupted_goes_on_with_the_layers_that_are_missing(
+    llama, chat_tokenizer, trained, tmp_path, monkeypatch
+):
+    fitted = []
+
+    def interrupted(router, *args, **kwargs):
+        if fitted:
+            raise KeyboardInterrupt
+        fitted.append(router)
+        return fit_layer(router, *args, **kwargs)
+
+    monkeypatch.setattr("kvpress_moe.training.trainer.fit_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(llama, chat_tokenizer, RECIPE, tmp_path)
+    fitted.clear()
+    routers, metrics = train(llama, chat_tokenizer, RECIPE, tmp_path)
+    assert len(fitted) == 1  # of two layers
+    assert metrics == trained[1]
+    for name, tensor in routers.state_dict().items():
+        assert_close(tensor, trained[0].state_dict()[name], equal_nan=True, rtol=0, atol=0)
+
+
+TOGETHER = """
+import torch
+from pathlib import Path
+from tests.tiny import byte_tokenizer, tiny_model
+from tests.training.test_training import RECIPE
+from kvpress_moe.checkpoint import save_routers
+from kvpress_moe.training.crew import launched
+from kvpress_moe.training.trainer import train
+torch.set_num_threads(1)
+crew = launched("cpu")
+routers, metrics = train(tiny_model("llama"), byte_tokenizer(chat=True), RECIPE, Path({shards!r}), crew=crew)
+save_routers(routers, Path({out!r}) / str(crew.rank), metrics)
+"""
+
+
+def test_processes_that_were_launched_together_train_what_one_trains_alone(trained, tmp_path):
+    script = TOGETHER.format(shards=str(tmp_path / "shards"), out=str(tmp_path / "out"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    started = [
+        subprocess.Popen([sys.executable, "-c", script], env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    for rank in range(2):
+        together = load_routers(tmp_path / "out" / str(rank))
+        for name, tensor in together.state_dict().items():
+            assert_close(tensor, trained[0].state_dict()[name], equal_nan=True, rtol=0, atol=0)
+
+
+def test_processes_without_a_directory_in_common_are_refused(llama, chat_tokenizer):
+    crew = Crew()
+    crew.size = 2
+    with pytest.raises(SettingError, match="^shards: got None"):
+        train(llama, chat_tokenizer, RECIPE, crew=crew)
 
 
 def test_fitting_finds_a_score_that_is_there():
@@ -195,6 +268,17 @@ def test_captured_targets_are_the_largest_attention_that_a_repetition_pays(llama
         assert shard["replay"][layer_idx][:, : prompt.n_prefix].isinf().all()
 
 
+def test_what_values_write_is_compared_with_the_residual_stream(llama, chat_tokenizer, prompt):
+    shard = capture(llama, chat_tokenizer, prompt, [make_expert("keydiff")])
+    cache = prefill(llama, prompt.context)
+    with torch.no_grad():
+        streams = llama(input_ids=prompt.context, output_hidden_states=True).hidden_states
+    for layer_idx, writes in enumerate(shard["writes"]):
+        expected = written_norm(decoder(llama).layers[layer_idx].self_attn, cache.layers[layer_idx].values)[0].log()
+        expected = expected - streams[layer_idx].norm(dim=-1).log().mean()
+        assert_close(writes.float(), expected.detach(), atol=2e-2, rtol=2e-2)
+
+
 def test_what_a_value_writes_is_its_norm_after_the_output_projection(llama):
     attention = decoder(llama).layers[0].self_attn
     values = torch.randn(1, 2, 5, 8)
@@ -214,8 +298,9 @@ def test_targets_and_weights():
     shard = {"replay": torch.tensor([[-1.0, -torch.inf]]), "answer": torch.tensor([[-3.0, -2.0]])}
     shard["writes"] = torch.tensor([[0.5, 1.0]])
     assert target(shard, "replay").tolist() == [[-1, FLOOR]]
-    assert target(shard, "written").tolist() == [[-0.5, FLOOR]]
+    assert target(shard, "replay", 1.0).tolist() == [[-0.5, FLOOR]]
     assert target(shard, "both").tolist() == [[-1, -2]]
+    assert target(shard, "both", 0.5).tolist() == [[-0.75, -1.5]]
     weights = tail_weights(torch.tensor([[-4.0], [-2.5], [-1.5], [0.0]]), torch.tensor([-3.0, -2.0, -1.0]))
     assert_close(weights[:, 0], torch.tensor([0.1, 0.4, 0.7, 1.0]))
 
@@ -255,6 +340,7 @@ def test_prompts_come_from_the_train_split_in_several_lengths(chat_tokenizer):
         ({"experts": ("cur", "cur")}, "experts"),
         ({"top_k": 4}, "top_k"),
         ({"teacher": "mean"}, "teacher"),
+        ({"value_weight": -1.0}, "value_weight"),
         ({"tasks": ("needles",)}, "tasks"),
         ({"epochs": 0}, "epochs"),
         ({"length": 8}, "length"),

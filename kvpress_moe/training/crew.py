@@ -1,0 +1,49 @@
+"""Crew: processes that train together, each on its own device, as `accelerate launch` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+Work = TypeVar("Work")
+
+
+class Crew:
+    """
+    This process alone.
+
+    Attributes
+    ----------
+    rank, size : int
+        Which of how many processes this is.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def part(self, work: Sequence[Work]) -> Sequence[Work]:
+        """What of some work falls to this process."""
+        return work[self.rank :: self.size]
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+
+
+class LaunchedCrew(Crew):
+    """The processes that `accelerate launch` (or torchrun) started, on one machine or many."""
+
+    def __init__(self, device: str):
+        from accelerate import PartialState
+
+        self._state = PartialState(cpu=device == "cpu")
+        self.rank, self.size = self._state.process_index, self._state.num_processes
+        self.device = str(self._state.device)
+
+    def wait(self) -> None:
+        self._state.wait_for_everyone()
+
+
+def launched(device: str) -> LaunchedCrew | None:
+    """The crew that this process belongs to, None if it was started alone."""
+    return LaunchedCrew(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None

@@ -1,0 +1,47 @@
+"""Fitted layers on disk: what a run that was interrupted need not fit again, and what processes hand each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kvpress_moe.checkpoint import write_atomically
+
+
+class Fitted:
+    """
+    The fitted layers of one recipe and one set of prompts.
+
+    Parameters
+    ----------
+    directory : Path
+        Of the shards; each recipe gets a directory in it.
+    about : dict
+        Everything that determines the fit, besides the shards.
+    """
+
+    def __init__(self, directory: Path, about: dict[str, Any]):
+        text = json.dumps(about, sort_keys=True)
+        self.directory = directory / f"fitted-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.directory.mkdir(exist_ok=True)
+        write_atomically(self.directory / "about.json", lambda path: path.write_text(text))
+
+    def path(self, layer_idx: int) -> Path:
+        return self.directory / f"layer-{layer_idx:03d}.safetensors"
+
+    def save(self, layer_idx: int, router: nn.Module, loss: float) -> None:
+        """Keep a layer's router and the loss of its fit; all of it or nothing."""
+        tensors = {name: tensor.contiguous() for name, tensor in router.state_dict().items()}
+        write_atomically(self.path(layer_idx), lambda path: save_file(tensors, path, {"loss": repr(loss)}))
+
+    def load(self, layer_idx: int, router: nn.Module) -> float:
+        """Fill a router with what was fitted; the loss of its fit."""
+        router.load_state_dict(load_file(self.path(layer_idx)))
+        with safe_open(self.path(layer_idx), "pt") as file:
+            return float(file.metadata()["loss"])
