@@ -13,6 +13,8 @@ EPILOG = """Examples:
 kvpress-moe report runs/quick
 
 kvpress-moe report runs/first runs/second --out results --ours moe
+
+kvpress-moe report runs/full --tasks variable_tracking,code --out runs/held-out
 """
 
 
@@ -22,11 +24,13 @@ def report(
     ours: Annotated[
         str | None, typer.Option(help="Method that the others are compared with; the best of the group ours.")
     ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks, separated by commas.")] = None,
 ) -> None:
     """
     Write report.md, plots and one self-contained page, report.html, from the records alone.
     """
     from kvpress_moe.benchmark.report import write_report
+    from kvpress_moe.cli.bench import split_names
 
-    written = write_report(runs, out or runs[0], ours)
+    written = write_report(runs, out or runs[0], ours, split_names(tasks))
     print(json.dumps({"written": [str(path) for path in written]}, separators=(",", ":")))

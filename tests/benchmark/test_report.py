@@ -195,3 +195,24 @@ def test_the_page_is_whole_in_itself_and_takes_names_as_text(results, tmp_path):
     assert "kv_list †" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(SettingError, match="^ours: got"):
         write_report([tmp_path / "run"], tmp_path / "out", ours="nobody")
+
+
+def test_a_report_of_some_tasks_reads_their_records_alone(tmp_path):
+    run = write_run(tmp_path / "run")
+    whole, part = load([run]), load([run], ["prose"])
+    assert part.tasks == ["prose"]
+    for cell in whole.values:
+        assert part.by_task(cell, "kl")["prose"].tolist() == whole.by_task(cell, "kl")["prose"].tolist()
+    with pytest.raises(SettingError, match="^tasks: got 'verse'"):
+        load([run], ["verse"])
+
+
+def test_a_method_that_has_not_judged_every_sample_says_so(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    for record in lines[:4]:
+        record["results"] = [row for row in record["results"] if row[0] != "cur"]
+    (run / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    names = [row[0] for row in overview(load([run]), "kl", "", "", ".3f").rows]
+    assert "cur (14 of 18 samples)" in names
+    assert "snapkv" in names

@@ -12,7 +12,9 @@ from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.errors import SettingError
 
 
-def write_report(runs: Sequence[Path], out: Path, ours: str | None = None) -> list[Path]:
+def write_report(
+    runs: Sequence[Path], out: Path, ours: str | None = None, tasks: Sequence[str] | None = None
+) -> list[Path]:
     """
     Write ``report.md``, plots and ``report.html``.
 
@@ -24,6 +26,8 @@ def write_report(runs: Sequence[Path], out: Path, ours: str | None = None) -> li
         Directory of the report; made if it is not there.
     ours : str, optional
         The method that the others are compared with. The best of the group "ours" otherwise.
+    tasks : sequence of str, optional
+        Only the records of these.
 
     Returns
     -------
@@ -35,7 +39,7 @@ def write_report(runs: Sequence[Path], out: Path, ours: str | None = None) -> li
     SettingError
         If the records cannot be read or do not belong together, or matplotlib is not installed.
     """
-    results = load(runs)
+    results = load(runs, tasks)
     reference = ours or compared(results)
     if reference not in results.methods:
         raise SettingError("ours", reference, f"one of {', '.join(results.methods)}", "")

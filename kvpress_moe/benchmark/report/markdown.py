@@ -85,7 +85,9 @@ def overview(results: Results, metric: str, title: str, note: str, spec: str) ->
         )
     for method in ranked(results):
         cells = [f"{mean_over_tasks(results.by_task((method, ratio), metric)):{spec}}" for ratio in results.ratios]
-        rows.append([method, results.group(method), *cells])
+        counted = results.counted(method)
+        of = "" if counted == len(results.samples) else f" ({counted} of {len(results.samples)} samples)"
+        rows.append([method + of, results.group(method), *cells])
     cells = [f"{mean_over_tasks(oracle_values(results, ratio, metric)):{spec}}" for ratio in results.ratios]
     rows.append([ORACLE, "oracle", *cells])
     return Table(title, note, head, rows)

@@ -70,6 +70,11 @@ class Results:
     def group(self, method: str) -> str:
         return self.header["methods"].get(method, {}).get("group", "third-party")
 
+    def counted(self, method: str) -> int:
+        """Samples that have a record of the method at every ratio that it has."""
+        cells = [values for (name, _), values in self.values.items() if name == method]
+        return min(len(cell) for cell in cells)
+
     def by_task(self, cell: Cell, metric: str, samples: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Task -> the metric of its samples (of those given), in the records' order; unknown values left out."""
         found: dict[str, list[float]] = {}
@@ -91,14 +96,21 @@ class Results:
         return {task: np.array(of_task) for task, of_task in found.items()}
 
 
-def load(runs: Sequence[Path]) -> Results:
+def load(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> Results:
     """
     Read runs; several lines of one sample are put together, a last line that was cut short is left out.
+
+    Parameters
+    ----------
+    runs : sequence of Path
+    tasks : sequence of str, optional
+        Only the records of these.
 
     Raises
     ------
     SettingError
-        If a run cannot be read, holds no record, or differs from the first in what makes records comparable.
+        If a run cannot be read, holds no record (of a task), or differs from the first in what makes records
+        comparable.
     """
     headers = [read_header(run) for run in runs]
     for run, header in zip(runs, headers, strict=True):
@@ -116,7 +128,11 @@ def load(runs: Sequence[Path]) -> Results:
     results = Results(merged)
     for run in runs:
         for record in read_records(run):
-            _add(results, record)
+            if tasks is None or record["task"] in tasks:
+                _add(results, record)
+    for task in tasks or ():
+        if task not in results.tasks:
+            raise SettingError("tasks", task, "tasks that the runs hold records of", "`report.md` names them.")
     if not results.samples:
         raise SettingError("RUN", ", ".join(map(str, runs)), "at least one record", "Run `kvpress-moe bench` first.")
     for cell in results.values.values():
