@@ -21,10 +21,13 @@ kvpress-moe bench --out runs/quick --limit 2 --ratios 0.5,0.75
 kvpress-moe bench --out runs/mine --tasks needle_prose_1,kv_list --method "mine=package.module:MyPress(alpha=0.5)"
 
 kvpress-moe report runs/quick
+
+kvpress-moe bench speed
 """
 
 
 def bench(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Directory of the records; a run that was interrupted goes on.")] = Path(
         "runs/bench"
     ),
@@ -67,6 +70,9 @@ def bench(
     Each line of the records holds a sample's task score, NLL, KL to the full cache, attention hit rate, pairs, bytes
     and seconds for all methods. Only the missing ones are evaluated when a run goes on.
     """
+    if context.invoked_subcommand is not None:
+        return
+
     from rich.console import Console
 
     from kvpress_moe.benchmark.naive import COMPARED, compare

@@ -1,0 +1,380 @@
+"""What presses cost and give back: prefill, decoding and peak memory, side by side and interleaved in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import kvpress
+import torch
+from kvpress.presses.base_press import BasePress
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpress_moe.errors import SettingError
+from kvpress_moe.model_support import language_model
+from kvpress_moe.prefill import cache_bytes
+from kvpress_moe.press import MoERouterPress
+from kvpress_moe.replay import ReplayScores
+
+NONE = "no press"
+#: Presses by name, made for a compression ratio; those of kvpress after ours.
+OURS: dict[str, Callable[[float], BasePress]] = {
+    "MoERouter, guide": partial(MoERouterPress, experts="guide"),
+    "MoERouter, guide's eight": partial(MoERouterPress, num_experts=8),
+    "MoERouter, strong": partial(MoERouterPress, experts="strong"),
+    "MoERouter, trained": MoERouterPress,
+}
+THEIRS: dict[str, Callable[[float], BasePress]] = {
+    "SnapKV": kvpress.SnapKVPress,
+    "ExpectedAttention": kvpress.ExpectedAttentionPress,
+    "KeyDiff": kvpress.KeyDiffPress,
+    "AdaKV(SnapKV)": lambda ratio: kvpress.AdaKVPress(kvpress.SnapKVPress(ratio)),
+    "CriticalAdaKV(SnapKV)": lambda ratio: kvpress.CriticalAdaKVPress(kvpress.SnapKVPress(ratio)),
+}
+KVZIP = "KVzip"
+DECODED = {"full": 0.0, "50 %": 0.5, "25 %": 0.75}  # what is left of the cache -> compression ratio
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One measurement.
+
+    Attributes
+    ----------
+    what : {"prefill", "decode"}
+    name : str
+        The press; or how much of the cache is left.
+    tokens, batch : int
+        Prompt length, and prompts at once.
+    seconds, fastest, slowest : float
+        Median over the rounds, and the spread: of a prefill with compression, or of one decoded token.
+    ratio : float
+        The median over that of no press, or of the full cache.
+    extra_peak_bytes : int
+        By how much the peak of memory exceeds that of no press; of a decoding row the bytes of the cache.
+    """
+
+    what: str
+    name: str
+    tokens: int
+    batch: int
+    seconds: float
+    fastest: float
+    slowest: float
+    ratio: float
+    extra_peak_bytes: int
+
+
+def small_llama(n_tokens: int, device: str = "cpu") -> PreTrainedModel:
+    """A Llama with random weights whose attention dominates: 8 layers, 16 query and 4 KV heads of 64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=1000,
+            hidden_size=1024,
+            intermediate_size=1024,
+            num_hidden_layers=8,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            max_position_embeddings=n_tokens + 1000,
+        )
+        return LlamaForCausalLM(config).eval().to(device)
+
+
+class Stopwatch:
+    """Times calls and their peak of memory on one device."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.device = device
+
+    def __call__(self, work: Callable[[], Any]) -> tuple[float, int, Any]:
+        """Seconds, bytes by which the peak exceeded what was held before, and what the work returned."""
+        before = self._reset()
+        start = time.perf_counter()
+        result = work()
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        return seconds, self._peak() - before, result
+
+    def _reset(self) -> int:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return torch.cuda.memory_allocated(self.device)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak of resident memory
+        except OSError:
+            return 0
+        return _status("VmRSS")
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.cuda else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in bytes; 0 where there is no such file (not on Linux)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+@torch.no_grad()
+def read_prompt(model: PreTrainedModel, input_ids: Tensor, press: BasePress | None) -> DynamicCache:
+    """Prefill under a press, in the ordinary way."""
+    cache = DynamicCache()
+    with press(model) if press is not None else _nothing():
+        model.model(input_ids=input_ids, past_key_values=cache)
+    return cache
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def read_and_replay(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor) -> DynamicCache:
+    """KVzip's prefill and scoring pass; its selection, which only masks, is left out."""
+    cache = read_prompt(model, input_ids, None)
+    ReplayScores().of(model, tokenizer, input_ids, cache)
+    return cache
+
+
+def unmask(model: PreTrainedModel) -> None:
+    """Take off what head-wise presses of kvpress leave on the layers."""
+    for layer in language_model(model).layers:
+        layer.self_attn.masked_key_indices = None
+
+
+def prefill_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    input_ids: Tensor,
+    ratio: float,
+    rounds: int,
+    presses: dict[str, Callable[[float], BasePress]],
+) -> list[Row]:
+    """Prefill under each press in turn, round after round; the first round warms up."""
+    works: dict[str, Callable[[], Any]] = {NONE: partial(read_prompt, model, input_ids, None)}
+    works |= {name: partial(read_prompt, model, input_ids, make(ratio)) for name, make in presses.items()}
+    if tokenizer is not None and len(input_ids) == 1:
+        works[KVZIP] = partial(read_and_replay, model, tokenizer, input_ids)
+    stopwatch = Stopwatch(model.device)
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    peaks: dict[str, list[int]] = {name: [] for name in works}
+    for round_number in range(rounds + 1):
+        for name, work in works.items():
+            spent, peak, _ = stopwatch(work)
+            unmask(model)
+            if round_number:
+                seconds[name].append(spent)
+                peaks[name].append(peak)
+    base, base_peak = statistics.median(seconds[NONE]), statistics.median(peaks[NONE])
+    return [
+        _row("prefill", name, input_ids, seconds[name], base, int(statistics.median(peaks[name]) - base_peak))
+        for name in works
+    ]
+
+
+def decode_rows(
+    model: PreTrainedModel, input_ids: Tensor, make: Callable[[float], BasePress], n_new: int, rounds: int
+) -> list[Row]:
+    """Decode ``n_new`` tokens from each cache in turn, round after round; caches are as before afterwards."""
+    caches = {left: read_prompt(model, input_ids, make(ratio) if ratio else None) for left, ratio in DECODED.items()}
+    seconds: dict[str, list[float]] = {left: [] for left in caches}
+    stopwatch = Stopwatch(model.device)
+    for round_number in range(rounds + 1):
+        for left, cache in caches.items():
+            spent, _, _ = stopwatch(partial(decode, model, cache, input_ids, n_new))
+            if round_number:
+                seconds[left].append(spent / n_new)
+    base = statistics.median(seconds["full"])
+    return [_row("decode", left, input_ids, seconds[left], base, cache_bytes(caches[left])) for left in caches]
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, cache: DynamicCache, input_ids: Tensor, n_new: int) -> None:
+    """Feed ``n_new`` tokens one by one, then take them off again."""
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    token = input_ids[:, :1]
+    for step in range(n_new):
+        position = torch.full_like(token, input_ids.shape[1] + step)
+        model(token, past_key_values=cache, position_ids=position)
+    for layer, length in zip(cache.layers, lengths, strict=True):
+        layer.crop(length)
+
+
+def _row(what: str, name: str, input_ids: Tensor, seconds: list[float], base: float, n_bytes: int) -> Row:
+    batch, tokens = input_ids.shape
+    median = statistics.median(seconds)
+    return Row(what, name, tokens, batch, median, min(seconds), max(seconds), median / base, n_bytes)
+
+
+@dataclass(frozen=True)
+class SpeedPlan:
+    """
+    What to measure.
+
+    Parameters
+    ----------
+    lengths, batches : tuple of int
+    ratio : float
+        Of the prefills; decoding is measured with the full cache, half and a quarter of it.
+    rounds : int
+        At least 5 for a figure to report.
+    new_tokens : int
+        Decoded in each round.
+    longest : int
+        Tokens of a batch, all prompts together, beyond which a row is left out.
+    """
+
+    lengths: tuple[int, ...] = (1024, 4096)
+    batches: tuple[int, ...] = (1,)
+    ratio: float = 0.75
+    rounds: int = 5
+    new_tokens: int = 16
+    longest: int = 65_536
+
+    def check(self) -> None:
+        """Raise SettingError for the first field that is wrong."""
+        for field in ("lengths", "batches"):
+            for number in getattr(self, field):
+                least = 128 if field == "lengths" else 1  # SnapKV's window is 64
+                if number < least:
+                    raise SettingError(field, number, f"at least {least}", "")
+        if not 0 < self.ratio < 1:
+            raise SettingError("ratio", self.ratio, "a number between 0 and 1", "")
+        for field in ("rounds", "new_tokens"):
+            if getattr(self, field) < 1:
+                raise SettingError(field, getattr(self, field), "at least 1", "")
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    plan: SpeedPlan,
+    presses: dict[str, Callable[[float], BasePress]] | None = None,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> list[Row]:
+    """
+    All rows of a plan.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase or None
+        For KVzip, which is left out without it.
+    plan : SpeedPlan
+    presses : dict, optional
+        Name -> function of the ratio; ours and those of kvpress otherwise.
+    """
+    plan.check()
+    limit = model.config.get_text_config(decoder=True).max_position_embeddings
+    settings = [(length, batch) for length in plan.lengths for batch in plan.batches if length * batch <= plan.longest]
+    for length, _ in settings:
+        if length + plan.new_tokens > limit:
+            raise SettingError("lengths", length, f"at most {limit - plan.new_tokens}, what the model reads", "")
+    rows: list[Row] = []
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    for done, (length, batch) in enumerate(settings):
+        progress(done, len(settings))
+        input_ids = torch.randint(0, vocabulary, (batch, length), generator=generator).to(model.device)
+        rows += prefill_rows(model, tokenizer, input_ids, plan.ratio, plan.rounds, presses or OURS | THEIRS)
+        rows += decode_rows(model, input_ids, MoERouterPress, plan.new_tokens, plan.rounds)
+    progress(len(settings), len(settings))
+    return rows
+
+
+def slopes(rows: Sequence[Row], name: str) -> tuple[float, float] | None:
+    """
+    Compression time of a press over the prompt's length on a double logarithmic scale: slope and R² of a straight line.
+
+    A slope of 1 is linear. None with fewer than three lengths, or where the press cost nothing that could be measured.
+    """
+    base = {(row.tokens, row.batch): row.seconds for row in rows if row.what == "prefill" and row.name == NONE}
+    points = [
+        (row.tokens, row.seconds - base[row.tokens, 1])
+        for row in rows
+        if row.what == "prefill" and row.name == name and row.batch == 1
+    ]
+    if len(points) < 3 or min(cost for _, cost in points) <= 0:
+        return None
+    x, y = torch.tensor(points, dtype=torch.float64).log().T
+    x, y = x - x.mean(), y - y.mean()
+    slope = (x @ y / (x @ x)).item()
+    return slope, ((x @ y) ** 2 / ((x @ x) * (y @ y))).item()
+
+
+def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
+    """Everything, as plain data."""
+    return {**about, "rows": [asdict(row) for row in rows]}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Two tables: prefills and decoding."""
+    lines = []
+    for (tokens, batch), of_setting in _by_setting(rows).items():
+        full = next((row.extra_peak_bytes for row in of_setting if row.what == "decode" and row.name == "full"), 0)
+        lines += ["", f"### {tokens:,} tokens, batch {batch}", ""]
+        lines += ["| prefill with | seconds (spread) | to no press | extra peak memory | of the full cache |"]
+        lines += ["|---|---|---|---|---|"]
+        for row in of_setting:
+            if row.what == "prefill":
+                share = f"{row.extra_peak_bytes / full:.0%}" if full else ""
+                spread = f"{row.seconds:.3f} ({row.fastest:.3f} to {row.slowest:.3f})"
+                peak = f"{row.extra_peak_bytes / 2**20:.1f} MiB"
+                lines.append(f"| {row.name} | {spread} | {row.ratio:.3f} | {peak} | {share} |")
+        lines += ["", "| cache left | ms per token (spread) | to the full cache | MiB |", "|---|---|---|---|"]
+        for row in of_setting:
+            if row.what == "decode":
+                spread = f"{1000 * row.seconds:.1f} ({1000 * row.fastest:.1f} to {1000 * row.slowest:.1f})"
+                lines.append(f"| {row.name} | {spread} | {row.ratio:.3f} | {row.extra_peak_bytes / 2**20:.1f} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _by_setting(rows: Sequence[Row]) -> dict[tuple[int, int], list[Row]]:
+    found: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.tokens, row.batch), []).append(row)
+    return found
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Prefill time over that of no press, and extra peak memory, over length (batch 1), as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (times, memory) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    names = list(dict.fromkeys(row.name for row in rows if row.what == "prefill"))
+    for number, name in enumerate(names):
+        of_name = [row for row in rows if row.what == "prefill" and row.name == name and row.batch == 1]
+        lengths = [row.tokens for row in of_name]
+        style = {"marker": "o", "color": f"C{number % 10}", "linewidth": 2 if name in OURS else 1}
+        style |= {"linestyle": "-" if name in OURS else ":"}
+        times.plot(lengths, [row.ratio for row in of_name], label=name, **style)
+        if name != NONE:
+            memory.plot(lengths, [row.extra_peak_bytes / 2**20 for row in of_name], **style)
+    times.set_ylabel("prefill time over that of no press")
+    memory.set_ylabel("extra peak memory, MiB")
+    for axis in (times, memory):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens")
+        axis.grid(alpha=0.3)
+    times.set_ylim(top=min(times.get_ylim()[1], 2.0))
+    figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

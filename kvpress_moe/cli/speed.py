@@ -1,0 +1,100 @@
+"""kvpress-moe bench speed: what presses cost in the prefill and give back in decoding."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpress_moe.cli.options import Device, Model
+from kvpress_moe.cli.progress import timed_bar
+
+EPILOG = """Examples:
+
+kvpress-moe bench speed --lengths 1024,4096 --out results/speed
+
+kvpress-moe bench speed --model random --lengths 1024,4096,16384 --batches 1,8
+"""
+
+
+def speed(
+    out: Annotated[Path, typer.Option(help="Directory of speed.json, speed.md and speed.png.")] = Path("runs/speed"),
+    model: Model = None,
+    device: Device = "cpu",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "1024,4096",
+    batches: Annotated[str, typer.Option(help="Prompts at once.")] = "1",
+    ratio: Annotated[float, typer.Option(help="Share of the KV pairs that prefills remove.")] = 0.75,
+    rounds: Annotated[int, typer.Option(help="Measurements of each; one more warms up.")] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Decoded in each round.")] = 16,
+    presses: Annotated[str | None, typer.Option(help="Some of the presses, separated by commas; all.")] = None,
+) -> None:
+    """
+    Measure prefill, decoding and peak memory with and without presses, side by side and in turns.
+
+    Read the ratios, not the seconds: all methods of a length are measured round after round in one process, medians
+    are compared. `--model random` is a small Llama with random weights whose attention dominates.
+    """
+    import torch
+
+    from kvpress_moe import load_model
+    from kvpress_moe.benchmark.speed import (
+        OURS,
+        THEIRS,
+        SpeedPlan,
+        as_json,
+        draw,
+        markdown,
+        measure,
+        slopes,
+        small_llama,
+    )
+    from kvpress_moe.checkpoint import write_atomically
+    from kvpress_moe.cli.bench import numbers, split_names
+    from kvpress_moe.errors import SettingError
+
+    plan = SpeedPlan(numbers("lengths", lengths, int), numbers("batches", batches, int), ratio, rounds, new_tokens)
+    plan.check()
+    known = OURS | THEIRS
+    names = split_names(presses) or tuple(known)
+    for name in names:
+        if name not in known:
+            raise SettingError("presses", name, f"one of {', '.join(known)}", "")
+    if model == "random":
+        loaded, tokenizer = small_llama(max(plan.lengths), device), None
+    else:
+        loaded, tokenizer = load_model(model, device)
+    with timed_bar() as step:
+        rows = measure(
+            loaded,
+            tokenizer,
+            plan,
+            {name: known[name] for name in names},
+            lambda done, all: step("settings", done, all),
+        )
+    about = {
+        "command": shlex.join(["kvpress-moe", *sys.argv[1:]]),
+        "model": model or "SmolLM2-135M-Instruct",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "seed": 0,
+        "versions": {name: version(name) for name in ("kvpress-moe", "kvpress", "transformers", "torch")},
+    }
+    grows = {name: slopes(rows, name) for name in names}
+    about["growth"] = {name: {"slope": found[0], "r2": found[1]} for name, found in grows.items() if found}
+    text = f"`{about['command']}`, {about['model']}, {about['threads']} threads\n\n" + markdown(rows)
+    if about["growth"]:
+        text += "\nCompression time grows with the prompt's length to the power of "
+        text += ", ".join(f"{found['slope']:.2f} ({name})" for name, found in about["growth"].items()) + ".\n"
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "speed.json", lambda path: path.write_text(json.dumps(as_json(rows, about), indent=1)))
+    write_atomically(out / "speed.md", lambda path: path.write_text(text, encoding="utf-8"))
+    draw(rows, out / "speed.png")
+    print(text)
+    ratios = {f"{row.name}, {row.tokens}×{row.batch}": round(row.ratio, 3) for row in rows if row.what == "prefill"}
+    print(json.dumps({"out": str(out), "prefill": ratios}, separators=(",", ":"), ensure_ascii=False))

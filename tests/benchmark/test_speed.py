@@ -1,0 +1,119 @@
+"""What `bench speed` measures is what it says: the same work with and without a press, in turns."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvpress_moe.benchmark.speed import (
+    KVZIP,
+    NONE,
+    OURS,
+    THEIRS,
+    Row,
+    SpeedPlan,
+    Stopwatch,
+    decode,
+    markdown,
+    measure,
+    slopes,
+)
+from kvpress_moe.cli import app
+from kvpress_moe.errors import SettingError
+from kvpress_moe.press import MoERouterPress
+from tests.tiny import decoder, prefill, tokens
+
+PLAN = SpeedPlan(lengths=(128, 192), batches=(1, 2), rounds=2, new_tokens=3)
+
+
+@pytest.fixture(scope="module")
+def rows(llama, chat_tokenizer):
+    presses = {name: make for name, make in (OURS | THEIRS).items() if name != "MoERouter, trained"}
+    return measure(llama, chat_tokenizer, PLAN, presses)
+
+
+def test_every_press_is_measured_beside_no_press_at_every_setting(rows):
+    for tokens_, batch in ((128, 1), (128, 2), (192, 1), (192, 2)):
+        of_setting = [row for row in rows if (row.tokens, row.batch) == (tokens_, batch)]
+        prefills = {row.name: row for row in of_setting if row.what == "prefill"}
+        assert set(prefills) >= {NONE, "MoERouter, guide", "SnapKV", "CriticalAdaKV(SnapKV)"}
+        assert (KVZIP in prefills) == (batch == 1)
+        assert prefills[NONE].ratio == 1.0
+        for row in prefills.values():
+            assert row.fastest <= row.seconds <= row.slowest
+            assert row.ratio == row.seconds / prefills[NONE].seconds
+        decoded = {row.name: row.extra_peak_bytes for row in of_setting if row.what == "decode"}
+        assert decoded["50 %"] == decoded["full"] / 2
+        assert decoded["25 %"] == decoded["full"] / 4
+
+
+def test_nothing_is_left_on_the_model(llama, rows):
+    for layer in decoder(llama).layers:
+        assert getattr(layer.self_attn, "masked_key_indices", None) is None
+        assert not layer.self_attn._forward_hooks
+
+
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+def test_decoding_leaves_the_cache_as_it_was(llama, budget):
+    press = MoERouterPress(0.5, experts=["expected_attention"], budget=budget)
+    cache = prefill(llama, tokens(60), press)
+    with torch.no_grad():
+        before = llama(tokens(1), past_key_values=cache, position_ids=torch.tensor([[60]])).logits
+        cache.crop(-1)
+        decode(llama, cache, tokens(60), 4)
+        after = llama(tokens(1), past_key_values=cache, position_ids=torch.tensor([[60]])).logits
+    assert torch.equal(before, after)
+
+
+def test_the_peak_is_that_of_the_work_alone():
+    stopwatch = Stopwatch(torch.device("cpu"))
+    stopwatch(lambda: torch.ones(2**22).sum())
+    _, small, _ = stopwatch(lambda: torch.ones(2**20).sum())
+    _, large, _ = stopwatch(lambda: torch.ones(2**25).sum())
+    assert large > 0.9 * 2**27
+    assert small < 0.5 * 2**27
+
+
+def test_growth_is_the_slope_between_doubled_lengths():
+    def row(name, tokens_, seconds):
+        return Row("prefill", name, tokens_, 1, seconds, seconds, seconds, 1.0, 0)
+
+    made = [row(NONE, n, n / 1000) for n in (1000, 2000, 4000)]
+    made += [row("linear", n, n / 1000 + n / 10_000) for n in (1000, 2000, 4000)]
+    made += [row("square", n, n / 1000 + n**2 / 10_000_000) for n in (1000, 2000, 4000)]
+    assert slopes(made, "linear") == pytest.approx((1.0, 1.0))
+    assert slopes(made, "square") == pytest.approx((2.0, 1.0))
+    assert slopes(made[:5], "linear") is None
+    assert "| linear | 1.100" in markdown(made)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"lengths": (8,)}, "lengths"),
+        ({"batches": (0,)}, "batches"),
+        ({"ratio": 1.0}, "ratio"),
+        ({"rounds": 0}, "rounds"),
+    ],
+)
+def test_bad_plans_are_refused(change, field):
+    with pytest.raises(SettingError, match=f"^{field}: got"):
+        SpeedPlan(**change).check()
+
+
+def test_prompts_longer_than_the_model_reads_are_refused(llama):
+    with pytest.raises(SettingError, match="^lengths: got"):
+        measure(llama, None, SpeedPlan(lengths=(10**6,), longest=10**9))
+
+
+def test_the_command_writes_table_figures_and_plot(model_directory, tmp_path):
+    command = ["bench", "speed", "--model", str(model_directory), "--lengths", "128,160", "--rounds", "1"]
+    command += ["--new-tokens", "2", "--presses", "SnapKV,KeyDiff", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0
+    figures = json.loads((tmp_path / "speed.json").read_text())
+    assert {row["name"] for row in figures["rows"] if row["what"] == "prefill"} == {NONE, "SnapKV", "KeyDiff", KVZIP}
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    assert "SnapKV, 160×1" in json.loads(result.stdout.splitlines()[-1])["prefill"]
+    assert "| SnapKV |" in (tmp_path / "speed.md").read_text()
