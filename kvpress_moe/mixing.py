@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 # B = batch, H = KV heads, S = cached tokens, E = experts; h is H, or 1 where all heads share their weights
 
@@ -17,12 +18,15 @@ def rank_within_head(scores: Float[Tensor, "B H S"]) -> Float[Tensor, "B H S"]:
 
     Scorers' raw scales differ by forty orders of magnitude; ranks do not. Equal scores get equal ranks. NaN stays NaN.
     """
-    scores = scores.contiguous()
-    ordered = scores.sort(dim=-1).values
-    below = torch.searchsorted(ordered, scores)
-    not_above = torch.searchsorted(ordered, scores, right=True)
-    ranks = (below + not_above).to(torch.float32) / (2 * scores.shape[-1])
-    return ranks.masked_fill(scores.isnan(), torch.nan)
+    n_scores = scores.shape[-1]
+    ordered, order = scores.sort(dim=-1)
+    places = torch.arange(n_scores, device=scores.device)
+    starts = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)  # of runs of equal scores
+    ends = F.pad(starts[..., 1:], (0, 1), value=True)
+    first = torch.where(starts, places, 0).cummax(-1).values
+    last = torch.where(ends, places, n_scores).flip(-1).cummin(-1).values.flip(-1)
+    ranks = (first + last + 1).to(torch.float32) / (2 * n_scores)
+    return torch.empty_like(ranks).scatter_(-1, order, ranks).masked_fill_(scores.isnan(), torch.nan)
 
 
 def mix(
