@@ -13,7 +13,8 @@ class AttentionView:
     Stands in for an attention layer while experts score it.
 
     In kvpress ExpectedAttention, Cap and NonCausalAttn each project all hidden states to queries, a tenth of a layer's
-    time each. Here the first projection of (nearly) all tokens is kept and the others are slices of it. It also gives
+    time each. Here they get what the layer projected itself, where that is known; else the first projection of (nearly)
+    all tokens is kept and the others are slices of it. It also gives
     Gemma 3's rotary embedding the layer type that kvpress's presses do not pass.
 
     Everything else is the layer's own; ``isinstance`` says what it says of the layer.
@@ -24,12 +25,14 @@ class AttentionView:
         The attention layer.
     hidden_states : Tensor, shape (B, Q, C)
         The tokens whose projections are worth keeping.
+    projected : dict of str -> Tensor, optional
+        What is known of them already, by the projection's name.
     """
 
-    def __init__(self, module: nn.Module, hidden_states: Tensor):
+    def __init__(self, module: nn.Module, hidden_states: Tensor, projected: dict[str, Tensor] | None = None):
         self._module = module
         self._hidden_states = hidden_states
-        self._projected: dict[str, Tensor] = {}
+        self._projected: dict[str, Tensor] = dict(projected or {})
 
     @property
     def __class__(self):  # kvpress asks isinstance(module, Qwen3Attention) to find QK norms

@@ -124,6 +124,8 @@ def gate(logits: Float[Tensor, "B S E"], top_k: int, capacity_factor: float) -> 
     n_tokens, num_experts = logits.shape[1:]
     logits = logits.float()
     probs = logits.softmax(dim=-1)
+    if top_k == num_experts:  # every expert judges every token; no capacity of at least 1 is too small for that
+        return Gate(probs, torch.ones_like(probs, dtype=torch.bool), probs)
     capacity = expert_capacity(n_tokens, num_experts, top_k, capacity_factor)
     chosen = assign_experts(probs.detach(), preference_order(logits.detach()), top_k, capacity)
     # A softmax over the chosen logits equals the renormalised probabilities and cannot divide 0 by 0.

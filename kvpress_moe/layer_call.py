@@ -48,6 +48,8 @@ class LayerCall:
         The router that gave them.
     ranks : dict of int -> Tensor (B, H, S)
         Ranks within the head that experts gave, by the expert's index, where they were asked already.
+    projected : dict of str -> Tensor (B, Q, …)
+        What the layer projected of the hidden states in its own forward, by the projection's name.
     """
 
     module: nn.Module
@@ -59,6 +61,7 @@ class LayerCall:
     weights: Tensor | None = None
     router: BaseMoERouter | None = None
     ranks: dict[int, Tensor] = field(default_factory=dict)
+    projected: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def layer_idx(self) -> int:
@@ -113,7 +116,7 @@ class LayerCall:
     @cached_property
     def view(self) -> AttentionView:
         """The attention layer as experts see it: its projections of these hidden states are computed once for all."""
-        return AttentionView(self.module, self.hidden_states)
+        return AttentionView(self.module, self.hidden_states, self.projected)
 
     @cached_property
     def expert_kwargs(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from kvpress_moe.model_support import (
     last_to_compress,
     slides,
 )
+from kvpress_moe.projections import Projections
 from kvpress_moe.router_setup import (
     belong,
     check_routers,
@@ -143,6 +144,7 @@ class MoERouterPress(ScorerPress):
     _stats: RoutingStats = field(default_factory=RoutingStats, init=False, repr=False, compare=False)
     _memory: RoutingMemory = field(default_factory=RoutingMemory, init=False, repr=False, compare=False)
     _misses: MissTracker = field(default_factory=MissTracker, init=False, repr=False, compare=False)
+    _projections: Projections = field(default_factory=Projections, init=False, repr=False, compare=False)
     _keep_fraction: float = field(default=1.0, init=False, repr=False, compare=False)
     _shared: SharedBudget = field(default_factory=SharedBudget, init=False, repr=False, compare=False)
     _entered: int = field(default=0, init=False, repr=False, compare=False)
@@ -306,12 +308,14 @@ class MoERouterPress(ScorerPress):
             with super().__call__(model):
                 hooks.append(model.model.register_forward_pre_hook(check_forward, with_kwargs=True))
                 hooks.append(model.model.register_forward_hook(fit_masks_after_forward))
+                hooks.extend(self._projections.watch(model))
                 self._entered += 1
                 yield
         finally:
             self._entered -= bool(hooks)
             for hook in hooks:
                 hook.remove()
+            self._projections.clear()
             for attention in bare:
                 attention._modules.pop("rotary_emb", None)
 
@@ -428,7 +432,8 @@ class MoERouterPress(ScorerPress):
         if self.compression_ratio == 0 or slides(module.config, module.layer_idx):
             return keys, values
         keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)  # an offloaded cache's are away
-        call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
+        projected = self._projections.of(module, hidden_states)
+        call = LayerCall(module, hidden_states, keys, values, attentions, kwargs, projected=projected)
         self.route(call)
         scores = self.mix(call)
         n_kept = self.n_kept(call)
@@ -551,6 +556,7 @@ class MoERouterPress(ScorerPress):
     def forward_hook(self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list) -> list:
         """kvpress's hook; with ``track_misses`` it then counts what a decoding step hit and missed."""
         output = super().forward_hook(module, input, kwargs, output)
+        self._projections.clear()
         if self.track_misses and not is_prefilling(kwargs["cache_position"], kwargs["hidden_states"].shape[1]):
             keys, values = extract_keys_and_values(kwargs["past_key_values"], module.layer_idx)
             call = LayerCall(module, kwargs["hidden_states"], keys, values, None, kwargs)

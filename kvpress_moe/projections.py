@@ -1,0 +1,58 @@
+"""Projections: what attention layers project in their own forward, for experts that would project it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from kvpress_moe.model_support import language_model
+
+NAMES = ("q_proj", "k_proj", "qkv_proj")
+
+
+class Projections:
+    """
+    Keeps a layer's projected queries and keys, before norms and rotation, until the layer has been judged.
+
+    Leverage scores need the unrotated keys of all tokens, ExpectedAttention and NonCausalAttn the unrotated queries:
+    projecting them again costs up to a tenth of a layer's time. Never more than one layer is held.
+    """
+
+    def __init__(self) -> None:
+        self._layer: nn.Module | None = None
+        self._projected: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_layer": None, "_projected": {}}
+
+    def watch(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Hooks on the projections of all layers; the caller removes them."""
+        return [
+            getattr(layer.self_attn, name).register_forward_hook(self._keeping(layer.self_attn, name))
+            for layer in language_model(model).layers
+            for name in NAMES
+            if isinstance(getattr(layer.self_attn, name, None), nn.Module)
+        ]
+
+    def _keeping(self, attention: nn.Module, name: str):
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if self._layer is not attention:
+                self.clear()
+                self._layer = attention
+            self._projected[name] = (args[0], output)
+
+        return keep
+
+    def of(self, attention: nn.Module, hidden_states: Tensor) -> dict[str, Tensor]:
+        """What this layer projected of exactly these hidden states, by the projection's name."""
+        if self._layer is not attention:
+            return {}
+        return {name: output for name, (given, output) in self._projected.items() if given is hidden_states}
+
+    def clear(self) -> None:
+        """Forget what is held."""
+        self._layer = None
+        self._projected = {}
