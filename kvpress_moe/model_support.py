@@ -35,6 +35,12 @@ def slides(config: Any, layer_idx: int) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
+def full_attention_layers(model: PreTrainedModel) -> list[int]:
+    """Indices of the layers that attend to everything before, those that the press compresses."""
+    config = model.config.get_text_config(decoder=True)
+    return [layer_idx for layer_idx in range(config.num_hidden_layers) if not slides(config, layer_idx)]
+
+
 def first_to_compress(attention: nn.Module) -> bool:
     """Whether an attention layer is the first of its model that does not slide."""
     layer_idx = attention.layer_idx
@@ -86,7 +92,7 @@ def check_model(model: PreTrainedModel) -> None:
             "Scorers would compute wrong queries for other classes, without a word."
         )
     config = model.config.get_text_config(decoder=True)
-    if all(slides(config, layer_idx) for layer_idx in range(config.num_hidden_layers)):
+    if not full_attention_layers(model):
         raise UnsupportedModelError(
             f"model: every layer of this {type(model).__name__} attends to a sliding window of {config.sliding_window} "
             "tokens, expected at least one layer with full attention. For prompts shorter than the window, load it "

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from kvpress import KVzipPress
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpress_moe.model_support import language_model
 
 
 class ReplayScores(KVzipPress):
@@ -28,6 +33,14 @@ class ReplayScores(KVzipPress):
     def compress_post(self, model: PreTrainedModel) -> None:
         self.scores = self.score_val.clone()
 
+    def _compute_cross_attention(
+        self, module: nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """KVzip's, with the layer's own scaling of logits, which is not that of the head's width in all families."""
+        own_scaling = module.scaling * math.sqrt(module.head_dim)
+        keys = keys if math.isclose(own_scaling, 1.0) else keys * own_scaling
+        return super()._compute_cross_attention(module, hidden_states, keys, kwargs)
+
     @torch.no_grad()
     def of(
         self,
@@ -40,13 +53,15 @@ class ReplayScores(KVzipPress):
         """
         Scores (L, H, S), float32, of a prompt whose full cache is there; the cache is as before afterwards.
 
+        Those of layers with sliding-window attention say nothing.
+
         Parameters
         ----------
         model : PreTrainedModel
         tokenizer : PreTrainedTokenizerBase
         input_ids : Tensor, shape (1, S)
         cache : DynamicCache
-            Of these tokens.
+            Of these tokens; a plain one, in which layers with sliding-window attention keep all pairs too.
         n_prefix : int
             First tokens that are the chat template's and not repeated; their scores are 0.
         """
@@ -55,7 +70,10 @@ class ReplayScores(KVzipPress):
         self._suffix_ids = tokenizer.encode(suffix, return_tensors="pt", add_special_tokens=False)
         try:
             # The part of KVzipPress.__call__ that comes after the prefill; the rest looks for a tokenizer by name.
-            self._perform_kvzip_compression(model, tokenizer)
+            # It is given the text part of multimodal models.
+            config = model.config.get_text_config(decoder=True)
+            text = SimpleNamespace(config=config, dtype=model.dtype, device=model.device, model=language_model(model))
+            self._perform_kvzip_compression(text, tokenizer)
         finally:
             self._reset_internal_parameters()
         return self.scores[:, 0].float()

@@ -23,7 +23,7 @@ from kvpress_moe.errors import SettingError
 from kvpress_moe.experts import Expert
 from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.mixing import rank_within_head
-from kvpress_moe.model_support import language_model
+from kvpress_moe.model_support import full_attention_layers, language_model
 from kvpress_moe.replay import ReplayScores
 
 FORMAT = 2  # of shards
@@ -34,7 +34,7 @@ def capture(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, experts: Sequence[Expert]
 ) -> dict[str, Tensor]:
     """
-    What the routers learn from one prompt.
+    What the routers learn from one prompt; of the L layers with full attention alone.
 
     Parameters
     ----------
@@ -71,8 +71,9 @@ def capture(
         writes.append((written_norm(module, layer.values)[0].float().log() - stream[-1]).half())
 
     presses = [expert.scorer for expert in experts if hasattr(expert.scorer, "post_init_from_model")]
+    layers = full_attention_layers(model)
     with prepared(model, presses), ExitStack() as hooks:
-        for layer in language_model(model).layers:
+        for layer in (language_model(model).layers[layer_idx] for layer_idx in layers):
             hooks.callback(layer.register_forward_pre_hook(record_stream, with_kwargs=True).remove)
             hooks.callback(layer.self_attn.register_forward_hook(record, with_kwargs=True).remove)
         model.model(input_ids=prompt.context.to(model.device), past_key_values=cache)
@@ -81,8 +82,8 @@ def capture(
     return {
         "hidden": torch.stack(hidden).cpu(),
         "ranks": torch.stack(ranks).cpu(),
-        "replay": replay.log().half().cpu(),
-        "answer": peak.log().half().cpu(),
+        "replay": replay[layers].log().half().cpu(),
+        "answer": peak[layers].log().half().cpu(),
         "writes": torch.stack(writes).cpu(),
     }
 
@@ -166,10 +167,10 @@ class Shards:
                 write_atomically(self.path(name), lambda path, shard=shard: save_file(shard, path))
         progress(len(prompts), len(prompts))
 
-    def layer(self, layer_idx: int, names: Sequence[Path]) -> list[dict[str, Tensor]]:
-        """What all these prompts hold of one layer; nothing of the other layers is read."""
+    def layer(self, number: int, names: Sequence[Path]) -> list[dict[str, Tensor]]:
+        """What all these prompts hold of one of the layers that were captured; nothing of the others is read."""
         prompts = []
         for name in names:
             with safe_open(name, "pt") as shard:
-                prompts.append({key: shard.get_slice(key)[layer_idx] for key in shard.keys()})  # noqa: SIM118
+                prompts.append({key: shard.get_slice(key)[number] for key in shard.keys()})  # noqa: SIM118
         return prompts

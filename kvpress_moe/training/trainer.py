@@ -18,7 +18,7 @@ from kvpress_moe.benchmark.tasks import TASKS, find_tasks, make_sample
 from kvpress_moe.errors import SettingError
 from kvpress_moe.experts import Expert, make_expert
 from kvpress_moe.fingerprint import model_fingerprint
-from kvpress_moe.model_support import check_model
+from kvpress_moe.model_support import check_model, full_attention_layers
 from kvpress_moe.routers import RouterConfig, Routers
 from kvpress_moe.training.capture import Shards, capture
 from kvpress_moe.training.crew import Crew
@@ -220,11 +220,12 @@ def fit_routers(
     columns = [captured.index(name) if name != "learned" else 0 for name in recipe.experts]
     aim = partial(target, teacher=recipe.teacher, value_weight=recipe.value_weight)
     fitted = Fitted(shards.directory, {"recipe": asdict(recipe), "prompts": [path.name for path in paths]})
-    mine = crew.part(range(config.num_hidden_layers))
+    layers = full_attention_layers(model)  # the others are never routed
+    mine = crew.part(layers)
     missing = [layer_idx for layer_idx in mine if not fitted.path(layer_idx).exists()]
-    thresholds = kept_thresholds(shards, paths, config.num_hidden_layers, aim) if missing else None
+    thresholds = kept_thresholds(shards, paths, len(layers), aim) if missing else None
     for layer_idx in missing:
-        data = layer_data(shards.layer(layer_idx, paths), columns, aim, thresholds)
+        data = layer_data(shards.layer(layers.index(layer_idx), paths), columns, aim, thresholds)
         loss = fit_layer(
             routers.layers[layer_idx],
             data,
@@ -240,16 +241,16 @@ def fit_routers(
         fitted.save(layer_idx, routers.layers[layer_idx], loss)
         progress("fitting layers", len(mine) - len(missing) + missing.index(layer_idx) + 1, len(mine), loss)
     crew.wait()
-    losses = [fitted.load(layer_idx, router) for layer_idx, router in enumerate(routers.layers)]
+    losses = [fitted.load(layer_idx, routers.layers[layer_idx]) for layer_idx in layers]
     metrics = {"recipe": asdict(recipe), "prompts": len(paths), "loss_by_layer": [round(loss, 4) for loss in losses]}
     return routers, metrics
 
 
 def kept_thresholds(shards: Shards, paths: Sequence[Path], num_layers: int, aim: Aim) -> Tensor:
-    """Target above which half, a quarter and a tenth of all pairs lie, over all layers and heads: shape (3,)."""
+    """Target above which half, a quarter and a tenth of all captured pairs lie: shape (3,)."""
     sampled = []
-    for layer_idx in range(num_layers):
-        values = torch.cat([aim(shard).flatten() for shard in shards.layer(layer_idx, paths)])
+    for number in range(num_layers):
+        values = torch.cat([aim(shard).flatten() for shard in shards.layer(number, paths)])
         sampled.append(values[:: max(1, len(values) // 20_000)])
     pooled = torch.cat(sampled)
     return torch.stack([pooled.quantile(1 - share) for share in KEPT_SHARES]) if len(pooled) < 2**24 else pooled

@@ -20,6 +20,7 @@ from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.checkpoint import load_routers, save_routers
 from kvpress_moe.errors import ExpertError, SettingError
 from kvpress_moe.experts import make_expert
+from kvpress_moe.model_support import full_attention_layers
 from kvpress_moe.replay import ReplayScores, chat_suffix
 from kvpress_moe.routers import BaseMoERouter
 from kvpress_moe.training.capture import capture, written_norm
@@ -27,7 +28,7 @@ from kvpress_moe.training.crew import Crew
 from kvpress_moe.training.fit import LayerData, fit_layer, fold_scaling, predict
 from kvpress_moe.training.objective import FLOOR, budget_loss, tail_weights, target
 from kvpress_moe.training.trainer import Recipe, prompts, train
-from tests.tiny import decoder, prefill, tiny_model
+from tests.tiny import FAMILIES, decoder, prefill, tiny_model
 
 RECIPE = Recipe(
     experts=("learned", "keydiff", "cur"),
@@ -236,13 +237,35 @@ def test_saved_and_loaded_routers_keep_the_same_pairs(llama, trained, prompt, tm
     assert json.loads((tmp_path / "routers.json").read_text())["metrics"]["recipe"]["seed"] == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains(family, chat_tokenizer, prompt):
+    """Where some layers slide, the others alone are captured, fitted and share the budget."""
     model = tiny_model(family)
+    config = model.config.get_text_config()
+    full = full_attention_layers(model)
     recipe = replace(RECIPE, samples=2, epochs=1)
-    routers, _ = train(model, chat_tokenizer, recipe)
+    routers, metrics = train(model, chat_tokenizer, recipe)
+    assert len(metrics["loss_by_layer"]) == len(full)
     cache = prefill(model, prompt.context, MoERouterPress(0.5, router=routers))
-    assert sum(sum(layer.lengths[0]) for layer in cache.layers) == 2 * 2 * (prompt.context.shape[1] // 2)
+    kept = sum(sum(cache.layers[layer_idx].lengths[0]) for layer_idx in full)
+    assert kept == len(full) * config.num_key_value_heads * (prompt.context.shape[1] // 2)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma3"])
+def test_layers_are_captured_with_their_own_scaling_rotation_and_norms(family, chat_tokenizer, prompt):
+    """The attention that the answer pays, against the weights that eager attention returns."""
+    model = tiny_model(family, attn_implementation="eager")
+    shard = capture(tiny_model(family), chat_tokenizer, prompt, [make_expert("keydiff")])
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=prompt.context, past_key_values=cache)
+        tokens = torch.cat((prompt.question, prompt.answer[:, :-1]), 1)
+        attentions = model(input_ids=tokens, past_key_values=cache, output_attentions=True).attentions
+    n_context = prompt.context.shape[1]
+    heads = model.config.get_text_config().num_key_value_heads
+    for number, layer_idx in enumerate(full_attention_layers(model)):
+        expected = attentions[layer_idx][0, :, :, :n_context].unflatten(0, (heads, -1)).amax((1, 2))
+        assert_close(shard["answer"][number].float().exp(), expected, atol=2e-3, rtol=2e-2)
 
 
 def test_captured_targets_are_the_largest_attention_that_a_repetition_pays(llama, chat_tokenizer, prompt):
