@@ -22,7 +22,7 @@ from kvpress_moe.budget import mixed_keep_fraction, pairs_kept
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.cache.masks import fit_masks, fit_masks_after_forward
 from kvpress_moe.checkpoint import save_routers
-from kvpress_moe.errors import ExpertError, SettingError, UnsupportedModelError
+from kvpress_moe.errors import ExpertError, SettingError, UnsupportedInputError, UnsupportedModelError
 from kvpress_moe.eviction import evict, kept_mask, select
 from kvpress_moe.experts import Expert, OwnExpert, expert_specs, make_expert
 from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
@@ -147,7 +147,7 @@ class MoERouterPress(ScorerPress):
     _projections: Projections = field(default_factory=Projections, init=False, repr=False, compare=False)
     _keep_fraction: float = field(default=1.0, init=False, repr=False, compare=False)
     _shared: SharedBudget = field(default_factory=SharedBudget, init=False, repr=False, compare=False)
-    _entered: int = field(default=0, init=False, repr=False, compare=False)
+    _at_work: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # ids of models
     _eager: bool = field(default=False, init=False, repr=False, compare=False)
     _open: bool = field(default=False, init=False, repr=False, compare=False)
     _open_top_k: bool = field(default=False, init=False, repr=False, compare=False)
@@ -301,6 +301,11 @@ class MoERouterPress(ScorerPress):
         puts on the attention layers is taken off again.
         """
         check_model(model)
+        if id(model) in self._at_work:
+            raise UnsupportedInputError(
+                "press: this press is at work on this model already, expected one `with` block at a time; every prompt "
+                "would be compressed twice. Leave the inner block out."
+            )
         stack = language_model(model)
         bare = [layer.self_attn for layer in stack.layers if not hasattr(layer.self_attn, "rotary_emb")]
         hooks = []
@@ -309,10 +314,11 @@ class MoERouterPress(ScorerPress):
                 hooks.append(model.model.register_forward_pre_hook(check_forward, with_kwargs=True))
                 hooks.append(model.model.register_forward_hook(fit_masks_after_forward))
                 hooks.extend(self._projections.watch(model))
-                self._entered += 1
+                self._at_work.append(id(model))
                 yield
         finally:
-            self._entered -= bool(hooks)
+            if id(model) in self._at_work:
+                self._at_work.remove(id(model))
             for hook in hooks:
                 hook.remove()
             self._projections.clear()
@@ -449,7 +455,7 @@ class MoERouterPress(ScorerPress):
 
     def compress_ragged(self, call: LayerCall, scores: Tensor, n_kept: int) -> None:
         """Let heads compete for the budget, and turn layers whose pairs are decided into ragged ones."""
-        check_can_turn_ragged(call.cache, call.layer_idx, inside_wrapper=not self._entered)
+        check_can_turn_ragged(call.cache, call.layer_idx, inside_wrapper=not self._at_work)
         if first_to_compress(call.module):
             self._shared.clear()
         self._shared.add(call.layer_idx, scores, self.observe(call))
@@ -465,7 +471,7 @@ class MoERouterPress(ScorerPress):
     @torch.no_grad()
     def route(self, call: LayerCall) -> None:
         """Decide who judges which pair: sets ``call.weights``, shape (B, 1 or H, S, E)."""
-        if not self._entered and first_to_compress(call.module):
+        if not self._at_work and first_to_compress(call.module):
             check_mask(call.kwargs.get("attention_mask"))  # inside a wrapper nobody has looked at it yet
         hidden_states = call.hidden_states
         router = self._routers_for(call.module).place(call.layer_idx, hidden_states.device, hidden_states.dtype)
@@ -547,7 +553,7 @@ class MoERouterPress(ScorerPress):
         """Keep what later calls on the same cache will ask for."""
         if self.track_misses:
             self._misses.keep(call, indices)
-        if not self._entered:  # a wrapper is at work and may compress this cache again
+        if not self._at_work:  # a wrapper is at work and may compress this cache again
             self._memory.remember(call, indices)
 
     def _tell_router(self, layer_idx: int, hit: Tensor, mass: Tensor) -> None:

@@ -20,7 +20,7 @@ from kvpress_moe import (
     save_routers,
 )
 from kvpress_moe.fingerprint import fingerprint
-from tests.tiny import tiny_model
+from tests.tiny import prefill, tiny_model, tokens
 
 WRONG = [
     ("num_experts", 0),
@@ -234,3 +234,15 @@ def test_an_expert_that_fails_is_named_and_leaves_no_hooks(llama):
         with pytest.raises(ExpertError, match=rf"'{expert.__name__}'.*{text}"), torch.no_grad(), press(llama):
             llama(torch.zeros(1, 10, dtype=torch.long), past_key_values=DynamicCache())
         assert hooks(llama) == n_hooks
+
+
+def test_a_press_inside_its_own_block_is_refused_and_the_outer_block_goes_on(llama):
+    press = MoERouterPress(0.5)
+    with press(llama):
+        with pytest.raises(UnsupportedInputError, match="at work on this model already"), press(llama):
+            pass
+        cache = DynamicCache()
+        with torch.no_grad():
+            llama(tokens(40), past_key_values=cache)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [20, 20]
+    prefill(llama, tokens(40), press)  # and it can be entered again

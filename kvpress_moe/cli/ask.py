@@ -73,7 +73,9 @@ def ask(
             result = run(context, questions, settings, model, device, max_new_tokens, step)
         show(result, Console())
     if as_json:
-        print(json.dumps(result, separators=(",", ":")))
+        from kvpress_moe.benchmark.records import rounded
+
+        print(json.dumps(rounded(result), separators=(",", ":"), allow_nan=False, default=str))  # unknown is null
 
 
 def require_questions(questions: list[str]) -> None:
