@@ -112,14 +112,16 @@ class Records:
                 ) from error
 
 
-def rounded(value: Any) -> Any:
-    """Floats to five significant digits, NaN and infinities to null."""
+def rounded(value: Any, digits: int | None = 5) -> Any:
+    """Floats to so many significant digits (None: all of them), NaN and infinities to null."""
     if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
+        return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
+        return [rounded(item, digits) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
     return value
 
 

@@ -75,7 +75,8 @@ def ask(
     if as_json:
         from kvpress_moe.benchmark.records import rounded
 
-        print(json.dumps(rounded(result), separators=(",", ":"), allow_nan=False, default=str))  # unknown is null
+        result = rounded(result, digits=None)  # unknown is null
+        print(json.dumps(result, separators=(",", ":"), allow_nan=False, default=str))
 
 
 def require_questions(questions: list[str]) -> None:
