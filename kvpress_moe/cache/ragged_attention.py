@@ -79,7 +79,8 @@ def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float) -> Tenso
     sizes = [len(run) for run in keys]
     parts = [part.split(sizes) for part in (grouped, new_logits, new_values)]
     longest = max(run.shape[1] for run in keys)
-    if new_logits[..., 0].numel() * (longest + n_new) <= LOGITS_AT_ONCE:
+    differentiable = torch.is_grad_enabled() and (query.requires_grad or layer.new_keys.requires_grad)
+    if new_logits[..., 0].numel() * (longest + n_new) <= LOGITS_AT_ONCE and not differentiable:  # it writes in place
         output = attend_padded(grouped, new_logits, new_values, keys, values, parts[0], longest)
     else:
         output = torch.cat([attend(*run) for run in zip(*parts, keys, values, strict=True)])

@@ -350,3 +350,18 @@ def test_keys_of_a_ragged_layer_are_no_tensor(llama):
     with nothing():
         layer.keys = layer.keys[:, :, :PROMPT]
     assert layer.get_seq_length() == PROMPT
+
+
+def test_gradients_flow_through_ragged_attention(llama):
+    """Nobody has to say no_grad; and what is written in place never meets a graph."""
+    press = MoERouterPress(0.5, experts=["expected_attention"], budget="global")
+    positions = torch.arange(60, 63)[None]
+    graph = llama(tokens(3), past_key_values=prefill(llama, tokens(60), press), position_ids=positions).logits
+    assert graph.requires_grad
+    with torch.no_grad():
+        plain = llama(tokens(3), past_key_values=prefill(llama, tokens(60), press), position_ids=positions).logits
+    assert_close(graph, plain, rtol=1e-5, atol=1e-5)
+    weight = decoder(llama).layers[0].self_attn.q_proj.weight
+    (gradient,) = torch.autograd.grad(graph.square().sum(), weight)
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
