@@ -75,7 +75,11 @@ class Records:
         }  # fmt: skip
 
     def _mend(self) -> None:
-        """Cut off a last line that was not written to its end."""
+        """Unpack records that were gzipped; cut off a last line that was not written to its end."""
+        packed = self.path.with_suffix(".jsonl.gz")
+        if packed.exists() and not self.path.exists():
+            write_atomically(self.path, lambda path: path.write_bytes(gzip.decompress(packed.read_bytes())))
+            packed.unlink()
         if not self.path.exists():
             return
         with self.path.open("rb+") as file:

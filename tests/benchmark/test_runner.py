@@ -1,5 +1,6 @@
 """A run records every sample once, survives a kill, and refuses what would spoil it."""
 
+import gzip
 import json
 import os
 import signal
@@ -106,6 +107,17 @@ def test_a_run_of_another_seed_or_protection_is_refused(evaluator, tmp_path):
         with pytest.raises(SettingError, match=f"^out: got .* {next(iter(change))} was"):
             run(replace(PLAN, **change), tmp_path, "bench", evaluator)
     assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+def test_a_run_whose_records_were_gzipped_goes_on(evaluator, tmp_path):
+    run(PLAN, tmp_path, "bench", evaluator)
+    plain = tmp_path / "records.jsonl"
+    lines = plain.read_bytes().splitlines(keepends=True)
+    (tmp_path / "records.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:-1])))
+    plain.unlink()
+    assert run(PLAN, tmp_path, "bench", evaluator)["samples"] == 1
+    assert plain.read_bytes().splitlines(keepends=True)[:-1] == lines[:-1]
+    assert not (tmp_path / "records.jsonl.gz").exists()
 
 
 def test_a_full_disk_leaves_earlier_records_intact(evaluator, tmp_path, monkeypatch):
