@@ -57,7 +57,7 @@ class AttentionView:
 
     def _project(self, name: str, hidden_states: Tensor) -> Tensor:
         projection = getattr(self._module, name)
-        start = self._start(hidden_states)
+        start = slice_start(self._hidden_states, hidden_states)
         n_tokens, n_all = hidden_states.shape[1], self._hidden_states.shape[1]
         if start is None or (name not in self._projected and 2 * n_tokens < n_all):
             return projection(hidden_states)
@@ -65,15 +65,13 @@ class AttentionView:
             self._projected[name] = projection(self._hidden_states)
         return self._projected[name][:, start : start + n_tokens]
 
-    def _start(self, given: Tensor) -> int | None:
-        """Where ``given`` begins in the shared hidden states, None if it is no slice of tokens of them."""
-        whole = self._hidden_states
-        same = (
-            given.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-            and given.stride() == whole.stride()
-            and given.shape[0] == whole.shape[0]
-            and given.shape[2] == whole.shape[2]
-        )
-        if not same:
-            return None
-        return (given.storage_offset() - whole.storage_offset()) // whole.stride(1)
+
+def slice_start(whole: Tensor, given: Tensor) -> int | None:
+    """Where ``given`` (B, Q, C) begins in ``whole`` (B, S, C), if it is a slice of its tokens, a view; else None."""
+    same = (
+        given.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        and given.stride() == whole.stride()
+        and given.shape[0] == whole.shape[0]
+        and given.shape[2] == whole.shape[2]
+    )
+    return (given.storage_offset() - whole.storage_offset()) // whole.stride(1) if same else None

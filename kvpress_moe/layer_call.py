@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kvpress_moe.attention import window_attention_mass
-from kvpress_moe.attention_view import AttentionView
+from kvpress_moe.attention_view import AttentionView, slice_start
 
 if TYPE_CHECKING:
     from kvpress_moe.routers import BaseMoERouter
@@ -86,12 +86,7 @@ class LayerCall:
         inputs, given = self.kwargs.get("hidden_states"), self.hidden_states
         if inputs is None or given is inputs:
             return 0
-        if (
-            inputs.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()
-            or inputs.stride() != given.stride()
-        ):
-            return None
-        return (given.storage_offset() - inputs.storage_offset()) // inputs.stride(1)
+        return slice_start(inputs, given)
 
     @property
     def gathered(self) -> bool:

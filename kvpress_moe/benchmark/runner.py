@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -262,7 +263,7 @@ def run(
     Returns
     -------
     dict
-        Figures of the session: samples done now and before, seconds.
+        Figures of the session: samples done now and before, seconds, and this process's peak of memory in MiB.
     """
     plan.check()
     evaluator = evaluator or Evaluator(plan)
@@ -282,4 +283,15 @@ def run(
         "earlier": len(samples) - len(work),
         "cells": sum(len(cells) for _, cells in work),
         "seconds": round(time.perf_counter() - start, 1),
+        "peak_mib": peak_mib(),
     }
+
+
+def peak_mib() -> int | None:
+    """Peak of resident memory of this process so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
