@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kvpress_moe.experts import Expert, make_expert
 from kvpress_moe.fingerprint import model_fingerprint
 from kvpress_moe.model_support import check_model, full_attention_layers
 from kvpress_moe.routers import RouterConfig, Routers
-from kvpress_moe.training.capture import Shards, capture
+from kvpress_moe.training.capture import FORMAT, Shards, capture
 from kvpress_moe.training.crew import Crew
 from kvpress_moe.training.fit import LayerData, fit_layer
 from kvpress_moe.training.fitted import Fitted
@@ -219,7 +220,8 @@ def fit_routers(
     routers = Routers(router_config, model_fingerprint(model))
     columns = [captured.index(name) if name != "learned" else 0 for name in recipe.experts]
     aim = partial(target, teacher=recipe.teacher, value_weight=recipe.value_weight)
-    fitted = Fitted(shards.directory, {"recipe": asdict(recipe), "prompts": [path.name for path in paths]})
+    made_by = {"version": version("kvpress-moe"), "torch": version("torch"), "shards": FORMAT}
+    fitted = Fitted(shards.directory, {**made_by, "recipe": asdict(recipe), "prompts": [path.name for path in paths]})
     layers = full_attention_layers(model)  # the others are never routed
     mine = crew.part(layers)
     missing = [layer_idx for layer_idx in mine if not fitted.path(layer_idx).exists()]
