@@ -15,6 +15,7 @@ import kvpress
 import torch
 from kvpress.presses.base_press import BasePress
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.errors import SettingError
@@ -59,7 +60,7 @@ class Row:
     ratio : float
         The median over that of no press, or of the full cache.
     extra_peak_bytes : int
-        By how much the peak of memory exceeds that of no press; of a decoding row the bytes of the cache.
+        By how much the peak of tensors' memory exceeds that of no press; of a decoding row the bytes of the cache.
     """
 
     what: str
@@ -89,45 +90,38 @@ def small_llama(n_tokens: int, device: str = "cpu") -> PreTrainedModel:
         return LlamaForCausalLM(config).eval().to(device)
 
 
-class Stopwatch:
-    """Times calls and their peak of memory on one device."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.device = device
-
-    def __call__(self, work: Callable[[], Any]) -> tuple[float, int, Any]:
-        """Seconds, bytes by which the peak exceeded what was held before, and what the work returned."""
-        before = self._reset()
-        start = time.perf_counter()
-        result = work()
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - start
-        return seconds, self._peak() - before, result
-
-    def _reset(self) -> int:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return torch.cuda.memory_allocated(self.device)
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak of resident memory
-        except OSError:
-            return 0
-        return _status("VmRSS")
-
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.cuda else _status("VmHWM")
+def seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    """Time that some work takes on a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status in bytes; 0 where there is no such file (not on Linux)."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
+    """
+    Most bytes of tensors that some work holds at a time, besides what was held before.
+
+    Counted by torch from allocations: resident memory would not do, because freed memory stays with the process.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = work()  # held, so that what it returns is not freed before the end
+    del result
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 @torch.no_grad()
@@ -165,26 +159,22 @@ def prefill_rows(
     rounds: int,
     presses: dict[str, Callable[[float], BasePress]],
 ) -> list[Row]:
-    """Prefill under each press in turn, round after round; the first round warms up."""
+    """Prefill under each press in turn, round after round; the first round warms up and counts memory."""
     works: dict[str, Callable[[], Any]] = {NONE: partial(read_prompt, model, input_ids, None)}
     works |= {name: partial(read_prompt, model, input_ids, make(ratio)) for name, make in presses.items()}
     if tokenizer is not None and len(input_ids) == 1:
         works[KVZIP] = partial(read_and_replay, model, tokenizer, input_ids)
-    stopwatch = Stopwatch(model.device)
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    peaks: dict[str, list[int]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    peaks: dict[str, int] = {}
     for round_number in range(rounds + 1):
         for name, work in works.items():
-            spent, peak, _ = stopwatch(work)
-            unmask(model)
             if round_number:
-                seconds[name].append(spent)
-                peaks[name].append(peak)
-    base, base_peak = statistics.median(seconds[NONE]), statistics.median(peaks[NONE])
-    return [
-        _row("prefill", name, input_ids, seconds[name], base, int(statistics.median(peaks[name]) - base_peak))
-        for name in works
-    ]
+                times[name].append(seconds(model.device, work))
+            else:
+                peaks[name] = peak_bytes(model.device, work)
+            unmask(model)
+    base = statistics.median(times[NONE])
+    return [_row("prefill", name, input_ids, times[name], base, peaks[name] - peaks[NONE]) for name in works]
 
 
 def decode_rows(
@@ -192,15 +182,14 @@ def decode_rows(
 ) -> list[Row]:
     """Decode ``n_new`` tokens from each cache in turn, round after round; caches are as before afterwards."""
     caches = {left: read_prompt(model, input_ids, make(ratio) if ratio else None) for left, ratio in DECODED.items()}
-    seconds: dict[str, list[float]] = {left: [] for left in caches}
-    stopwatch = Stopwatch(model.device)
+    times: dict[str, list[float]] = {left: [] for left in caches}
     for round_number in range(rounds + 1):
         for left, cache in caches.items():
-            spent, _, _ = stopwatch(partial(decode, model, cache, input_ids, n_new))
+            spent = seconds(model.device, partial(decode, model, cache, input_ids, n_new))
             if round_number:
-                seconds[left].append(spent / n_new)
-    base = statistics.median(seconds["full"])
-    return [_row("decode", left, input_ids, seconds[left], base, cache_bytes(caches[left])) for left in caches]
+                times[left].append(spent / n_new)
+    base = statistics.median(times["full"])
+    return [_row("decode", left, input_ids, times[left], base, cache_bytes(caches[left])) for left in caches]
 
 
 @torch.no_grad()
@@ -215,10 +204,10 @@ def decode(model: PreTrainedModel, cache: DynamicCache, input_ids: Tensor, n_new
         layer.crop(length)
 
 
-def _row(what: str, name: str, input_ids: Tensor, seconds: list[float], base: float, n_bytes: int) -> Row:
+def _row(what: str, name: str, input_ids: Tensor, times: list[float], base: float, n_bytes: int) -> Row:
     batch, tokens = input_ids.shape
-    median = statistics.median(seconds)
-    return Row(what, name, tokens, batch, median, min(seconds), max(seconds), median / base, n_bytes)
+    median = statistics.median(times)
+    return Row(what, name, tokens, batch, median, min(times), max(times), median / base, n_bytes)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from kvpress_moe.benchmark.speed import (
     THEIRS,
     Row,
     SpeedPlan,
-    Stopwatch,
     decode,
     markdown,
     measure,
+    peak_bytes,
     slopes,
 )
 from kvpress_moe.cli import app
@@ -67,12 +67,15 @@ def test_decoding_leaves_the_cache_as_it_was(llama, budget):
 
 
 def test_the_peak_is_that_of_the_work_alone():
-    stopwatch = Stopwatch(torch.device("cpu"))
-    stopwatch(lambda: torch.ones(2**22).sum())
-    _, small, _ = stopwatch(lambda: torch.ones(2**20).sum())
-    _, large, _ = stopwatch(lambda: torch.ones(2**25).sum())
-    assert large > 0.9 * 2**27
-    assert small < 0.5 * 2**27
+    device, held = torch.device("cpu"), torch.ones(2**22)
+
+    def work():
+        total = held + 1  # 16 MiB
+        total = total + torch.ones(2**20)[:1]  # 16 more and 4
+        return total.sum()
+
+    assert peak_bytes(device, work) == pytest.approx(2**20 * 36, rel=0.01)
+    assert peak_bytes(device, lambda: torch.ones(2**20)) == pytest.approx(2**22, rel=0.01)
 
 
 def test_growth_is_the_slope_between_doubled_lengths():
