@@ -18,34 +18,19 @@ from importlib.metadata import version
 
 import torch
 from kvpress import AdaKVPress, ExpectedAttentionPress
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvpress_moe import MoERouterPress, load_model
+from kvpress_moe.benchmark.speed import small_llama
 from kvpress_moe.prefill import Prefill, cache_bytes
 
 RATIO = 0.75
 PROSE = "The harbour master writes a report every year, and this is the part about ships, cranes, fish, ice and fog. "
 
 
-def random_llama(n_tokens: int) -> LlamaForCausalLM:
-    """A small Llama whose attention dominates: 8 layers, 16 query and 4 KV heads of 64."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=1024,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        max_position_embeddings=n_tokens + 1000,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 def setting(name: str, n_tokens: int):
     """A model and a prompt of ``n_tokens``."""
     if name == "random":
-        return random_llama(n_tokens), torch.randint(0, 1000, (1, n_tokens), generator=torch.Generator().manual_seed(0))
+        return small_llama(n_tokens), torch.randint(0, 1000, (1, n_tokens), generator=torch.Generator().manual_seed(0))
     model, tokenizer = load_model()
     words = tokenizer(PROSE * (n_tokens // 15), return_tensors="pt").input_ids[:, :n_tokens]
     return model, words
