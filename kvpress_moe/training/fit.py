@@ -76,9 +76,9 @@ def fit_layer(
     train_gate: bool = True,
     budget_weight: float = 0.0,
     batch_size: int = 2048,
-) -> float:
+) -> list[float]:
     """
-    Fit a router in place; the weighted squared error of its last epoch.
+    Fit a router in place; the weighted squared error of each epoch.
 
     Hidden states are standardised while fitting; the scaling is folded into the first maps at the end.
     """
@@ -98,6 +98,7 @@ def fit_layer(
     n_steps = epochs * -(-len(hidden) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=0.1)
     router.train()
+    losses = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout
         for _ in range(epochs):
@@ -112,11 +113,12 @@ def fit_layer(
                 optimizer.step()
                 schedule.step()
                 total += error.item() * len(batch) / len(hidden)
+            losses.append(total)
     router.eval().requires_grad_(True)
     fold_scaling(router.down, mean, std)
     if learned is not None:
         fold_scaling(router.learned.down, mean, std)
-    return total
+    return losses
 
 
 @torch.no_grad()
