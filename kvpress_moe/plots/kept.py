@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from kvpress_moe.errors import SettingError
-from kvpress_moe.plots.style import NORMAL, SMALL, heat_map, layer_axis, layer_map, share_bar
+from kvpress_moe.plots.style import NORMAL, SMALL, Plot, heat_map, layer_axis, layer_map, share_bar
 
 
 def kept_positions(kept: Mapping[int, Tensor], bins: int = 128) -> Figure:
@@ -35,7 +35,7 @@ def kept_positions(kept: Mapping[int, Tensor], bins: int = 128) -> Figure:
     edges = np.linspace(0, n_tokens, min(bins, n_tokens) + 1).round().astype(int)
     by_token = np.stack([mask.mean((0, 1)) for mask in by_layer.values()])  # (L, S)
     grid = np.add.reduceat(by_token, edges[:-1], axis=1) / np.diff(edges)
-    figure = Figure(figsize=(7.2, 1.4 + 0.11 * len(by_layer)), layout="constrained")
+    figure = Plot(7.2, 1.4 + 0.11 * len(by_layer))
     axis = figure.add_subplot()
     image = heat_map(axis, grid)
     image.set_extent((0, n_tokens, len(by_layer) - 0.5, -0.5))

@@ -13,7 +13,7 @@ from kvpress_moe.benchmark.report import compared
 from kvpress_moe.benchmark.report.markdown import ranked
 from kvpress_moe.benchmark.report.summary import Estimate, Results, best_single, load, mean_over_tasks
 from kvpress_moe.errors import SettingError
-from kvpress_moe.plots.style import COLOURS, MARKERS, NORMAL, OTHERS, REFERENCE, SMALL
+from kvpress_moe.plots.style import COLOURS, MARKERS, NORMAL, OTHERS, REFERENCE, SMALL, Plot
 
 #: What can be drawn, and what it is called.
 METRICS = {
@@ -67,8 +67,7 @@ def over_ratio(
     panels = [[task] for task in records.tasks] if by_task else [records.tasks]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    size = (3.1 * columns, 2.3 * rows + 0.8) if by_task else (5.6, 4.2)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Plot(3.1 * columns, 2.3 * rows + 0.8) if by_task else Plot(5.6, 4.2)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, tasks in zip(axes.flat, panels, strict=False):
         _panel(axis, records, metric, named, tasks)

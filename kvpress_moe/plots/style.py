@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 from matplotlib import colormaps
@@ -17,6 +18,18 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 OTHERS, REFERENCE, UNKNOWN = "#cccccc", "#555555", "#dddddd"
 SMALL, NORMAL = 8, 9
+
+
+class Plot(Figure):
+    """A figure that a notebook shows by itself; plain ones need pyplot to be imported there."""
+
+    def __init__(self, width: float, height: float):
+        super().__init__(figsize=(width, height), layout="constrained")
+
+    def _repr_png_(self) -> bytes:
+        png = BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
 
 
 def heat_map(
@@ -62,7 +75,7 @@ def layer_map(
     grid: np.ndarray, layers: Sequence[int], columns: Sequence[str], xlabel: str, label: str, spec: str | None = None
 ) -> Figure:
     """A figure of one heat map of shares, layers from the top, with its colour bar in per cent."""
-    figure = Figure(figsize=(1.9 + max(2.2, 0.75 * len(columns)), 1.4 + 0.17 * len(layers)), layout="constrained")
+    figure = Plot(1.9 + max(2.2, 0.75 * len(columns)), 1.4 + 0.17 * len(layers))
     axis = figure.add_subplot()
     image = heat_map(axis, grid, spec=spec)
     axis.set_xticks(range(len(columns)), columns, fontsize=SMALL, rotation=30 if max(map(len, columns)) > 8 else 0)
@@ -88,7 +101,7 @@ def share_bar(figure: Figure, image: AxesImage, axis: Axes, label: str) -> None:
 
 def line_axis(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     """A figure of one plain axis for lines; whole numbers below it."""
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Plot(5.6, 3.6)
     axis = figure.add_subplot()
     axis.set_xlabel(xlabel, fontsize=NORMAL)
     axis.set_ylabel(ylabel, fontsize=NORMAL)

@@ -12,7 +12,7 @@ from kvpress_moe.benchmark.report.markdown import ranked
 from kvpress_moe.benchmark.report.summary import Results, best_single
 from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.plots.ratios import over_ratio, shown
-from kvpress_moe.plots.style import NORMAL, SMALL, heat_map
+from kvpress_moe.plots.style import NORMAL, SMALL, Plot, heat_map
 
 
 def draw(results: Results, reference: str, out: Path) -> list[tuple[str, str]]:
@@ -32,8 +32,7 @@ def _heat_map(results: Results, out: Path) -> tuple[str, str]:
         for column, task in enumerate(results.tasks):
             values = results.by_task((method, ratio), "kl").get(task)
             grid[row, column] = np.nan if values is None else values.mean()
-    size = (1.6 + 0.62 * len(results.tasks) + 1.2, 1.4 + 0.24 * len(order))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Plot(2.8 + 0.62 * len(results.tasks), 1.4 + 0.24 * len(order))
     axis = figure.add_subplot()
     image = heat_map(axis, grid, LogNorm(1e-3, 3, clip=True), "cividis_r", spec=".2g")
     axis.set_xticks(range(len(results.tasks)), results.tasks, rotation=40, ha="right", fontsize=SMALL)
@@ -52,7 +51,7 @@ def _needles(results: Results, reference: str, out: Path) -> tuple[str, str] | N
     methods = [method for method in dict.fromkeys((reference, best_single(results, ratio))) if method]
     depths = sorted({round(results.depth_of[sample], 2) for sample in samples})
     lengths = sorted({results.length_of[sample] for sample in samples})
-    figure = Figure(figsize=(4.6 * len(methods), 1.2 + 0.5 * len(lengths)), layout="constrained")
+    figure = Plot(4.6 * len(methods), 1.2 + 0.5 * len(lengths))
     axes = figure.subplots(1, len(methods), squeeze=False)
     for axis, method in zip(axes.flat, methods, strict=True):
         grid = np.full((len(lengths), len(depths)), np.nan)
