@@ -36,3 +36,10 @@ setup:
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache
+
+# The documentation site in site/; search works where it is served: python -m http.server -d site
+.PHONY: docs
+docs: setup  ## install what builds the site, build it strictly
+	@$(BIN)/python -c "import importlib.metadata as m; [m.version(p) for p in ('mkdocs-material', 'mkdocstrings-python')]" 2>/dev/null \
+		|| $(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

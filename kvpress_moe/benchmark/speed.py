@@ -342,12 +342,10 @@ def _by_setting(rows: Sequence[Row]) -> dict[tuple[int, int], list[Row]]:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Prefill time over that of no press, and extra peak memory, over length (batch 1), as PNG."""
-    import matplotlib
+    from kvpress_moe.plots.style import Plot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (times, memory) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure = Plot(9, 4)
+    times, memory = figure.subplots(1, 2)
     names = list(dict.fromkeys(row.name for row in rows if row.what == "prefill"))
     for number, name in enumerate(names):
         of_name = [row for row in rows if row.what == "prefill" and row.name == name and row.batch == 1]
@@ -366,4 +364,3 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     times.set_ylim(top=min(times.get_ylim()[1], 2.0))
     figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -44,7 +44,7 @@ def over_ratio(
     metric : {"kl", "score", "nll", "extra", "hit"}
         ``extra`` is the NLL beyond the full cache's. KL is drawn on a logarithmic scale.
     methods : sequence of str, optional
-        At most seven, the first of them in front. :func:`shown`'s choice otherwise.
+        At most seven, the first of them in front. Otherwise ours, random, and the best of the other groups.
     by_task : bool
         A panel for each task, rather than the mean of the tasks' means.
 

@@ -39,7 +39,7 @@ def hit_rates(stats: Mapping[str, Any], names: Sequence[str] | Mapping[int, str]
     """
     Share of the attention mass on each expert's pairs that falls on kept ones, by layer; grey where unknown.
 
-    Parameters and errors as of :func:`expert_usage`.
+    Parameters and errors as of :func:`kvpress_moe.plots.expert_usage`.
     """
     layers, grid = _by_expert(stats, "expert_compression_stats", "cache_hit_rates")
     return layer_map(grid, layers, _labels(names, grid.shape[1]), "expert", "hit rate", spec=".2f")

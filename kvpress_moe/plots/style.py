@@ -94,7 +94,7 @@ def layer_axis(axis: Axes, layers: Sequence[int]) -> None:
 
 def share_bar(figure: Figure, image: AxesImage, axis: Axes, label: str) -> None:
     """A colour bar in per cent."""
-    bar = figure.colorbar(image, ax=axis, format=PercentFormatter(1), fraction=0.05, pad=0.03)
+    bar = figure.colorbar(image, ax=axis, format=PercentFormatter(1, decimals=0), fraction=0.05, pad=0.03)
     bar.set_label(label, fontsize=NORMAL)
     bar.ax.tick_params(labelsize=SMALL)
 

@@ -52,7 +52,7 @@ def loss_by_layer(log: Mapping[str, Any] | str | Path) -> Figure:
     """
     The loss of the last epoch, by fitted layer.
 
-    Parameters and errors as of :func:`training_curves`; every log holds this.
+    Parameters and errors as of :func:`kvpress_moe.plots.training_curves`; every log holds this.
     """
     losses = np.array(_read(log, "loss_by_layer"), dtype=float)
     figure, axis = line_axis("fitted layer", f"{LOSS}, last epoch")
