@@ -22,7 +22,6 @@ from kvpress_moe.prefill import Prefill
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "pictures"
 CODE = "The code of the old safe in the lighthouse is 7194."
-SHOWN_LAYER = 20
 
 
 class WatchedPress(MoERouterPress):
@@ -36,15 +35,17 @@ class WatchedPress(MoERouterPress):
 def routing_weights(weights: dict[int, Tensor], names: list[str], sentence: range, words: list[str]) -> Figure:
     """Left: mean weight by layer and expert. Right: weights token by token in one sentence of one layer."""
     figure = Plot(8.6, 6.2)
+    shown = 2 * len(weights) // 3
+    in_sentence = weights[shown][0, sentence]
     left, right = figure.subplots(1, 2, width_ratios=(1, 1))
     means = torch.stack([weight[0].mean(0) for weight in weights.values()])  # (L, E)
-    norm = Normalize(0, float(max(means.max(), weights[SHOWN_LAYER][0, sentence].max())))
+    norm = Normalize(0, float(max(means.max(), in_sentence.max())))
     heat_map(left, means.numpy(), norm, spec=".2f")
     layer_axis(left, list(weights))
     left.set_title("mean over the text", fontsize=NORMAL)
-    image = heat_map(right, weights[SHOWN_LAYER][0, sentence].numpy(), norm, spec=".2f")
+    image = heat_map(right, in_sentence.numpy(), norm, spec=".2f")
     right.set_yticks(range(len(words)), words, fontsize=SMALL)
-    right.set_title(f"token by token, layer {SHOWN_LAYER}", fontsize=NORMAL)
+    right.set_title(f"token by token, layer {shown}", fontsize=NORMAL)
     for axis in (left, right):
         axis.set_xticks(range(len(names)), names, fontsize=SMALL, rotation=30)
     share_bar(figure, image, right, "weight of the expert")

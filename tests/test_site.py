@@ -1,6 +1,7 @@
 """The documentation site builds without a warning; no link of it is dead, and nothing comes from elsewhere."""
 
 import posixpath
+import re
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,6 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.filterwarnings("default")  # of MkDocs and its plugins
 
 
 class _Page(HTMLParser):
@@ -65,6 +65,8 @@ def test_no_link_is_dead_and_nothing_is_fetched_from_elsewhere(site):
             if not there or (path in pages and anchor and anchor not in pages[path].ids):
                 dead.append(f"{name}: {target}")
     assert not dead
+    for sheet in directory.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
     assert {"results/benchmark/report.html", "overview.html", "routing.html", "guide.zh.html"} <= set(pages)
 
 

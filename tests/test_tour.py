@@ -10,7 +10,6 @@ pytest.importorskip("ipykernel")
 TOUR = Path(__file__).parent.parent / "examples" / "tour.ipynb"
 
 
-@pytest.mark.filterwarnings("default")  # of the kernel's client
 def test_the_tour_runs_and_shows_its_plots(llama, chat_tokenizer, tmp_path):
     llama.save_pretrained(tmp_path)
     chat_tokenizer.save_pretrained(tmp_path)
