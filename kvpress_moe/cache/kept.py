@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpress_moe.cache.ragged import RaggedLayer
 from kvpress_moe.errors import UnsupportedInputError
+from kvpress_moe.selection import fingerprints
 
 # B = batch, H = KV heads, S = tokens of the prompt, D = head dim
 
@@ -61,32 +62,23 @@ def _kept_in_layer(keys: Tensor, after: CacheLayerMixin, layer_idx: int) -> Tens
             f"{keys.shape[0]} of {keys.shape[1]}. Compress a copy of this very cache."
         )
     kept = torch.zeros(keys.shape[:3], dtype=torch.bool)
+    numbers, order = fingerprints(keys).sort(dim=-1)
     for row in range(keys.shape[0]):
         for head in range(keys.shape[1]):
-            kept[row, head, _positions(keys[row, head], left[row][head], f"layer {layer_idx}, head {head}")] = True
+            place = f"layer {layer_idx}, head {head}"
+            if bool((numbers[row, head, 1:] == numbers[row, head, :-1]).any()):
+                raise UnsupportedInputError(
+                    f"full: {place} holds the same key twice, expected keys that tell positions apart, as rotary "
+                    "embedding makes them."
+                )
+            stayed = left[row][head].to(keys.device)  # (K, D)
+            found = torch.searchsorted(numbers[row, head], fingerprints(stayed[None, None])[0, 0])
+            at = order[row, head, found.clamp(max=keys.shape[2] - 1)]
+            if not torch.equal(keys[row, head, at], stayed):
+                raise UnsupportedInputError(
+                    f"compressed: {place} holds keys that the full cache does not, expected some of its keys, "
+                    "unchanged and without generated tokens. Compress a copy of this very cache, by a press that does "
+                    "not change keys."
+                )
+            kept[row, head, at.cpu()] = True
     return kept
-
-
-def _positions(keys: Tensor, left: Tensor, place: str) -> Tensor:
-    """Where each of ``left`` (K, D) stands among ``keys`` (S, D)."""
-    numbers, order = _numbers(keys).sort()
-    if bool((numbers[1:] == numbers[:-1]).any()):
-        raise UnsupportedInputError(
-            f"full: {place} holds the same key twice, expected keys that tell positions apart, as rotary embedding "
-            "makes them."
-        )
-    at = order[torch.searchsorted(numbers, _numbers(left)).clamp(max=len(keys) - 1)]
-    if not torch.equal(keys.cpu()[at], left.cpu()):
-        raise UnsupportedInputError(
-            f"compressed: {place} holds keys that the full cache does not, expected some of its keys, unchanged and "
-            "without generated tokens. Compress a copy of this very cache, by a press that does not change keys."
-        )
-    return at
-
-
-def _numbers(keys: Tensor) -> Tensor:
-    """A whole number for each key of (N, D), equal for equal bits: their products with fixed odd numbers, summed."""
-    bits = keys.detach().cpu().contiguous().view(torch.int16).long()
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(2**62, (bits.shape[-1],), generator=generator) * 2 + 1
-    return (bits * factors).sum(-1)  # overflow wraps around

@@ -68,7 +68,7 @@ def _read(log: Mapping[str, Any] | str | Path, name: str) -> list:
         path = Path(log) / "routers.json"
         try:
             metrics = json.loads(path.read_text(encoding="utf-8")).get("metrics", {})
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise SettingError("log", str(log), "metrics, or a directory of saved routers", str(error)) from error
     if not metrics.get(name):
         remedy = "loss_by_layer draws what older logs hold." if name == "loss_by_epoch" else "Train with this package."
