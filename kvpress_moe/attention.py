@@ -23,7 +23,7 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def scaled_products(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """Attention logits of queries (B, num_heads, Q, D) over keys (B, H, S, D): (B, num_heads, Q, S), float32."""
     grouped = queries.reshape(keys.shape[0], keys.shape[1], -1, keys.shape[-1])  # no copy of keys per query head
-    return (grouped @ keys.transpose(2, 3)).float().mul_(scaling).view(*queries.shape[:3], keys.shape[2])
+    return (grouped * scaling @ keys.transpose(2, 3)).float().view(*queries.shape[:3], keys.shape[2])
 
 
 def causal_logits(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -42,9 +42,11 @@ def causal_logits(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     Tensor, shape (B, num_heads, Q, S), float32
         Minus infinity where a key comes after the query.
     """
-    q_len, k_len = queries.shape[2], keys.shape[2]
-    future = torch.ones(q_len, k_len, dtype=torch.bool, device=keys.device).triu(k_len - q_len + 1)
-    return scaled_products(queries, keys, scaling).masked_fill_(future, -torch.inf)
+    q_len = queries.shape[2]
+    logits = scaled_products(queries, keys, scaling)
+    future = torch.ones(q_len, q_len, dtype=torch.bool, device=keys.device).triu(1)  # what came before, all may see
+    logits[..., -q_len:].masked_fill_(future, -torch.inf)
+    return logits
 
 
 def latest_queries(call: LayerCall, n_queries: int) -> Tensor:

@@ -46,8 +46,8 @@ class LayerCall:
         Routing weights of the pairs, once the call has been routed; per head only where a cache is compressed again.
     router : BaseMoERouter, optional
         The router that gave them.
-    ranks : dict of int -> Tensor (B, H, S)
-        Ranks within the head that experts gave, by the expert's index, where they were asked already.
+    ranks : Tensor, shape (B, E, H, S), optional
+        Ranks within the head that the experts besides ``learned`` gave, where they were asked already.
     projected : dict of str -> Tensor (B, Q, …)
         What the layer projected of the hidden states in its own forward, by the projection's name.
     """
@@ -60,7 +60,7 @@ class LayerCall:
     kwargs: Mapping[str, Any]
     weights: Tensor | None = None
     router: BaseMoERouter | None = None
-    ranks: dict[int, Tensor] = field(default_factory=dict)
+    ranks: Tensor | None = None
     projected: dict[str, Tensor] = field(default_factory=dict)
 
     @property

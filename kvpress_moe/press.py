@@ -29,7 +29,7 @@ from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
 from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.memory import RoutingMemory
 from kvpress_moe.misses import MissTracker
-from kvpress_moe.mixing import mix, mix_calibrated, rank_within_head
+from kvpress_moe.mixing import mix, mix_calibrated, ranks_of
 from kvpress_moe.model_support import (
     check_can_turn_ragged,
     check_forward,
@@ -496,16 +496,18 @@ class MoERouterPress(ScorerPress):
         if calibration is None:
             return mix(score, active, call.weights)
 
-        learned = {index for index, expert in enumerate(self._experts) if expert.name == "learned"}
-        asked = range(self.num_experts) if learned and call.router.learned.num_seen else active
-        call.ranks = {index: rank_within_head(score(index)) for index in asked if index not in learned}
-
-        def term(index: int) -> Tensor:
-            if index in learned:
-                return calibration.slope[:, index, None] * score(index)  # in log attention already
-            return calibration.term(call.ranks[index], index)
-
-        return mix_calibrated(term, active, call.weights, calibration.offset)
+        own = [index for index, expert in enumerate(self._experts) if expert.name == "learned"]
+        asked = range(self.num_experts) if own and call.router.learned.num_seen else active
+        ranked = [index for index in asked if index not in own]
+        terms: dict[int, Tensor] = {}
+        if ranked:
+            call.ranks = ranks_of(score, ranked)
+            terms = dict(zip(ranked, calibration.terms(call.ranks, ranked).unbind(1), strict=True))
+        for index in own:
+            terms[index] = calibration.slope[:, index, None] * score(index)  # in log attention already
+        return mix_calibrated(
+            torch.stack([terms[index] for index in active], 1), active, call.weights, calibration.offset
+        )
 
     def n_kept(self, call: LayerCall) -> int:
         """
