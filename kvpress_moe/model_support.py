@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
 from torch import Tensor, nn
-from transformers import Cache, Gemma3ForCausalLM, PreTrainedModel, QuantizedCache, StaticCache
+from transformers import (
+    Cache,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    MixtralForCausalLM,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    QuantizedCache,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeForCausalLM,
+    StaticCache,
+)
 from transformers.cache_utils import DynamicLayer
 
 from kvpress_moe.errors import SettingError, UnsupportedInputError, UnsupportedModelError
@@ -19,7 +30,15 @@ PADDED = (
     "would hide the wrong pairs. Run prompts of different lengths one by one."
 )
 
-SUPPORTED_MODELS = (*KVPRESS_MODELS, Gemma3ForCausalLM)
+SUPPORTED_MODELS = (
+    *KVPRESS_MODELS,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    MixtralForCausalLM,
+    OlmoeForCausalLM,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
