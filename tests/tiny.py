@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,6 +138,21 @@ def tokens(n_tokens: int, batch_size: int = 1, seed: int = 0) -> Tensor:
     """Random token ids, shape (batch_size, n_tokens), the same every time."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (batch_size, n_tokens), generator=generator)
+
+
+def distinct_tokens(n_tokens: int) -> Tensor:
+    """Random token ids (1, n_tokens), none of them twice: no two of a prompt's pairs are alike in the first layer."""
+    return torch.randperm(VOCABULARY - 1, generator=torch.Generator().manual_seed(0))[None, :n_tokens] + 1
+
+
+def padded_tokens(n_tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Prompts of these lengths, padded on the left: ids and mask (B, longest); row r holds ``tokens(…, seed=r)``."""
+    input_ids = torch.zeros(len(n_tokens), max(n_tokens), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, length in enumerate(n_tokens):
+        input_ids[row, -length:] = tokens(length, seed=row)
+        mask[row, -length:] = 1
+    return input_ids, mask
 
 
 def decoder(model: PreTrainedModel):
