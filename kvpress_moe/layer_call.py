@@ -50,6 +50,8 @@ class LayerCall:
         Ranks within the head that the experts besides ``learned`` gave, where they were asked already.
     projected : dict of str -> Tensor (B, Q, …)
         What the layer projected of the hidden states in its own forward, by the projection's name.
+    row : int
+        Of the batch, where this call is about one row of a padded one.
     """
 
     module: nn.Module
@@ -62,6 +64,7 @@ class LayerCall:
     router: BaseMoERouter | None = None
     ranks: Tensor | None = None
     projected: dict[str, Tensor] = field(default_factory=dict)
+    row: int = 0
 
     @property
     def layer_idx(self) -> int:

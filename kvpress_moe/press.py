@@ -31,15 +31,18 @@ from kvpress_moe.memory import RoutingMemory
 from kvpress_moe.misses import MissTracker
 from kvpress_moe.mixing import mix, mix_calibrated, ranks_of
 from kvpress_moe.model_support import (
+    check_can_serve_padding,
     check_can_turn_ragged,
     check_forward,
     check_mask,
     check_model,
     first_to_compress,
+    forward_arguments,
     language_model,
     last_to_compress,
     slides,
 )
+from kvpress_moe.padding import join_rows, rows_alone, text_starts
 from kvpress_moe.projections import Projections
 from kvpress_moe.router_setup import (
     belong,
@@ -121,6 +124,9 @@ class MoERouterPress(ScorerPress):
 
     Notes
     -----
+    Batches padded on the left are served row by row: each row is routed, ranked and budgeted as if it were alone, and
+    the layers turn ragged under every ``budget``. In the statistics each row counts as a call.
+
     Cache feedback is state: a second call routes by what the first one saw. ``del press.routers`` forgets it,
     ``cache_aware=False`` does without.
     """
@@ -145,7 +151,8 @@ class MoERouterPress(ScorerPress):
     _memory: RoutingMemory = field(default_factory=RoutingMemory, init=False, repr=False, compare=False)
     _misses: MissTracker = field(default_factory=MissTracker, init=False, repr=False, compare=False)
     _projections: Projections = field(default_factory=Projections, init=False, repr=False, compare=False)
-    _keep_fraction: float = field(default=1.0, init=False, repr=False, compare=False)
+    _keep_fractions: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)  # by row
+    _text_starts: list[int] | None = field(default=None, init=False, repr=False, compare=False)
     _shared: SharedBudget = field(default_factory=SharedBudget, init=False, repr=False, compare=False)
     _at_work: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # ids of models
     _eager: bool = field(default=False, init=False, repr=False, compare=False)
@@ -311,7 +318,7 @@ class MoERouterPress(ScorerPress):
         hooks = []
         try:
             with super().__call__(model):
-                hooks.append(model.model.register_forward_pre_hook(check_forward, with_kwargs=True))
+                hooks.append(model.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
                 hooks.append(model.model.register_forward_hook(fit_masks_after_forward))
                 hooks.extend(self._projections.watch(model))
                 self._at_work.append(id(model))
@@ -322,8 +329,18 @@ class MoERouterPress(ScorerPress):
             for hook in hooks:
                 hook.remove()
             self._projections.clear()
+            self._text_starts = None
             for attention in bare:
                 attention._modules.pop("rotary_emb", None)
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Refuse what would be compressed wrongly without a word, and note where the text of padded rows begins."""
+        arguments = forward_arguments(model, args, kwargs)
+        self._text_starts = None
+        if check_forward(model, arguments) and self.compression_ratio != 0:
+            self._text_starts = text_starts(arguments.get("attention_mask"), arguments.get("position_ids"))
+            if self._text_starts is not None:
+                check_can_serve_padding(arguments.get("past_key_values"), self._eager, self.track_misses)
 
     @property
     def routers(self) -> Routers | None:
@@ -440,31 +457,43 @@ class MoERouterPress(ScorerPress):
         keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)  # an offloaded cache's are away
         projected = self._projections.of(module, hidden_states)
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs, projected=projected)
-        self.route(call)
-        scores = self.mix(call)
-        n_kept = self.n_kept(call)
-        if self.scope != "uniform":
-            self.compress_ragged(call, scores, n_kept)
+        parts = rows_alone(call, self._text_starts)
+        for part in parts:
+            self.route(part)
+        scores = [self.mix(part) for part in parts]
+        n_kept = [self.n_kept(part) for part in parts]
+        if self.scope != "uniform" or self._text_starts is not None:
+            self.compress_ragged(call, parts, scores, n_kept)
             return keys, values  # kvpress's hook stores them in the layer that was just replaced
-        indices = select(scores, n_kept)
+        indices = select(scores[0], n_kept[0])
         self.record(call.layer_idx, self.observe(call), kept_mask(indices, call.k_len))
         self.remember(call, indices)
         if call.cache is not None:
             fit_masks(call.cache, module.config)
         return evict(keys, indices), evict(values, indices)
 
-    def compress_ragged(self, call: LayerCall, scores: Tensor, n_kept: int) -> None:
-        """Let heads compete for the budget, and turn layers whose pairs are decided into ragged ones."""
+    def compress_ragged(
+        self, call: LayerCall, parts: Sequence[LayerCall], scores: Sequence[Tensor], n_kept: Sequence[int]
+    ) -> None:
+        """
+        Let heads compete for the budget, and turn layers whose pairs are decided into ragged ones.
+
+        ``parts`` are the call itself or, of a padded batch, its rows, each with scores (B or 1, H, S) and a budget.
+        """
         check_can_turn_ragged(call.cache, call.layer_idx, inside_wrapper=not self._at_work)
         if first_to_compress(call.module):
             self._shared.clear()
-        self._shared.add(call.layer_idx, scores, self.observe(call))
+        observed = [self.observe(part) for part in parts]
+        self._shared.add(call.layer_idx, list(zip(scores, observed, strict=True)))
         if self.scope == "global" and not last_to_compress(call.module):
             return
-        for layer_idx, (kept, observation) in self._shared.decide(n_kept, self.min_share).items():
-            self.record(layer_idx, observation, kept)
+        min_share = 1.0 if self.scope == "uniform" else self.min_share
+        for layer_idx, decided in self._shared.decide(n_kept, min_share).items():
+            for kept, observation in decided:
+                self.record(layer_idx, observation, kept)
             layer = call.cache.layers[layer_idx]
             pair = (call.keys, call.values) if layer_idx == call.layer_idx else (layer.keys, layer.values)
+            kept = join_rows([kept for kept, _ in decided], call.k_len)
             call.cache.layers[layer_idx] = RaggedLayer.from_dense(*pair, kept)
         fit_masks(call.cache, call.module.config)
 
@@ -521,8 +550,8 @@ class MoERouterPress(ScorerPress):
             return compute_n_kept(call.k_len, self.compression_ratio)
         if first_to_compress(call.module):
             keeps = [expert.keep_fraction(call.k_len) for expert in self._experts]
-            self._keep_fraction = mixed_keep_fraction(call.routed.sum((0, 1, 2)).tolist(), keeps)
-        return pairs_kept(call.k_len, self._keep_fraction)
+            self._keep_fractions[call.row] = mixed_keep_fraction(call.routed.sum((0, 1, 2)).tolist(), keeps)
+        return pairs_kept(call.k_len, self._keep_fractions[call.row])
 
     @torch.no_grad()
     def observe(self, call: LayerCall) -> Observation:
