@@ -9,14 +9,26 @@ from torch import Tensor
 # B = batch, H = KV heads, S = cached tokens, K = kept tokens, D = head dim
 
 
+def best(scores: Float[Tensor, "... S"], n_kept: int) -> Bool[Tensor, "... S"]:
+    """
+    True at the ``n_kept`` highest scores of the last axis; of those that equal the lowest of them, the first ones stay.
+
+    ``topk`` alone leaves open which of equals it takes.
+    """
+    edge = scores.topk(n_kept, dim=-1).values[..., -1:]
+    above = scores > edge
+    level = ~(above | (scores < edge))
+    return above | (level & (level.cumsum(-1) <= n_kept - above.sum(-1, keepdim=True)))
+
+
 def select(scores: Float[Tensor, "B H S"], n_kept: int) -> Int[Tensor, "B H K"]:
     """
-    Indices of the ``n_kept`` best pairs of each head, in their original order.
+    Indices of the :func:`best` pairs of each head, in their original order.
 
     kvpress leaves them in score order, which breaks presses that read positions from the cache index when a cache is
     compressed again.
     """
-    return scores.topk(n_kept, dim=-1).indices.sort(dim=-1).values
+    return best(scores, n_kept).nonzero()[:, -1].unflatten(0, (*scores.shape[:-1], n_kept))
 
 
 def evict(states: Float[Tensor, "B H S D"], indices: Int[Tensor, "B H K"]) -> Float[Tensor, "B H K D"]:
