@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +36,8 @@ def explore(
     budget: Budget = None,
     router: Router = None,
     out: Annotated[Path | None, typer.Option(help="The page to write.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="A web app for this machine instead of a page.")] = False,
+    port: Annotated[int, typer.Option(help="Of --serve; 0 takes a free one.")] = 8720,
     model: Model = None,
     device: Device = "cpu",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
@@ -45,6 +48,14 @@ def explore(
 
     The page needs no network and no Python: the scores are in it, and the budget rule runs in the browser.
     """
+    if serve:
+        if text is not None or question or out is not None:
+            raise SettingError(
+                "serve", True, "no TEXT, --question or --out beside it", "Paste the text in the browser."
+            )
+        settings = {"ratio": ratio, "experts": experts, "budget": budget, "router": router}
+        run_app(port, settings, model, device, max_new_tokens)
+        return
     context = read_context(text)
     questions = question or ([BUILT_IN_QUESTION] if text is None else [])
     if out is None or not out.parent.is_dir() or out.is_dir():
@@ -78,3 +89,19 @@ def explore(
     )
     if as_json:
         print(json.dumps(result, separators=(",", ":")))
+
+
+def run_app(port: int, settings: dict[str, Any], model: str | None, device: str, max_new_tokens: int) -> None:
+    """Load the model, then serve the app until interrupted; ``settings`` are what its form shows at first."""
+    with ExitStack() as stack:
+        with progress_bar() as step:
+            step("importing", total=1)
+            from kvpress_moe.explore.app import listen, make_app, serve
+            from kvpress_moe.explore.workshop import Workshop
+            from kvpress_moe.models import load_model
+
+            listening = stack.enter_context(closing(listen(port)))
+            step("loading the model", total=1)
+            workshop = Workshop(*load_model(model, device), max_new_tokens)
+        app = make_app(workshop, {"text": read_context(None), "question": BUILT_IN_QUESTION, **settings})
+        serve(app, listening, lambda address: typer.echo(f"{address} (Ctrl+C ends)"))
