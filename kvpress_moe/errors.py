@@ -6,7 +6,8 @@ KVPressMoEError
 ├── UnsupportedModelError (ValueError)   a model class or configuration that a press cannot serve
 ├── UnsupportedInputError (ValueError)   an input (empty, padded, uncached) that a press cannot serve
 ├── CheckpointError (ValueError)         a router file that is broken or belongs to another model
-└── ExpertError (RuntimeError)           an expert failed to score, or returned something that is no score
+├── ExpertError (RuntimeError)           an expert failed to score, or returned something that is no score
+└── BusyError (RuntimeError)             the explorer's model is at work on another text
 """
 
 from __future__ import annotations
@@ -41,3 +42,7 @@ class CheckpointError(KVPressMoEError, ValueError):
 
 class ExpertError(KVPressMoEError, RuntimeError):
     """An expert could not score a layer."""
+
+
+class BusyError(KVPressMoEError, RuntimeError):
+    """The explorer's model works on one text at a time."""
