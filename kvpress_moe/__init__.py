@@ -15,6 +15,7 @@ _HOMES = {
     "ExpertError": "kvpress_moe.errors",
     "KVPressMoEError": "kvpress_moe.errors",
     "MoERouterPress": "kvpress_moe.press",
+    "NotFiniteError": "kvpress_moe.errors",
     "PiKVMoERouter": "kvpress_moe.routers",
     "RaggedCache": "kvpress_moe.cache",
     "RouterConfig": "kvpress_moe.routers",

@@ -6,7 +6,8 @@ KVPressMoEError
 ├── UnsupportedModelError (ValueError)   a model class or configuration that a press cannot serve
 ├── UnsupportedInputError (ValueError)   an input (empty, padded, uncached) that a press cannot serve
 ├── CheckpointError (ValueError)         a router file that is broken or belongs to another model
-└── ExpertError (RuntimeError)           an expert failed to score, or returned something that is no score
+├── ExpertError (RuntimeError)           an expert failed to score, or returned something that is no score
+└── NotFiniteError (ArithmeticError)     NaN or infinity where they would decide which pairs stay
 """
 
 from __future__ import annotations
@@ -41,3 +42,7 @@ class CheckpointError(KVPressMoEError, ValueError):
 
 class ExpertError(KVPressMoEError, RuntimeError):
     """An expert could not score a layer."""
+
+
+class NotFiniteError(KVPressMoEError, ArithmeticError):
+    """NaN or infinity in hidden states, keys, values, attention or scores of a prompt that is to be compressed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,8 @@ class LayerCall:
         Ranks within the head that experts gave, by the expert's index, where they were asked already.
     projected : dict of str -> Tensor (B, Q, …)
         What the layer projected of the hidden states in its own forward, by the projection's name.
+    active : sequence of int
+        Experts with a non-zero weight somewhere, once the call has been routed.
     """
 
     module: nn.Module
@@ -62,6 +64,7 @@ class LayerCall:
     router: BaseMoERouter | None = None
     ranks: dict[int, Tensor] = field(default_factory=dict)
     projected: dict[str, Tensor] = field(default_factory=dict)
+    active: Sequence[int] = ()
 
     @property
     def layer_idx(self) -> int:

@@ -100,6 +100,13 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
+def forward_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward pass by name, as a pre-hook gets them."""
+    named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    named |= named.pop("kwargs", {})  # what forward takes as **kwargs
+    return named
+
+
 def check_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """
     Forward pre-hook of the model below its head: raise on inputs that would be compressed wrongly without a word.
@@ -109,8 +116,7 @@ def check_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
     UnsupportedInputError
         For an empty prompt, padding in the prompt, ``use_cache=False``, or a StaticCache.
     """
-    kwargs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    kwargs |= kwargs.pop("kwargs", {})  # what forward takes as **kwargs
+    kwargs = forward_arguments(model, args, kwargs)
     inputs = kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
