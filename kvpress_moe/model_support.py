@@ -76,6 +76,44 @@ def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: b
         raise SettingError("budget", "layer or global", f"a DynamicCache, not {got}", "Use budget='uniform'.")
 
 
+def check_unmasked(attention: nn.Module) -> None:
+    """
+    Raise if another press masks pairs of a layer by their index, which an eviction would change.
+
+    Raises
+    ------
+    UnsupportedInputError
+    """
+    if getattr(attention, "masked_key_indices", None) is not None:
+        raise UnsupportedInputError(
+            f"press: another press masks pairs of layer {attention.layer_idx}, expected to be alone; after an eviction "
+            "its mask would hide others. Leave its `with` block first."
+        )
+
+
+def check_still_there(cache: Cache, n_judged: dict[int, int]) -> None:
+    """
+    Raise if another press evicted pairs of layers that wait for a shared budget.
+
+    Parameters
+    ----------
+    cache : Cache
+    n_judged : dict of int -> int
+        Pairs that each layer held when it was judged.
+
+    Raises
+    ------
+    UnsupportedInputError
+    """
+    for layer_idx, n_pairs in n_judged.items():
+        n_left = cache.layers[layer_idx].get_seq_length()
+        if n_left != n_pairs:
+            raise UnsupportedInputError(
+                f"press: another press evicted pairs of layer {layer_idx} ({n_left} of {n_pairs} are left) before the "
+                "shared budget was decided, expected to be alone. Leave its `with` block first."
+            )
+
+
 def check_model(model: PreTrainedModel) -> None:
     """
     Raise if the press cannot serve a model.

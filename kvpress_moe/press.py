@@ -37,6 +37,8 @@ from kvpress_moe.model_support import (
     check_forward,
     check_mask,
     check_model,
+    check_still_there,
+    check_unmasked,
     first_to_compress,
     language_model,
     last_to_compress,
@@ -460,6 +462,8 @@ class MoERouterPress(ScorerPress):
         """Score all pairs, keep the best within the budget in their original order, and record what that cost."""
         if self.compression_ratio == 0 or slides(module.config, module.layer_idx):
             return keys, values
+        if self._at_work:
+            check_unmasked(module)
         keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)  # an offloaded cache's are away
         projected = self._projections.of(module, hidden_states)
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs, projected=projected)
@@ -485,7 +489,9 @@ class MoERouterPress(ScorerPress):
         self._shared.add(call.layer_idx, scores, observation)
         if self.scope == "global" and not last_to_compress(call.module):
             return
-        for layer_idx, (kept, observation) in self._shared.decide(n_kept, self.min_share).items():
+        decided = self._shared.decide(n_kept, self.min_share)
+        check_still_there(call.cache, {layer_idx: kept.shape[-1] for layer_idx, (kept, _) in decided.items()})
+        for layer_idx, (kept, observation) in decided.items():
             self.record(layer_idx, observation, kept)
             layer = call.cache.layers[layer_idx]
             pair = (call.keys, call.values) if layer_idx == call.layer_idx else (layer.keys, layer.values)
