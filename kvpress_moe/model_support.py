@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
+from kvpress.presses.base_press import BasePress
 from torch import Tensor, nn
 from transformers import Cache, Gemma3ForCausalLM, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -76,15 +77,18 @@ def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: b
         raise SettingError("budget", "layer or global", f"a DynamicCache, not {got}", "Use budget='uniform'.")
 
 
-def check_unmasked(attention: nn.Module) -> None:
+def check_unmasked(attention: nn.Module, press: BasePress) -> None:
     """
-    Raise if another press masks pairs of a layer by their index, which an eviction would change.
+    Raise if another press that is hooked in masks pairs of a layer by their index, which an eviction would change.
 
     Raises
     ------
     UnsupportedInputError
     """
-    if getattr(attention, "masked_key_indices", None) is not None:
+    if getattr(attention, "masked_key_indices", None) is None:
+        return
+    hooked = [getattr(hook, "__self__", None) for hook in attention._forward_hooks.values()]
+    if any(isinstance(other, BasePress) and other is not press for other in hooked):
         raise UnsupportedInputError(
             f"press: another press masks pairs of layer {attention.layer_idx}, expected to be alone; after an eviction "
             "its mask would hide others. Leave its `with` block first."

@@ -463,7 +463,7 @@ class MoERouterPress(ScorerPress):
         if self.compression_ratio == 0 or slides(module.config, module.layer_idx):
             return keys, values
         if self._at_work:
-            check_unmasked(module)
+            check_unmasked(module, self)
         keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)  # an offloaded cache's are away
         projected = self._projections.of(module, hidden_states)
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs, projected=projected)
