@@ -337,7 +337,7 @@ class MoERouterPress(ScorerPress):
         if not (is_prompt or self.track_misses):
             return lambda: None  # nothing is counted
         routers, counted = self._routers, self._stats.snapshot()
-        feedback = [rates.clone() for rates in routers.buffers()]
+        feedback = list(routers.buffers())
 
         def take_back() -> None:
             self._stats.restore(counted)
