@@ -24,6 +24,7 @@ _HOMES = {
     "SettingError": "kvpress_moe.errors",
     "UnsupportedInputError": "kvpress_moe.errors",
     "UnsupportedModelError": "kvpress_moe.errors",
+    "WriteError": "kvpress_moe.errors",
     "load_cache": "kvpress_moe.cache",
     "load_model": "kvpress_moe.models",
     "load_routers": "kvpress_moe.checkpoint",

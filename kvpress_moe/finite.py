@@ -11,7 +11,7 @@ from kvpress_moe.layer_call import LayerCall
 
 def is_finite(states: Tensor) -> Tensor:
     """Whether all of a tensor's numbers are finite: a bool scalar on its device. NaN and infinity survive extremes."""
-    return torch.stack(states.aminmax()).isfinite().all()
+    return torch.stack((states.amax(), states.amin())).isfinite().all()
 
 
 def active_experts(call: LayerCall, logits: Tensor) -> list[int]:
