@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvpress_moe import SettingError, WriteError, save_cache, save_routers
+from kvpress_moe.benchmark.records import Records
 from kvpress_moe.benchmark.report import write_report
 from kvpress_moe.benchmark.runner import Evaluator, Plan, run
 from kvpress_moe.benchmark.speed import Row, draw
