@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kvpress_moe.errors import CheckpointError
+from kvpress_moe.errors import CheckpointError, WriteError
 from kvpress_moe.routers import RouterConfig, Routers
 
 WEIGHTS = "routers.safetensors"
@@ -24,14 +24,37 @@ CONFIG = "routers.json"
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: a reader never sees half a file."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    write_together({path: write})
+
+
+def write_together(writes: Mapping[Path, Callable[[Path], None]]) -> None:
+    """
+    Write files that belong together: none of them is replaced before all of them have been written.
+
+    Raises
+    ------
+    WriteError
+        For want of room or permission; the files that were there before are intact, the temporary ones are gone.
+    """
+    temporaries: dict[Path, Path] = {}
+    path = next(iter(writes))
     try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)  # mkstemp's are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for path, write in writes.items():
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporaries[path] = Path(temporary)
+            os.close(descriptor)
+            write(temporaries[path])
+            os.chmod(temporary, 0o644)  # mkstemp's are for their owner alone
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except BaseException as error:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise WriteError(
+                f"{path}: cannot be written ({error}), expected a directory with room and permission. What was there "
+                "before is intact. Make room, or name another place."
+            ) from error
         raise
 
 
@@ -68,8 +91,13 @@ def save_routers(
         "versions": {name: version(name) for name in ("kvpress-moe", "kvpress", "torch", "transformers")},
     }
     weights = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in routers.state_dict().items()}
-    write_atomically(directory / WEIGHTS, lambda path: save_file(weights, path))
-    write_atomically(directory / CONFIG, lambda path: path.write_text(json.dumps(card, indent=1)))
+    text = json.dumps(card, indent=1)
+    write_together(
+        {
+            directory / WEIGHTS: lambda path: save_file(weights, path),
+            directory / CONFIG: lambda path: path.write_text(text),
+        }
+    )
     return directory
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,8 @@ class LayerCall:
         What the layer projected of the hidden states in its own forward, by the projection's name.
     row : int
         Of the batch, where this call is about one row of a padded one.
+    active : sequence of int
+        Experts with a non-zero weight somewhere, once the call has been routed.
     """
 
     module: nn.Module
@@ -65,6 +67,7 @@ class LayerCall:
     ranks: Tensor | None = None
     projected: dict[str, Tensor] = field(default_factory=dict)
     row: int = 0
+    active: Sequence[int] = ()
 
     @property
     def layer_idx(self) -> int:

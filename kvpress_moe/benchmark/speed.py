@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.errors import SettingError
 from kvpress_moe.model_support import language_model
 from kvpress_moe.prefill import cache_bytes
@@ -446,5 +447,5 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.grid(alpha=0.3)
     times.set_ylim(top=min(times.get_ylim()[1], 2.0))
     figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
     pyplot.close(figure)
