@@ -13,6 +13,7 @@ with warnings.catch_warnings():  # transformers imports hqq where it is installe
     warnings.simplefilter("ignore", DeprecationWarning)
     import transformers.cache_utils  # noqa: F401
 
+from tests.browser import chromium  # noqa: F401 (a fixture)
 from tests.tiny import byte_tokenizer, tiny_model
 
 
