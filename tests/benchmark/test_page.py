@@ -12,7 +12,7 @@ EVIL = (
     "' onmouseover='window.hit = 3' style='background: url(https://example.com/y.png)",
     "</style></td></table><iframe srcdoc='<script>parent.hit = 4</script>'></iframe>",
     "<meta http-equiv=refresh content='0; url=https://example.com/'>",
-    "a | b\n\n![](https://example.com/z.png) $\\frac{",
+    "$\\frac{$ | a\n\n![](https://example.com/z.png)",
 )
 
 
@@ -93,4 +93,4 @@ def test_the_pages_policy_lets_its_own_style_and_images_through_and_nothing_else
 def test_the_markdown_report_makes_no_tag_link_or_image_of_a_name(evil):
     text = (evil[0] / "report.md").read_text()
     assert "<" not in text
-    assert text.count("](") == text.count(".png)\n") == 2  # the plots
+    assert text.count("](") == 2  # the plots

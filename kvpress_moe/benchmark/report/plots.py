@@ -29,16 +29,15 @@ def draw(results: Results, reference: str, out: Path) -> list[tuple[str, str]]:
     import matplotlib
 
     matplotlib.use("Agg")
-    with matplotlib.rc_context({"text.parse_math": False}):  # a name with dollar signs is a name
-        drawn = [_over_ratios(results, reference, out), _heat_map(results, out)]
-        needles = _needles(results, reference, out)
+    drawn = [_over_ratios(results, reference, out), _heat_map(results, out)]
+    needles = _needles(results, reference, out)
     return drawn + ([needles] if needles else [])
 
 
 def _label(name: str, most: int = 32) -> str:
-    """A name that fits into a plot."""
+    """A name that fits into a plot, its dollar signs no formula."""
     name = " ".join(name.split())
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    return (name if len(name) <= most else f"{name[: most - 1]}…").replace("$", "\\$")
 
 
 def _over_ratios(results: Results, reference: str, out: Path) -> tuple[str, str]:
