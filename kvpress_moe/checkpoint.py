@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from kvpress_moe.errors import CheckpointError, WriteError
+from kvpress_moe.fingerprint import check_form
 from kvpress_moe.routers import RouterConfig, Routers
+from kvpress_moe.untrusted import fill, open_tensors, read_json, read_shapes
 
 WEIGHTS = "routers.safetensors"
 CONFIG = "routers.json"
@@ -113,17 +115,25 @@ def load_routers(source: str | Path) -> Routers:
     Raises
     ------
     CheckpointError
-        If nothing is there, or what is there is broken.
+        If nothing is there, or what is there is broken, or its weights are not finite. Nothing is allocated for sizes
+        that the files only declare.
     """
     directory = Path(source)
     if not directory.is_dir():
         directory = _download(str(source))
     try:
-        card = json.loads((directory / CONFIG).read_text())
-        config = RouterConfig(**{**card["config"], "experts": tuple(card["config"]["experts"])})
-        routers = Routers(config, card["fingerprint"])
-        routers.load_state_dict({name: tensor.float() for name, tensor in load_file(directory / WEIGHTS).items()})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        card = read_json(directory / CONFIG)
+        config = RouterConfig.from_dict(card["config"])
+        saved = card["fingerprint"]
+        if saved is not None:
+            check_form(saved)
+        with open_tensors(directory / WEIGHTS) as tensors:
+            held = sum(map(math.prod, read_shapes(tensors).values()))
+            if held != config.num_layers * config.num_weights:  # before anything of that size is built
+                raise ValueError(f"{WEIGHTS} holds {held} weights, {CONFIG} describes another number")
+            routers = Routers(config, saved)
+            fill(routers, tensors)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"router: {source} cannot be read ({type(error).__name__}: {error}), expected {WEIGHTS} and {CONFIG} as "
             "written by save_routers. Save it again."
@@ -134,7 +144,7 @@ def load_routers(source: str | Path) -> Routers:
 @cache
 def read_fingerprint(directory: Path) -> dict[str, Any]:
     """Of the model that the routers in a directory belong to."""
-    return json.loads((directory / CONFIG).read_text())["fingerprint"]
+    return check_form(read_json(directory / CONFIG)["fingerprint"])
 
 
 def _download(repo_id: str) -> Path:

@@ -13,7 +13,7 @@ from kvpress_moe.benchmark.report.summary import Results, best_single, mean_over
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def shown(results: Results, reference: str, most: int = 7) -> list[str]:
+def shown(results: Results, reference: str, most: int = 32) -> list[str]:
     """Methods that a plot names: ours, random, the best single presses of each ratio, the best of the other groups."""
     names = [reference]
     names += [best for ratio in results.ratios if (best := best_single(results, ratio))]
@@ -32,6 +32,12 @@ def draw(results: Results, reference: str, out: Path) -> list[tuple[str, str]]:
     drawn = [_over_ratios(results, reference, out), _heat_map(results, out)]
     needles = _needles(results, reference, out)
     return drawn + ([needles] if needles else [])
+
+
+def _label(name: str, most: int = 32) -> str:
+    """A name that fits into a plot, its dollar signs no formula."""
+    name = " ".join(name.split())
+    return (name if len(name) <= most else f"{name[: most - 1]}…").replace("$", "\\$")
 
 
 def _over_ratios(results: Results, reference: str, out: Path) -> tuple[str, str]:
@@ -75,10 +81,10 @@ def _over_ratios(results: Results, reference: str, out: Path) -> tuple[str, str]
                 markersize=3,
                 linewidth=1.4 if method == reference else 1,
                 elinewidth=0.7,
-                label=method,
+                label=_label(method),
                 zorder=4 if method == reference else 3,
             )
-        axis.set_title(task, fontsize=9)
+        axis.set_title(_label(task), fontsize=9)
         axis.set_ylim(-0.05, 1.05)
         axis.set_xticks(results.ratios, [f"{ratio:.0%}" for ratio in results.ratios], fontsize=8)
         axis.tick_params(axis="y", labelsize=8)
@@ -118,8 +124,10 @@ def _heat_map(results: Results, out: Path) -> tuple[str, str]:
                     fontsize=6,
                     color=colour,
                 )
-    axis.set_xticks(range(len(results.tasks)), results.tasks, rotation=40, ha="right", fontsize=8)
-    axis.set_yticks(range(len(order)), order, fontsize=7)
+    axis.set_xticks(
+        range(len(results.tasks)), [_label(task) for task in results.tasks], rotation=40, ha="right", fontsize=8
+    )
+    axis.set_yticks(range(len(order)), [_label(method) for method in order], fontsize=7)
     figure.colorbar(image, ax=axis, label="KL to the full cache (nats, log scale)", fraction=0.03, pad=0.02)
     figure.tight_layout()
     return _save(figure, out, "kl_by_task.png", f"KL by method and task, {ratio:.0%} evicted; best method first")
@@ -165,7 +173,7 @@ def _needles(results: Results, reference: str, out: Path) -> tuple[str, str] | N
                 )
         axis.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
         axis.set_yticks(range(len(lengths)), [str(length) for length in lengths], fontsize=8)
-        axis.set_title(method, fontsize=9)
+        axis.set_title(_label(method), fontsize=9)
         axis.set_xlabel("depth of the needle", fontsize=8)
         axis.set_ylabel("tokens", fontsize=8)
     figure.tight_layout()
