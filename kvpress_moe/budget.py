@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kvpress_moe.eviction import best
+
 
 def mixed_keep_fraction(usage: Sequence[int], keep_fractions: Sequence[float]) -> float:
     """
@@ -49,12 +51,9 @@ def share(scores: Float[Tensor, "B U S"], n_kept: int, min_share: float) -> Bool
     Returns
     -------
     Tensor, shape (B, U, S), bool
-        The pairs that stay.
+        The pairs that stay; of equal scores those of the first unit, then those that come first.
     """
     floor = max(1, int(n_kept * min_share))
-    safe = scores.topk(floor, dim=-1).indices
-    scores = scores.float().scatter(-1, safe, torch.inf)
-    best = scores.flatten(1).topk(scores.shape[1] * n_kept, dim=-1).indices
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept.view(scores.shape[0], -1).scatter_(-1, best, True)
-    return kept
+    scores = scores.float()
+    scores = scores.masked_fill(best(scores, floor), torch.inf)
+    return best(scores.flatten(1), scores.shape[1] * n_kept).view_as(scores)

@@ -152,10 +152,10 @@ def test_an_empty_prompt_is_refused(llama):
     refuse(llama, MoERouterPress(), UnsupportedInputError, "without tokens", empty, past_key_values=DynamicCache())
 
 
-def test_a_padded_batch_is_refused(llama):
+def test_a_batch_padded_on_the_right_is_refused(llama):
     ids, mask = torch.ones(2, 10, dtype=torch.long), torch.ones(2, 10, dtype=torch.long)
-    mask[0, :3] = 0
-    refuse(llama, MoERouterPress(), UnsupportedInputError, "padded batch", ids, attention_mask=mask)
+    mask[0, 7:] = 0
+    refuse(llama, MoERouterPress(), UnsupportedInputError, "padding on the right", ids, attention_mask=mask)
 
 
 def test_a_forward_pass_without_a_cache_is_refused(llama):

@@ -77,7 +77,7 @@ def test_every_ratio_length_and_batch_keeps_the_promised_number(prefills, ratio,
 
 @pytest.mark.parametrize("name", sorted(set(KVPRESS_EXPERTS) - {"observed_attention", "pyramidkv"}))
 def test_one_expert_alone_is_that_press_alone_bit_for_bit(llama, name):
-    ids = prompt(200)
+    ids = torch.randperm(256)[None, :200]  # no token twice: which of equal scores it keeps, kvpress leaves to topk
     alone = KVPRESS_EXPERTS[name]()
     alone.compression_ratio = 0.5
     seeds = iter(range(100))

@@ -13,7 +13,7 @@ from kvpress_moe.benchmark.report import compared
 from kvpress_moe.benchmark.report.markdown import ranked
 from kvpress_moe.benchmark.report.summary import Estimate, Results, best_single, load, mean_over_tasks
 from kvpress_moe.errors import SettingError
-from kvpress_moe.plots.style import COLOURS, MARKERS, NORMAL, OTHERS, REFERENCE, SMALL, Plot
+from kvpress_moe.plots.style import COLOURS, MARKERS, NORMAL, OTHERS, REFERENCE, SMALL, Plot, label
 
 #: What can be drawn, and what it is called.
 METRICS = {
@@ -72,7 +72,7 @@ def over_ratio(
     for axis, tasks in zip(axes.flat, panels, strict=False):
         _panel(axis, records, metric, named, tasks)
         if by_task:
-            axis.set_title(tasks[0], fontsize=NORMAL)
+            axis.set_title(label(tasks[0]), fontsize=NORMAL)
     for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest of each column
         axis.set_xlabel("pairs evicted", fontsize=SMALL)
     for axis in axes.flat[len(panels) :]:
@@ -117,7 +117,7 @@ def _panel(axis: Axes, results: Results, metric: str, named: Sequence[str], task
             markersize=3.5,
             linewidth=1.4 if number == 0 else 1,
             elinewidth=0.7,
-            label=method,
+            label=label(method),
             zorder=4 if number == 0 else 3,
         )
     if metric == "kl":

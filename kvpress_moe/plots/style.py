@@ -32,6 +32,12 @@ class Plot(Figure):
         return png.getvalue()
 
 
+def label(name: str, most: int = 32) -> str:
+    """A name that fits into a plot, its dollar signs no formula."""
+    name = " ".join(name.split())
+    return (name if len(name) <= most else f"{name[: most - 1]}…").replace("$", "\\$")
+
+
 def heat_map(
     axis: Axes,
     grid: np.ndarray,
@@ -72,16 +78,21 @@ def _bright(image: AxesImage, value: float) -> bool:
 
 
 def layer_map(
-    grid: np.ndarray, layers: Sequence[int], columns: Sequence[str], xlabel: str, label: str, spec: str | None = None
+    grid: np.ndarray, layers: Sequence[int], columns: Sequence[str], xlabel: str, measure: str, spec: str | None = None
 ) -> Figure:
     """A figure of one heat map of shares, layers from the top, with its colour bar in per cent."""
     figure = Plot(1.9 + max(2.2, 0.75 * len(columns)), 1.4 + 0.17 * len(layers))
     axis = figure.add_subplot()
     image = heat_map(axis, grid, spec=spec)
-    axis.set_xticks(range(len(columns)), columns, fontsize=SMALL, rotation=30 if max(map(len, columns)) > 8 else 0)
+    axis.set_xticks(
+        range(len(columns)),
+        [label(column) for column in columns],
+        fontsize=SMALL,
+        rotation=30 if max(map(len, columns)) > 8 else 0,
+    )
     layer_axis(axis, layers)
     axis.set_xlabel(xlabel, fontsize=NORMAL)
-    share_bar(figure, image, axis, label)
+    share_bar(figure, image, axis, measure)
     return figure
 
 
@@ -92,10 +103,10 @@ def layer_axis(axis: Axes, layers: Sequence[int]) -> None:
     axis.set_ylabel("layer", fontsize=NORMAL)
 
 
-def share_bar(figure: Figure, image: AxesImage, axis: Axes, label: str) -> None:
+def share_bar(figure: Figure, image: AxesImage, axis: Axes, measure: str) -> None:
     """A colour bar in per cent."""
     bar = figure.colorbar(image, ax=axis, format=PercentFormatter(1, decimals=0), fraction=0.05, pad=0.03)
-    bar.set_label(label, fontsize=NORMAL)
+    bar.set_label(measure, fontsize=NORMAL)
     bar.ax.tick_params(labelsize=SMALL)
 
 

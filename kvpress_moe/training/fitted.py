@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from kvpress_moe.checkpoint import write_atomically
+from kvpress_moe.errors import CheckpointError
+from kvpress_moe.untrusted import fill, open_tensors
 
 FORMAT = 2  # of fitted layers
 
@@ -43,7 +44,24 @@ class Fitted:
         write_atomically(self.path(layer_idx), lambda path: save_file(tensors, path, {"losses": json.dumps(losses)}))
 
     def load(self, layer_idx: int, router: nn.Module) -> list[float]:
-        """Fill a router with what was fitted; the loss of each epoch of its fit."""
-        router.load_state_dict(load_file(self.path(layer_idx)))
-        with safe_open(self.path(layer_idx), "pt") as file:
-            return json.loads(file.metadata()["losses"])
+        """
+        Fill a router with what was fitted; the loss of each epoch of its fit.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is none that `save` wrote.
+        """
+        path = self.path(layer_idx)
+        try:
+            with open_tensors(path) as tensors:
+                losses = [float(loss) for loss in json.loads(tensors.metadata()["losses"])]
+                if not losses:
+                    raise ValueError("no loss of any epoch")
+                fill(router, tensors)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"shards: {path} cannot be read ({type(error).__name__}: {error}), expected a fitted layer. Delete it; "
+                "the layer is fitted again."
+            ) from error
+        return losses

@@ -225,6 +225,9 @@ def fit_routers(
     layers = full_attention_layers(model)  # the others are never routed
     mine = crew.part(layers)
     missing = [layer_idx for layer_idx in mine if not fitted.path(layer_idx).exists()]
+    if missing:
+        sizes = {"L": len(layers), "C": config.hidden_size, "H": config.num_key_value_heads, "E": len(captured)}
+        shards.check(paths[0], sizes)
     thresholds = kept_thresholds(shards, paths, len(layers), aim) if missing else None
     for layer_idx in missing:
         data = layer_data(shards.layer(layers.index(layer_idx), paths), columns, aim, thresholds)

@@ -144,7 +144,7 @@ def test_runs_that_cannot_be_compared_are_refused_by_the_field(tmp_path):
     with pytest.raises(SettingError, match="format 1"):
         load([write_run(tmp_path / "old", format=0)])
     (first / "records.jsonl").write_text("")
-    with pytest.raises(SettingError, match="at least one record"):
+    with pytest.raises(SettingError, match="at least one record of a press"):
         load([first])
 
 

@@ -12,7 +12,7 @@ from kvpress_moe.benchmark.report.markdown import ranked
 from kvpress_moe.benchmark.report.summary import Results, best_single
 from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.plots.ratios import over_ratio, shown
-from kvpress_moe.plots.style import NORMAL, SMALL, Plot, heat_map
+from kvpress_moe.plots.style import NORMAL, SMALL, Plot, heat_map, label
 
 
 def draw(results: Results, reference: str, out: Path) -> list[tuple[str, str]]:
@@ -35,8 +35,10 @@ def _heat_map(results: Results, out: Path) -> tuple[str, str]:
     figure = Plot(2.8 + 0.62 * len(results.tasks), 1.4 + 0.24 * len(order))
     axis = figure.add_subplot()
     image = heat_map(axis, grid, LogNorm(1e-3, 3, clip=True), "cividis_r", spec=".2g")
-    axis.set_xticks(range(len(results.tasks)), results.tasks, rotation=40, ha="right", fontsize=SMALL)
-    axis.set_yticks(range(len(order)), order, fontsize=7)
+    axis.set_xticks(
+        range(len(results.tasks)), [label(task) for task in results.tasks], rotation=40, ha="right", fontsize=SMALL
+    )
+    axis.set_yticks(range(len(order)), [label(method) for method in order], fontsize=7)
     figure.colorbar(image, ax=axis, label="KL to the full cache (nats, log scale)", fraction=0.03, pad=0.02)
     return _save(figure, out, "kl_by_task.png", f"KL by method and task, {ratio:.0%} evicted; best method first")
 
@@ -67,7 +69,7 @@ def _needles(results: Results, reference: str, out: Path) -> tuple[str, str] | N
         heat_map(axis, grid, spec=".2g", fontsize=7)
         axis.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
         axis.set_yticks(range(len(lengths)), [str(length) for length in lengths], fontsize=SMALL)
-        axis.set_title(method, fontsize=NORMAL)
+        axis.set_title(label(method), fontsize=NORMAL)
         axis.set_xlabel("depth of the needle", fontsize=SMALL)
         axis.set_ylabel("tokens", fontsize=SMALL)
     return _save(figure, out, "needles.png", f"Score of the needle tasks by depth and length, {ratio:.0%} evicted")

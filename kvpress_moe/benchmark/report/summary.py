@@ -133,8 +133,10 @@ def load(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> Results:
     for task in tasks or ():
         if task not in results.tasks:
             raise SettingError("tasks", task, "tasks that the runs hold records of", "`report.md` names them.")
-    if not results.samples:
-        raise SettingError("RUN", ", ".join(map(str, runs)), "at least one record", "Run `kvpress-moe bench` first.")
+    if not results.ratios:
+        raise SettingError(
+            "RUN", ", ".join(map(str, runs)), "at least one record of a press", "Run `kvpress-moe bench` first."
+        )
     for cell in results.values.values():
         for sample, values in cell.items():
             full = results.values.get(("full", 0.0), {}).get(sample, {})
