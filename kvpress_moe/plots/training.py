@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 
 from kvpress_moe.errors import SettingError
 from kvpress_moe.plots.style import COLOURS, NORMAL, SMALL, line_axis
+from kvpress_moe.untrusted import read_json
 
 LOSS = "weighted squared error"
 
@@ -67,7 +67,7 @@ def _read(log: Mapping[str, Any] | str | Path, name: str) -> list:
     if not isinstance(log, Mapping):
         path = Path(log) / "routers.json"
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8")).get("metrics", {})
+            metrics = read_json(path).get("metrics", {})
         except (OSError, ValueError, AttributeError) as error:
             raise SettingError("log", str(log), "metrics, or a directory of saved routers", str(error)) from error
     if not metrics.get(name):
