@@ -1,9 +1,10 @@
 """
 Hooks of the documentation site: pages of the repository that lie outside docs/ are part of it, and links follow.
 
-A link to ``../results/benchmark/report.md`` is right in a checkout; on the site the same page lies elsewhere. Files
-named in ``OUTSIDE`` become pages (Markdown) or downloads (the rest), and every relative link is led to where its target
-lies on the site. Links to anything else are left as they are, and the strict build refuses them.
+A link to ``../results/benchmark/report.md`` is right in a checkout; on the site the same page lies elsewhere. Pages
+named in ``OUTSIDE`` are part of the site, other files of the repository that a page links to become downloads, and
+every relative link is led to where its target lies on the site. A link to what is not there is left as it is, and the
+strict build refuses it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = (
-    "README.md",
-    "CHANGELOG.md",
-    "LICENSE",
-    "examples/*.py",
-    "examples/*.ipynb",
-    "results/**/*.md",
-    "results/**/*.png",
-)
+OUTSIDE = ("README.md", "CHANGELOG.md", "results/**/*.md", "results/**/*.png")
 
 _LINK = re.compile(r"(\]\()(?!https?://|mailto:|#)([^)#\s]+)")
 _ROLE = re.compile(r":(?:class|meth|func|attr|mod):<code>~?([\w.]+)</code>")  # as Sphinx writes them
@@ -33,12 +26,25 @@ _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what lies outside docs/."""
+    """Add what lies outside docs/: pages and their pictures, then what pages link to."""
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
-            here = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, site_path(here), abs_src_path=str(path)))
+            _add(files, config, path.relative_to(ROOT).as_posix())
+    for source in [source for source in _sources(files) if source.endswith(".md")]:
+        for link in _LINK.finditer(_FENCE.sub("", (ROOT / source).read_text(encoding="utf-8"))):
+            target = _target(source, link)
+            if (ROOT / target).is_file() and files.get_file_from_path(site_path(target)) is None:
+                _add(files, config, target)
     return files
+
+
+def _add(files: Files, config: MkDocsConfig, source: str) -> None:
+    files.append(File.generated(config, site_path(source), abs_src_path=str(ROOT / source)))
+
+
+def _target(source: str, link: re.Match) -> str:
+    """What a link of a page means, as a path in the repository."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), link[2]))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -49,7 +55,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     repository = {site_path(source): source for source in _sources(files)}
 
     def lead(match: re.Match) -> str:
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(repository[here]), match[2]))
+        target = _target(repository[here], match)
         if files.get_file_from_path(site_path(target)) is None:
             return match[0]
         return match[1] + posixpath.relpath(site_path(target), posixpath.dirname(here) or ".")
