@@ -155,6 +155,18 @@ def test_the_oracle_takes_each_tasks_best_press(results):
         assert oracle_values(results, 0.75, "kl")[task].mean() == results.by_task((best, 0.75), "kl")[task].mean()
 
 
+def test_a_second_oracle_chooses_among_the_members_alone(results):
+    results.members = ("cur", "random")
+    try:
+        row = overview(results, "kl", "", "", ".3f").rows[-1]
+        for task in TASKS:
+            means = [results.by_task((method, 0.75), "kl")[task].mean() for method in results.members]
+            assert oracle_values(results, 0.75, "kl", results.members)[task].mean() == min(means)
+        assert row[:2] == ["best of cur, random per task (oracle)", "oracle"]
+    finally:
+        results.members = ()
+
+
 def test_nothing_is_left_out(results):
     for table in (overview(results, "kl", "", "", ".3f"), costs(results), per_task(results, "kl", "", ".2f", 0.5)):
         assert {row[0] for row in table.rows} >= set(GROUPS) - {"full"}

@@ -94,8 +94,12 @@ def overview(results: Results, metric: str, title: str, note: str, spec: str) ->
         counted = results.counted(method)
         of = "" if counted == len(results.samples) else f" ({counted} of {len(results.samples)} samples)"
         rows.append([method + of, results.group(method), *cells])
-    cells = [f"{mean_over_tasks(oracle_values(results, ratio, metric)):{spec}}" for ratio in results.ratios]
-    rows.append([ORACLE, "oracle", *cells])
+    oracles: dict[str, tuple[str, ...] | None] = {ORACLE: None}
+    if results.members:
+        oracles[f"best of {', '.join(results.members)} per task (oracle)"] = results.members
+    for name, among in oracles.items():
+        best = [mean_over_tasks(oracle_values(results, ratio, metric, among)) for ratio in results.ratios]
+        rows.append([name, "oracle", *(f"{estimate:{spec}}" for estimate in best)])
     return Table(title, note, head, rows)
 
 
