@@ -33,7 +33,7 @@ PADDED = (
 
 COMPILED = (
     "model: got a model compiled by torch.compile, expected the model as it was loaded. Compiled code does not see the "
-    "hooks that compress. Read the prompt with the model itself inside the block, decode with the compiled one after it."
+    "hooks that compress. Prefill with the model itself inside the block; decode with the compiled one after it."
 )
 
 SUPPORTED_MODELS = (
@@ -157,7 +157,7 @@ def check_model(model: PreTrainedModel) -> None:
     if model.config._attn_implementation == "flex_attention":
         raise UnsupportedModelError(
             "model: got attn_implementation='flex_attention', which fails once kvpress 0.5.5 is imported (it "
-            "passes the dropout in the place of the scaling), expected another. Load it with attn_implementation='sdpa'."
+            "passes the dropout in the place of the scaling), expected another. Load it with 'sdpa'."
         )
     config = model.config.get_text_config(decoder=True)
     if not full_attention_layers(model):
