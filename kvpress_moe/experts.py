@@ -170,8 +170,9 @@ def known_attentions(scorer: ScorerPress, call: LayerCall) -> Tensor | None:
 
 def exact_pairs(scorer: ScorerPress, call: LayerCall) -> tuple[Tensor, Tensor]:
     """
-    Keys and values for a scorer: in float32 for those that judge by nothing else. In bfloat16 their cosines and norms
-    have 8 bits, and one pair in thirty changes sides.
+    Keys and values for a scorer: in float32 for those that judge by nothing else.
+
+    Real keys have much in common: with the 8 bits of a bfloat16, their cosines hardly tell them apart.
     """
     if type(scorer) in _PAIRS_ONLY:
         return call.keys.float(), call.values.float()

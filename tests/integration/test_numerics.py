@@ -6,9 +6,24 @@ import pytest
 import torch
 
 from benchmarks.numerics import WatchedPress, compare, kept_pairs, prefill, share_kept
+from kvpress_moe.experts import named_expert
+from kvpress_moe.layer_call import LayerCall
 from tests.tiny import distinct_tokens, tiny_model
 
 PROMPT = 250
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["keydiff", "cur", "knorm", "semantic_aware"])
+def test_pairs_are_judged_in_float32_whatever_they_are_stored_in(llama, name, dtype):
+    """Keys of real models have much in common; cosines of 8 bits would not tell them apart."""
+    module = llama.model.layers[0].self_attn
+    pairs = (torch.randn(2, 1, 2, 100, 8) + 3).to(dtype)  # keys and values
+    scores = [
+        named_expert(name).score(LayerCall(module, torch.zeros(1, 100, 32), *some, None, {}), 0.5)
+        for some in (pairs, pairs.float())
+    ]
+    assert torch.equal(*scores)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
