@@ -60,6 +60,7 @@ EXPERT_SETS = {
 
 _KEYS_ONLY = (kvpress.StreamingLLMPress, kvpress.LagKVPress)  # their sinks are pairs, not hidden states
 _ATTENDING = (kvpress.SnapKVPress, kvpress.TOVAPress)  # compute the attention of the latest queries
+_PAIRS_ONLY = (kvpress.CURPress, kvpress.KeyDiffPress, kvpress.KnormPress)  # look at keys and values alone
 _UNSEEDED = (kvpress.LeverageScorePress, kvpress.CompactorPress)  # draw a random sketch in score
 
 
@@ -146,10 +147,8 @@ class Expert:
         if compression_ratio is not None:
             settings["compression_ratio"] = compression_ratio
         with temporarily(self.scorer, settings), seeded(self.scorer, call):
-            attentions = known_attentions(self.scorer, call)
-            return self.scorer.score(
-                call.view, call.hidden_states, call.keys, call.values, attentions, call.expert_kwargs
-            )
+            attentions, (keys, values) = known_attentions(self.scorer, call), exact_pairs(self.scorer, call)
+            return self.scorer.score(call.view, call.hidden_states, keys, values, attentions, call.expert_kwargs)
 
 
 class OwnExpert(Expert):
@@ -167,6 +166,17 @@ def known_attentions(scorer: ScorerPress, call: LayerCall) -> Tensor | None:
     if call.attentions is None and softcap(call.module) and isinstance(scorer, _ATTENDING):
         return latest_attention(call, getattr(scorer, "window_size", 1))
     return call.attentions
+
+
+def exact_pairs(scorer: ScorerPress, call: LayerCall) -> tuple[Tensor, Tensor]:
+    """
+    Keys and values for a scorer: in float32 for those that judge by nothing else.
+
+    Real keys have much in common: with the 8 bits of a bfloat16, their cosines hardly tell them apart.
+    """
+    if type(scorer) in _PAIRS_ONLY:
+        return call.keys.float(), call.values.float()
+    return call.keys, call.values
 
 
 def fitting_settings(scorer: ScorerPress, call: LayerCall) -> dict[str, Any]:

@@ -32,6 +32,11 @@ PADDED = (
     "compression the mask would hide the wrong pairs. Use MoERouterPress without a wrapper, or run prompts one by one."
 )
 
+COMPILED = (
+    "model: got a model compiled by torch.compile, expected the model as it was loaded. Compiled code does not see the "
+    "hooks that compress. Prefill with the model itself inside the block; decode with the compiled one after it."
+)
+
 SUPPORTED_MODELS = (
     *KVPRESS_MODELS,
     Gemma2ForCausalLM,
@@ -161,6 +166,15 @@ def check_still_there(cache: Cache, n_judged: dict[int, int]) -> None:
             )
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, by ``torch.compile(module)``, in place, or by its forward."""
+    return (
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
 def check_model(model: PreTrainedModel) -> None:
     """
     Raise if the press cannot serve a model.
@@ -168,13 +182,24 @@ def check_model(model: PreTrainedModel) -> None:
     Raises
     ------
     UnsupportedModelError
-        For a class that kvpress's scorers do not understand, or a model with sliding-window layers only.
+        For a class that kvpress's scorers do not understand, a compiled model, flex attention, or sliding-window layers
+        only.
     """
+    if is_compiled(model):
+        raise UnsupportedModelError(COMPILED)
     if not isinstance(model, SUPPORTED_MODELS):
         raise UnsupportedModelError(
             f"model: got {type(model).__name__}, expected one of "
             f"{', '.join(sorted(supported.__name__ for supported in SUPPORTED_MODELS))}. "
             "Scorers would compute wrong queries for other classes, without a word."
+        )
+    stack = language_model(model)
+    if any(map(is_compiled, (model.model, stack, *stack.layers, *(layer.self_attn for layer in stack.layers)))):
+        raise UnsupportedModelError(COMPILED)
+    if model.config._attn_implementation == "flex_attention":
+        raise UnsupportedModelError(
+            "model: got attn_implementation='flex_attention', which fails once kvpress 0.5.5 is imported (it "
+            "passes the dropout in the place of the scaling), expected another. Load it with 'sdpa'."
         )
     config = model.config.get_text_config(decoder=True)
     if not full_attention_layers(model):
@@ -204,7 +229,7 @@ def check_forward(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     Raises
     ------
     UnsupportedInputError
-        For an empty prompt, ``use_cache=False``, or a StaticCache.
+        For an empty prompt, ``use_cache=False``, a StaticCache, or a QuantizedCache with layers that slide.
     """
     inputs = kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
@@ -223,6 +248,12 @@ def check_forward(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     if isinstance(cache, StaticCache):
         raise UnsupportedInputError(
             "past_key_values: got a StaticCache, expected a cache that can shrink. Use a DynamicCache."
+        )
+    config = model.config.get_text_config(decoder=True)
+    if isinstance(cache, QuantizedCache) and any(slides(config, i) for i in range(config.num_hidden_layers)):
+        raise UnsupportedInputError(
+            "past_key_values: got a QuantizedCache for a model with sliding-window layers, expected a cache whose "
+            "masks fit layers of different lengths. Use a DynamicCache."
         )
     if cache is not None and cache.get_seq_length() > 0:
         if inputs.shape[1] > 1:

@@ -147,6 +147,17 @@ def test_a_model_with_sliding_windows_only_is_refused():
     refuse(tiny_model("mistral", sliding_window=32), MoERouterPress(), UnsupportedModelError, "sliding window of 32")
 
 
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.model, lambda model: model.model.layers[1]])
+def test_a_compiled_model_is_refused_however_it_was_compiled(part):
+    """Compiled code does not see the hooks: the prompt would stay whole, without a word."""
+    model = tiny_model("llama")
+    part(model).compile(backend="eager")
+    refuse(model, MoERouterPress(), UnsupportedModelError, "compiled by torch.compile")
+    model = tiny_model("llama")
+    part(model).forward = torch.compile(part(model).forward, backend="eager")
+    refuse(model, MoERouterPress(), UnsupportedModelError, "compiled by torch.compile")
+
+
 def test_an_empty_prompt_is_refused(llama):
     empty = torch.zeros(1, 0, dtype=torch.long)
     refuse(llama, MoERouterPress(), UnsupportedInputError, "without tokens", empty, past_key_values=DynamicCache())
