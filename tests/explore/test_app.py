@@ -1,7 +1,10 @@
 """The app: one text at a time, clear refusals, nothing for or from other sites; and one whole run in Chromium."""
 
 import json
-import threading
+import os
+import signal
+from threading import Event, Thread
+from urllib.request import urlopen
 
 import pytest
 from starlette.testclient import TestClient
@@ -193,13 +196,27 @@ def test_serving_takes_no_text(tmp_path):
     assert "--serve" in CliRunner().invoke(cli, ["explore", "--help"]).output
 
 
+def test_an_interrupt_ends_the_server_in_order(workshop, capfd):
+    """Runs in this thread, where signals arrive."""
+
+    def interrupt(address):
+        with urlopen(address, timeout=10) as answer:  # waits in the socket's queue until the server is there
+            assert answer.status == 200
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with listen(0) as listening:
+        listening.listen()
+        serve(make_app(workshop, DEFAULTS), listening, lambda address: Thread(target=interrupt, args=[address]).start())
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 @pytest.fixture
 def address(llama, tokenizer):
     """A real server on a free port."""
     import uvicorn
 
     started: list[uvicorn.Server] = []
-    ready = threading.Event()
+    ready = Event()
 
     class Known(uvicorn.Server):
         async def startup(self, *args, **kwargs):
@@ -210,7 +227,7 @@ def address(llama, tokenizer):
     with pytest.MonkeyPatch.context() as patch, listen(0) as listening:
         patch.setattr(uvicorn, "Server", Known)
         app, addresses = make_app(Workshop(llama, tokenizer, 4), DEFAULTS), []
-        thread = threading.Thread(target=serve, args=(app, listening, addresses.append))
+        thread = Thread(target=serve, args=(app, listening, addresses.append))
         thread.start()
         assert ready.wait(10)
         yield addresses[0]
