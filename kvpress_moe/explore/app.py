@@ -128,7 +128,7 @@ def parse(body: bytes | bytearray) -> tuple[str, list[str], list[dict[str, Any]]
             }
             for setting in settings
         ]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise SettingError(
             "request", f"{type(error).__name__}: {error}", "text, question and settings as JSON", "Use the form."
         ) from error

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from threading import Event, Thread
 from urllib.request import urlopen
 
@@ -126,7 +127,9 @@ def test_wrong_input_is_refused_with_the_reason(client, workshop, changes, text,
     assert post(client).status_code == 202  # the model is free
 
 
-@pytest.mark.parametrize("body", ["", "[]", "{}", '{"text": 1, "question": 2, "settings": []}', '{"settings": 3}'])
+@pytest.mark.parametrize(
+    "body", ["", "[]", "{}", '{"text": 1, "question": 2, "settings": []}', '{"settings": 3}', "[" * 100_000]
+)
 def test_what_the_form_cannot_have_sent_is_refused(client, body):
     answer = client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
@@ -208,6 +211,12 @@ def test_an_interrupt_ends_the_server_in_order(workshop, capfd):
         listening.listen()
         serve(make_app(workshop, DEFAULTS), listening, lambda address: Thread(target=interrupt, args=[address]).start())
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_without_its_packages_the_app_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "kvpress_moe.explore.app")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert str(explore("--serve").exception).endswith("pip install 'kvpress-moe[serve]'")
 
 
 @pytest.fixture
