@@ -88,7 +88,7 @@ function redraw(choice) {
   find("moved").hidden = !moved;
   find("bound").hidden = view.ratio === record.budget.ratio || !record.bound_to_ratio.length;
   find("back").disabled = !moved;
-  if (text.current !== null) showDetails(text.current);
+  if (text.current !== null) details(find("details"), view, text.current);
 }
 
 let waiting = false;
