@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from kvpress.utils import get_prerope_query_states
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 if TYPE_CHECKING:
@@ -20,31 +20,53 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turning * cos + rotate_half(turning) * sin, fixed), dim=-1)
 
 
-def scaled_products(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """Attention logits of queries (B, num_heads, Q, D) over keys (B, H, S, D): (B, num_heads, Q, S), float32."""
+def softcap(module: nn.Module) -> float | None:
+    """
+    The bound that an attention layer bends its logits below (Gemma 2), None where it does not bend them.
+
+    transformers' SDPA attention does not, whatever the configuration says.
+    """
+    config = module.config
+    return None if config._attn_implementation == "sdpa" else getattr(config, "attn_logit_softcapping", None)
+
+
+def bend(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits between ``-cap`` and ``cap``; as they are for None."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def layer_logits(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
+    """
+    A layer's logits of queries (B, num_heads, Q, D) over keys (B, H, S, D): (B, num_heads, Q, S), float32.
+
+    With the layer's own scaling and soft cap.
+    """
     grouped = queries.reshape(keys.shape[0], keys.shape[1], -1, keys.shape[-1])  # no copy of keys per query head
-    return (grouped @ keys.transpose(2, 3)).float().mul_(scaling).view(*queries.shape[:3], keys.shape[2])
+    logits = (grouped * module.scaling @ keys.transpose(2, 3)).float().view(*queries.shape[:3], keys.shape[2])
+    return bend(logits, softcap(module))
 
 
-def causal_logits(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+def causal_logits(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
     """
     Logits of the newest Q tokens over all S, each seeing itself and what came before.
 
     Parameters
     ----------
+    module : nn.Module
+        The attention layer.
     queries : Tensor, shape (B, num_heads, Q, D)
     keys : Tensor, shape (B, H, S, D)
-    scaling : float
-        The layer's own scaling of logits.
 
     Returns
     -------
     Tensor, shape (B, num_heads, Q, S), float32
         Minus infinity where a key comes after the query.
     """
-    q_len, k_len = queries.shape[2], keys.shape[2]
-    future = torch.ones(q_len, k_len, dtype=torch.bool, device=keys.device).triu(k_len - q_len + 1)
-    return scaled_products(queries, keys, scaling).masked_fill_(future, -torch.inf)
+    q_len = queries.shape[2]
+    logits = layer_logits(module, queries, keys)
+    future = torch.ones(q_len, q_len, dtype=torch.bool, device=keys.device).triu(1)  # what came before, all may see
+    logits[..., -q_len:].masked_fill_(future, -torch.inf)
+    return logits
 
 
 def latest_queries(call: LayerCall, n_queries: int) -> Tensor:
@@ -54,12 +76,16 @@ def latest_queries(call: LayerCall, n_queries: int) -> Tensor:
     return apply_rope(states, cos[:, -n_queries:], sin[:, -n_queries:])
 
 
+def latest_attention(call: LayerCall, n_queries: int) -> Tensor:
+    """Attention of the newest tokens, each over itself and what came before: (B, num_heads, n_queries, S), float32."""
+    return causal_logits(call.module, latest_queries(call, n_queries), call.keys).softmax(dim=-1)
+
+
 def window_attention_mass(call: LayerCall) -> Tensor:
     """Mean attention of the call's window of latest queries, per query head: (B, num_heads, S), float32."""
     if call.attentions is not None and call.attentions.shape[-1] == call.k_len:
         return call.attentions[..., -call.window :, :].float().mean(dim=-2)
-    logits = causal_logits(latest_queries(call, call.window), call.keys, call.module.scaling)
-    return logits.softmax(dim=-1).mean(dim=-2)
+    return latest_attention(call, call.window).mean(dim=-2)
 
 
 def per_kv_head(mass: Tensor, num_key_value_heads: int) -> Tensor:

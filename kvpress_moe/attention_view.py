@@ -6,6 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
+
+#: Layers whose norms of queries and keys kvpress does not know, and the ones with the same norms that it knows.
+NORMED_ALIKE: dict[type[nn.Module], type[nn.Module]] = {Qwen3MoeAttention: Qwen3Attention}
 
 
 class AttentionView:
@@ -16,6 +22,9 @@ class AttentionView:
     time each. Here they get what the layer projected itself, where that is known; else the first projection of (nearly)
     all tokens is kept and the others are slices of it. It also gives
     Gemma 3's rotary embedding the layer type that kvpress's presses do not pass.
+
+    kvpress applies the norms of queries and keys to Qwen 3 and Gemma 3 only. A Qwen 3 MoE layer therefore passes for
+    one of Qwen 3, and OLMoE's norms, which come before the heads are split, belong to its projections here.
 
     Everything else is the layer's own; ``isinstance`` says what it says of the layer.
 
@@ -36,7 +45,7 @@ class AttentionView:
 
     @property
     def __class__(self):  # kvpress asks isinstance(module, Qwen3Attention) to find QK norms
-        return type(self._module)
+        return NORMED_ALIKE.get(type(self._module), type(self._module))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -60,10 +69,17 @@ class AttentionView:
         start = slice_start(self._hidden_states, hidden_states)
         n_tokens, n_all = hidden_states.shape[1], self._hidden_states.shape[1]
         if start is None or (name not in self._projected and 2 * n_tokens < n_all):
-            return projection(hidden_states)
+            return self._normed(name, projection(hidden_states))
         if name not in self._projected:
             self._projected[name] = projection(self._hidden_states)
-        return self._projected[name][:, start : start + n_tokens]
+        return self._normed(name, self._projected[name][:, start : start + n_tokens])
+
+    def _normed(self, name: str, projected: Tensor) -> Tensor:
+        if not isinstance(self._module, OlmoeAttention):
+            return projected
+        normed = {"q_proj": self._module.q_norm, "k_proj": self._module.k_norm}[name](projected)
+        limit = self._module.config.clip_qkv
+        return normed if limit is None else normed.clamp(-limit, limit)
 
 
 def slice_start(whole: Tensor, given: Tensor) -> int | None:

@@ -51,8 +51,9 @@ def share(scores: Float[Tensor, "B U S"], n_kept: int, min_share: float) -> Bool
     Returns
     -------
     Tensor, shape (B, U, S), bool
-        The pairs that stay. Of equally good ones the first, by unit and then by position.
+        The pairs that stay; of equal scores those of the first unit, then those that come first.
     """
     floor = max(1, int(n_kept * min_share))
-    scores = scores.float().masked_fill(best(scores, floor), torch.inf)
-    return best(scores.flatten(1), scores.shape[1] * n_kept).view(scores.shape)
+    scores = scores.float()
+    scores = scores.masked_fill(best(scores, floor), torch.inf)
+    return best(scores.flatten(1), scores.shape[1] * n_kept).view_as(scores)

@@ -9,16 +9,23 @@ from torch import Tensor
 # B = batch, H = KV heads, S = cached tokens, K = kept tokens, D = head dim
 
 
-def best(scores: Float[Tensor, "... S"], n_kept: int) -> Bool[Tensor, "... S"]:
+def best(scores: Float[Tensor, "*units S"], n_kept: int) -> Bool[Tensor, "*units S"]:
     """
-    True at the ``n_kept`` highest scores of the last axis; of those that equal the lowest of them, the first ones stay.
+    True at the ``n_kept`` best of each row; of equal ones those that come first.
 
-    ``topk`` alone leaves open which of equals it takes.
+    ``topk`` leaves open which of equal scores it takes, and takes others on other devices; its values are certain.
+
+    Parameters
+    ----------
+    scores : Tensor, shape (…, S)
+        Without NaN.
+    n_kept : int
+        1 to S.
     """
-    edge = scores.topk(n_kept, dim=-1).values[..., -1:]
-    above = scores > edge
-    level = ~(above | (scores < edge))
-    return above | (level & (level.cumsum(-1) <= n_kept - above.sum(-1, keepdim=True)))
+    least = scores.topk(n_kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    mask, tied = scores > least, scores == least
+    missing = n_kept - mask.sum(-1, keepdim=True)
+    return mask.logical_or_(tied & (tied.cumsum(-1) <= missing))
 
 
 def select(scores: Float[Tensor, "B H S"], n_kept: int) -> Int[Tensor, "B H K"]:
@@ -28,7 +35,7 @@ def select(scores: Float[Tensor, "B H S"], n_kept: int) -> Int[Tensor, "B H K"]:
     kvpress leaves them in score order, which breaks presses that read positions from the cache index when a cache is
     compressed again.
     """
-    return best(scores, n_kept).nonzero()[:, -1].unflatten(0, (*scores.shape[:-1], n_kept))
+    return best(scores, n_kept).nonzero()[:, -1].view(*scores.shape[:-1], n_kept)
 
 
 def evict(states: Float[Tensor, "B H S D"], indices: Int[Tensor, "B H K"]) -> Float[Tensor, "B H K D"]:

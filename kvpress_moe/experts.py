@@ -13,6 +13,7 @@ import torch
 from kvpress import ScorerPress
 from torch import Tensor
 
+from kvpress_moe.attention import latest_attention, softcap
 from kvpress_moe.errors import ExpertError, SettingError
 from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.scorers import score_learned, score_selective, score_temporal
@@ -58,6 +59,8 @@ EXPERT_SETS = {
 }
 
 _KEYS_ONLY = (kvpress.StreamingLLMPress, kvpress.LagKVPress)  # their sinks are pairs, not hidden states
+_ATTENDING = (kvpress.SnapKVPress, kvpress.TOVAPress)  # compute the attention of the latest queries
+_PAIRS_ONLY = (kvpress.CURPress, kvpress.KeyDiffPress, kvpress.KnormPress)  # look at keys and values alone
 _UNSEEDED = (kvpress.LeverageScorePress, kvpress.CompactorPress)  # draw a random sketch in score
 
 
@@ -143,9 +146,9 @@ class Expert:
         settings = fitting_settings(self.scorer, call)
         if compression_ratio is not None:
             settings["compression_ratio"] = compression_ratio
-        arguments = (call.view, call.hidden_states, call.keys, call.values, call.attentions, call.expert_kwargs)
         with temporarily(self.scorer, settings), seeded(self.scorer, call):
-            return self.scorer.score(*arguments)
+            attentions, (keys, values) = known_attentions(self.scorer, call), exact_pairs(self.scorer, call)
+            return self.scorer.score(call.view, call.hidden_states, keys, values, attentions, call.expert_kwargs)
 
 
 class OwnExpert(Expert):
@@ -153,6 +156,27 @@ class OwnExpert(Expert):
 
     def _score(self, call: LayerCall, compression_ratio: float | None) -> Tensor:
         return self.scorer(call)
+
+
+def known_attentions(scorer: ScorerPress, call: LayerCall) -> Tensor | None:
+    """
+    Attention weights for a scorer: those that the layer returned; where its logits have a soft cap, which kvpress does
+    not know of, those of the latest queries for scorers that would compute them.
+    """
+    if call.attentions is None and softcap(call.module) and isinstance(scorer, _ATTENDING):
+        return latest_attention(call, getattr(scorer, "window_size", 1))
+    return call.attentions
+
+
+def exact_pairs(scorer: ScorerPress, call: LayerCall) -> tuple[Tensor, Tensor]:
+    """
+    Keys and values for a scorer: in float32 for those that judge by nothing else.
+
+    Real keys have much in common: with the 8 bits of a bfloat16, their cosines hardly tell them apart.
+    """
+    if type(scorer) in _PAIRS_ONLY:
+        return call.keys.float(), call.values.float()
+    return call.keys, call.values
 
 
 def fitting_settings(scorer: ScorerPress, call: LayerCall) -> dict[str, Any]:

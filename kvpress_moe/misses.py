@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpress_moe.attention import causal_logits, latest_queries, per_kv_head, scaled_products
+from kvpress_moe.attention import causal_logits, latest_queries, layer_logits, per_kv_head
 from kvpress_moe.eviction import evict, kept_mask
 from kvpress_moe.feedback import mass_by_expert
 from kvpress_moe.layer_call import LayerCall
@@ -61,8 +61,8 @@ class MissTracker:
         if cache is None or cache() is not call.cache or missing.shape[:2] != call.keys.shape[:2]:
             return None
         queries = latest_queries(call, call.q_len)
-        cached = causal_logits(queries, call.keys, call.module.scaling)
-        gone = scaled_products(queries.to(missing.device), missing, call.module.scaling).to(cached.device)
+        cached = causal_logits(call.module, queries, call.keys)
+        gone = layer_logits(call.module, queries.to(missing.device), missing).to(cached.device)
         attention = torch.cat((cached, gone), dim=-1).softmax(dim=-1).mean(dim=-2)  # (B, num_heads, cached + gone)
         attention = per_kv_head(attention, call.keys.shape[1])
         hit = mass_by_expert(attention[..., : routed_kept.shape[2]].contiguous(), routed_kept)

@@ -8,18 +8,44 @@ from typing import Any
 
 import torch
 from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
+from kvpress.presses.base_press import BasePress
 from torch import Tensor, nn
-from transformers import Cache, Gemma3ForCausalLM, PreTrainedModel, QuantizedCache, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    MixtralForCausalLM,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    QuantizedCache,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeForCausalLM,
+    StaticCache,
+)
 from transformers.cache_utils import DynamicLayer
 
 from kvpress_moe.errors import SettingError, UnsupportedInputError, UnsupportedModelError
 
 PADDED = (
-    "attention_mask: got a padded batch, expected prompts of equal length without padding. After compression the mask "
-    "would hide the wrong pairs. Run prompts of different lengths one by one."
+    "attention_mask: got a padded batch inside a wrapper, expected prompts of equal length without padding. After "
+    "compression the mask would hide the wrong pairs. Use MoERouterPress without a wrapper, or run prompts one by one."
 )
 
-SUPPORTED_MODELS = (*KVPRESS_MODELS, Gemma3ForCausalLM)
+COMPILED = (
+    "model: got a model compiled by torch.compile, expected the model as it was loaded. Compiled code does not see the "
+    "hooks that compress. Prefill with the model itself inside the block; decode with the compiled one after it."
+)
+
+SUPPORTED_MODELS = (
+    *KVPRESS_MODELS,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    MixtralForCausalLM,
+    OlmoeForCausalLM,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
@@ -76,6 +102,79 @@ def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: b
         raise SettingError("budget", "layer or global", f"a DynamicCache, not {got}", "Use budget='uniform'.")
 
 
+def check_can_serve_padding(cache: Cache | None, eager: bool, track_misses: bool) -> None:
+    """
+    Raise where a padded batch cannot be served: its rows keep different numbers of pairs, in ragged layers.
+
+    Raises
+    ------
+    UnsupportedInputError
+        With eager attention, ``track_misses`` or a cache that is not a plain DynamicCache.
+    """
+    if eager:
+        limit, remedy = "attention that reads ragged layers, not eager", "Load it with attn_implementation='sdpa'."
+    elif track_misses:
+        limit, remedy = "track_misses=False, which needs rows of equal length", "Switch it off."
+    elif cache is not None and not (type(cache) is DynamicCache and not cache.offloading):
+        limit, remedy = f"a DynamicCache, not {type(cache).__name__}", "Use a DynamicCache."
+    else:
+        return
+    raise UnsupportedInputError(
+        f"attention_mask: got a padded batch, whose rows keep different numbers of pairs, expected {limit}. {remedy} "
+        "Or run prompts one by one."
+    )
+
+
+def check_unmasked(attention: nn.Module, press: BasePress) -> None:
+    """
+    Raise if another press that is hooked in masks pairs of a layer by their index, which an eviction would change.
+
+    Raises
+    ------
+    UnsupportedInputError
+    """
+    if getattr(attention, "masked_key_indices", None) is None:
+        return
+    hooked = [getattr(hook, "__self__", None) for hook in attention._forward_hooks.values()]
+    if any(isinstance(other, BasePress) and other is not press for other in hooked):
+        raise UnsupportedInputError(
+            f"press: another press masks pairs of layer {attention.layer_idx}, expected to be alone; after an eviction "
+            "its mask would hide others. Leave its `with` block first."
+        )
+
+
+def check_still_there(cache: Cache, n_judged: dict[int, int]) -> None:
+    """
+    Raise if another press evicted pairs of layers that wait for a shared budget.
+
+    Parameters
+    ----------
+    cache : Cache
+    n_judged : dict of int -> int
+        Pairs that each layer held when it was judged.
+
+    Raises
+    ------
+    UnsupportedInputError
+    """
+    for layer_idx, n_pairs in n_judged.items():
+        n_left = cache.layers[layer_idx].get_seq_length()
+        if n_left != n_pairs:
+            raise UnsupportedInputError(
+                f"press: another press evicted pairs of layer {layer_idx} ({n_left} of {n_pairs} are left) before the "
+                "shared budget was decided, expected to be alone. Leave its `with` block first."
+            )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, by ``torch.compile(module)``, in place, or by its forward."""
+    return (
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
 def check_model(model: PreTrainedModel) -> None:
     """
     Raise if the press cannot serve a model.
@@ -83,13 +182,24 @@ def check_model(model: PreTrainedModel) -> None:
     Raises
     ------
     UnsupportedModelError
-        For a class that kvpress's scorers do not understand, or a model with sliding-window layers only.
+        For a class that kvpress's scorers do not understand, a compiled model, flex attention, or sliding-window layers
+        only.
     """
+    if is_compiled(model):
+        raise UnsupportedModelError(COMPILED)
     if not isinstance(model, SUPPORTED_MODELS):
         raise UnsupportedModelError(
             f"model: got {type(model).__name__}, expected one of "
             f"{', '.join(sorted(supported.__name__ for supported in SUPPORTED_MODELS))}. "
             "Scorers would compute wrong queries for other classes, without a word."
+        )
+    stack = language_model(model)
+    if any(map(is_compiled, (model.model, stack, *stack.layers, *(layer.self_attn for layer in stack.layers)))):
+        raise UnsupportedModelError(COMPILED)
+    if model.config._attn_implementation == "flex_attention":
+        raise UnsupportedModelError(
+            "model: got attn_implementation='flex_attention', which fails once kvpress 0.5.5 is imported (it "
+            "passes the dropout in the place of the scaling), expected another. Load it with 'sdpa'."
         )
     config = model.config.get_text_config(decoder=True)
     if not full_attention_layers(model):
@@ -100,21 +210,31 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
-def check_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def forward_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward pass by name, as a pre-hook gets them."""
+    named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    named |= named.pop("kwargs", {})  # what forward takes as **kwargs
+    return named
+
+
+def check_forward(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     """
-    Forward pre-hook of the model below its head: raise on inputs that would be compressed wrongly without a word.
+    Raise on arguments of a forward pass below the head that would be compressed wrongly without a word.
+
+    Returns
+    -------
+    bool
+        Whether a prompt is read into an empty cache, which is what a press compresses.
 
     Raises
     ------
     UnsupportedInputError
-        For an empty prompt, padding in the prompt, ``use_cache=False``, or a StaticCache.
+        For an empty prompt, ``use_cache=False``, a StaticCache, or a QuantizedCache with layers that slide.
     """
-    kwargs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    kwargs |= kwargs.pop("kwargs", {})  # what forward takes as **kwargs
     inputs = kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
-        return  # the model itself complains
+        return False  # the model itself complains
     if inputs.shape[1] == 0:
         raise UnsupportedInputError(
             f"input_ids: got a prompt without tokens, shape {tuple(inputs.shape)}, expected at least one token. "
@@ -129,6 +249,12 @@ def check_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
         raise UnsupportedInputError(
             "past_key_values: got a StaticCache, expected a cache that can shrink. Use a DynamicCache."
         )
+    config = model.config.get_text_config(decoder=True)
+    if isinstance(cache, QuantizedCache) and any(slides(config, i) for i in range(config.num_hidden_layers)):
+        raise UnsupportedInputError(
+            "past_key_values: got a QuantizedCache for a model with sliding-window layers, expected a cache whose "
+            "masks fit layers of different lengths. Use a DynamicCache."
+        )
     if cache is not None and cache.get_seq_length() > 0:
         if inputs.shape[1] > 1:
             warnings.warn(
@@ -137,10 +263,8 @@ def check_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
                 "(Chunked prefill, a second turn, or a question asked inside the `with` block.)",
                 stacklevel=2,
             )
-        return
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
-        raise UnsupportedInputError(PADDED)
+        return False
+    return True
 
 
 def check_mask(mask: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from kvpress import KVzipPress
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.attention_view import AttentionView
 from kvpress_moe.model_support import language_model
 
 
@@ -36,10 +37,10 @@ class ReplayScores(KVzipPress):
     def _compute_cross_attention(
         self, module: nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
-        """KVzip's, with the layer's own scaling of logits, which is not that of the head's width in all families."""
+        """KVzip's, with the layer's own norms and scaling of logits, not the head width's."""
         own_scaling = module.scaling * math.sqrt(module.head_dim)
         keys = keys if math.isclose(own_scaling, 1.0) else keys * own_scaling
-        return super()._compute_cross_attention(module, hidden_states, keys, kwargs)
+        return super()._compute_cross_attention(AttentionView(module, hidden_states), hidden_states, keys, kwargs)
 
     @torch.no_grad()
     def of(

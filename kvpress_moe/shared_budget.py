@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,15 @@ class Observation:
 
 
 class SharedBudget:
-    """Collects the scores (B, H, S) of a prompt's layers, then decides for all of them at once."""
+    """
+    Collects the scores (B, H, S) of a prompt's layers, then decides for all of them at once.
+
+    Each layer's come as a list: of one tensor for the whole batch, or, where the batch is padded, of one for each row's
+    text. Rows never compete with each other.
+    """
 
     def __init__(self) -> None:
-        self._waiting: dict[int, tuple[Tensor, Observation]] = {}
+        self._waiting: dict[int, list[tuple[Tensor, Observation]]] = {}
 
     def __getstate__(self) -> dict:
         return {"_waiting": {}}
@@ -40,23 +46,23 @@ class SharedBudget:
         """Forget layers of a prompt that was never read to its end."""
         self._waiting.clear()
 
-    def add(self, layer_idx: int, scores: Tensor, observation: Observation) -> None:
-        """Let a layer wait."""
-        self._waiting[layer_idx] = (scores, observation)
+    def add(self, layer_idx: int, parts: list[tuple[Tensor, Observation]]) -> None:
+        """Let a layer wait: the scores of each part of the batch, and what was observed of it."""
+        self._waiting[layer_idx] = parts
 
-    def decide(self, n_kept: int, min_share: float) -> dict[int, tuple[Tensor, Observation]]:
+    def decide(self, n_kept: Sequence[int], min_share: float) -> dict[int, list[tuple[Tensor, Observation]]]:
         """
-        The pairs (B, H, S) that stay in each waiting layer; ``n_kept`` per head on average, exact in total.
+        The pairs (B, H, S) that stay in each waiting layer, part by part; ``n_kept`` of the part per head on average,
+        exact in total.
 
         Memory: one float32 copy of all scores, H · S per layer, on the device of the first layer.
         """
-        layers = {layer_idx: scores.shape[1] for layer_idx, (scores, _) in self._waiting.items()}
-        device = next(iter(self._waiting.values()))[0].device
-        pooled = torch.cat([scores.float().to(device) for scores, _ in self._waiting.values()], dim=1)  # (B, L·H, S)
-        kept = share(pooled, n_kept, min_share).split(list(layers.values()), dim=1)
-        decided = {
-            layer_idx: (mask.to(scores.device), observation)
-            for (layer_idx, (scores, observation)), mask in zip(self._waiting.items(), kept, strict=True)
-        }
+        decided: dict[int, list[tuple[Tensor, Observation]]] = {layer_idx: [] for layer_idx in self._waiting}
+        for n_kept_of_part, *layers in zip(n_kept, *self._waiting.values(), strict=True):
+            device = layers[0][0].device
+            pooled = torch.cat([scores.float().to(device) for scores, _ in layers], dim=1)  # (B, L·H, S)
+            kept = share(pooled, n_kept_of_part, min_share).split([scores.shape[1] for scores, _ in layers], dim=1)
+            for parts, mask, (scores, observation) in zip(decided.values(), kept, layers, strict=True):
+                parts.append((mask.to(scores.device), observation))
         self.clear()
         return decided

@@ -89,6 +89,20 @@ def mixed(expert_scores: list[torch.Tensor], routing: torch.Tensor) -> torch.Ten
     return result
 
 
+def mixed_calibrated(terms: torch.Tensor, routing: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Terms (B, E, H, S) of all experts, each times its weight and the number of experts, plus the head's offset."""
+    n_batch, num_experts, n_heads, n_tokens = terms.shape
+    result = torch.zeros(n_batch, n_heads, n_tokens)
+    for b in range(n_batch):
+        for h in range(n_heads):
+            for s in range(n_tokens):
+                result[b, h, s] = offset[h]
+                for e in range(num_experts):
+                    weight = routing[b, min(h, routing.shape[1] - 1), s, e]
+                    result[b, h, s] += num_experts * weight * terms[b, e, h, s]
+    return result
+
+
 def mass_by_expert(mass: torch.Tensor, routed: torch.Tensor) -> list[float]:
     n_batch, n_heads, n_tokens = mass.shape
     totals = [0.0] * routed.shape[-1]

@@ -147,15 +147,26 @@ def test_a_model_with_sliding_windows_only_is_refused():
     refuse(tiny_model("mistral", sliding_window=32), MoERouterPress(), UnsupportedModelError, "sliding window of 32")
 
 
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.model, lambda model: model.model.layers[1]])
+def test_a_compiled_model_is_refused_however_it_was_compiled(part):
+    """Compiled code does not see the hooks: the prompt would stay whole, without a word."""
+    model = tiny_model("llama")
+    part(model).compile(backend="eager")
+    refuse(model, MoERouterPress(), UnsupportedModelError, "compiled by torch.compile")
+    model = tiny_model("llama")
+    part(model).forward = torch.compile(part(model).forward, backend="eager")
+    refuse(model, MoERouterPress(), UnsupportedModelError, "compiled by torch.compile")
+
+
 def test_an_empty_prompt_is_refused(llama):
     empty = torch.zeros(1, 0, dtype=torch.long)
     refuse(llama, MoERouterPress(), UnsupportedInputError, "without tokens", empty, past_key_values=DynamicCache())
 
 
-def test_a_padded_batch_is_refused(llama):
+def test_a_batch_padded_on_the_right_is_refused(llama):
     ids, mask = torch.ones(2, 10, dtype=torch.long), torch.ones(2, 10, dtype=torch.long)
-    mask[0, :3] = 0
-    refuse(llama, MoERouterPress(), UnsupportedInputError, "padded batch", ids, attention_mask=mask)
+    mask[0, 7:] = 0
+    refuse(llama, MoERouterPress(), UnsupportedInputError, "padding on the right", ids, attention_mask=mask)
 
 
 def test_a_forward_pass_without_a_cache_is_refused(llama):

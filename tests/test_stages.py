@@ -28,6 +28,18 @@ def test_the_best_pairs_stay_in_their_original_order_and_of_equals_the_first(n_t
     assert kept_mask(indices, n_tokens).sum(-1).unique().tolist() == [n_kept]
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 5), st.floats(0, 0.99), st.integers(0, 2**31))
+def test_of_equal_scores_the_first_ones_stay(n_tokens, n_values, ratio, seed):
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.tensor([-torch.inf, -1.0, 0.0, 1.0, torch.inf])[-n_values:]
+    scores = levels[torch.randint(0, n_values, (2, 3, n_tokens), generator=generator)]
+    n_kept = compute_n_kept(n_tokens, ratio)
+    for head, kept in zip(scores.flatten(0, 1), select(scores, n_kept).flatten(0, 1), strict=True):
+        first = sorted(range(n_tokens), key=lambda s: -head[s].item())[:n_kept]  # Python's sort is stable
+        assert kept.tolist() == sorted(first)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 30), st.floats(0, 0.99), st.floats(0, 1), st.integers(0, 2**31))
 def test_units_share_as_a_naive_loop_says_and_of_equals_the_first_stays(n_units, n_tokens, ratio, min_share, seed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
@@ -19,15 +21,25 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
+
+from kvpress_moe.routers import RouterConfig, Routers
 
 VOCABULARY = 300
 
@@ -53,6 +65,7 @@ _GEMMA: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     "tie_word_embeddings": False,  # tied, it answers the same token again and again
 }
+_MIXTURE: dict[str, Any] = {**_TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _VISION = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -68,7 +81,16 @@ _CLASSES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
     "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**_GEMMA, "attn_logit_softcapping": 2.0}),  # low enough to be felt
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, _GEMMA),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        {**_MIXTURE, "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {**_MIXTURE, "head_dim": 8}),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM, {**_MIXTURE, "clip_qkv": 2.0}),
 }
 
 #: Every family that the press serves. ``gemma3`` is the multimodal class, ``gemma3_text`` the text-only one.
@@ -94,8 +116,31 @@ def tiny_model(family: str, *, attn_implementation: str = "sdpa", dtype=torch.fl
     model = model_class._from_config(config, attn_implementation=attn_implementation, dtype=dtype)
     for name, weight in model.named_parameters():
         if name.endswith("norm.weight"):  # plain ones would hide a forgotten norm
-            torch.nn.init.normal_(weight, mean=0.0 if family.startswith("gemma3") else 1.0, std=0.2)
+            torch.nn.init.normal_(weight, mean=0.0 if family.startswith("gemma") else 1.0, std=0.2)
     return model.eval()
+
+
+def calibrated_routers(model: PreTrainedModel, experts=("learned", "keydiff", "cur"), seed: int = 0) -> Routers:
+    """Routers such as training leaves them, with random weights: gate, calibration and learned expert are at work."""
+    config = model.config.get_text_config(decoder=True)
+    routers = Routers(
+        RouterConfig(
+            "pikv",
+            tuple(experts),
+            config.num_hidden_layers,
+            config.hidden_size,
+            bottleneck=8,
+            trained=True,
+            num_heads=config.num_key_value_heads,
+            learned=8 if "learned" in experts else 0,
+            learned_sees="learned" in experts,
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in routers.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return routers
 
 
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
@@ -118,6 +163,21 @@ def tokens(n_tokens: int, batch_size: int = 1, seed: int = 0) -> Tensor:
     """Random token ids, shape (batch_size, n_tokens), the same every time."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (batch_size, n_tokens), generator=generator)
+
+
+def distinct_tokens(n_tokens: int) -> Tensor:
+    """Random token ids (1, n_tokens), none of them twice: no two of a prompt's pairs are alike in the first layer."""
+    return torch.randperm(VOCABULARY - 1, generator=torch.Generator().manual_seed(0))[None, :n_tokens] + 1
+
+
+def padded_tokens(n_tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Prompts of these lengths, padded on the left: ids and mask (B, longest); row r holds ``tokens(…, seed=r)``."""
+    input_ids = torch.zeros(len(n_tokens), max(n_tokens), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, length in enumerate(n_tokens):
+        input_ids[row, -length:] = tokens(length, seed=row)
+        mask[row, -length:] = 1
+    return input_ids, mask
 
 
 def decoder(model: PreTrainedModel):

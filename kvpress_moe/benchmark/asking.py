@@ -81,7 +81,7 @@ def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Ref
         queries = get_prerope_query_states(module, kwargs["hidden_states"])
         queries = apply_rope(queries, *kwargs["position_embeddings"])
         layer = cache.layers[module.layer_idx]
-        attention = causal_logits(queries, layer.keys, module.scaling).softmax(-1)[..., :n_read]
+        attention = causal_logits(module, queries, layer.keys).softmax(-1)[..., :n_read]
         of_head = attention.unflatten(1, (layer.keys.shape[1], -1)).flatten(2, 3)[0]  # (H, G·Q, S)
         masses.append(of_head.sum(1))
         peaks.append(of_head.amax(1))

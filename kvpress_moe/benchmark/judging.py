@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.protection import protect
 from kvpress_moe.budget import share
+from kvpress_moe.eviction import best
 from kvpress_moe.experts import OwnExpert
 from kvpress_moe.model_support import language_model
 from kvpress_moe.press import MoERouterPress
@@ -104,7 +105,9 @@ def set_ratio(press: BasePress, ratio: float) -> None:
 def seeded(seed: int):
     """Presses that draw random numbers draw the same ones whoever was judged before them."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed notes a traceback for a GPU that may never come
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
         yield
 
 
@@ -278,13 +281,16 @@ def find(new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, giv
     return torch.zeros(given.shape, dtype=torch.bool, device=keys.device).scatter_(-1, indices, True)[0]
 
 
-def allocate(scores: Sequence[Tensor], ratio: float, budget: str, min_share: float) -> list[Tensor]:
+def allocate(scores: Sequence[Tensor], ratio: float, budget: str, min_share: float, ours: bool = False) -> list[Tensor]:
     """
     Which pairs stay, by layer, under a budget: scores (H, S) per layer -> masks (H, S).
 
-    "uniform" is ``ScorerPress.compress``'s own selection; "layer" and "global" are :func:`kvpress_moe.budget.share`.
+    "uniform" is ``ScorerPress.compress``'s own selection, which leaves open what becomes of equal scores, or, for
+    ``ours``, :func:`kvpress_moe.eviction.best`; "layer" and "global" are :func:`kvpress_moe.budget.share`.
     """
     n_kept = compute_n_kept(scores[0].shape[-1], ratio)
+    if budget == "uniform" and ours:
+        return [best(score, n_kept) for score in scores]
     if budget == "uniform":
         masks = []
         for score in scores:
@@ -377,7 +383,7 @@ def judge(
             elif name in shared:
                 scores = scorers[method.scorer]
                 start = clock.now()
-                masks = allocate(scores.layers[ratio], ratio, method.budget, min_share)
+                masks = allocate(scores.layers[ratio], ratio, method.budget, min_share, method.group == "ours")
                 seconds = scores.seconds[ratio] + clock.now() - start
                 judged.kept[name, ratio] = Kept(masks, None, input_ids.shape[1], seconds)
     return judged

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvpress_moe.attention import bend, softcap
 from kvpress_moe.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ def recognising_ragged(function: Callable) -> Callable:
             return function(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("dropout"):
             raise UnsupportedInputError("dropout: attention over a RaggedCache is for inference; call model.eval().")
-        return ragged_attention(query, layer, kwargs.get("scaling") or module.scaling), None
+        return ragged_attention(query, layer, kwargs.get("scaling") or module.scaling, softcap(module)), None
 
     attention.without_ragged = function
     return attention
 
 
-def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float) -> Tensor:
+def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
     """
     Attention of the newest tokens over a ragged layer: each sees all kept pairs and what came since, up to itself.
 
@@ -60,6 +61,8 @@ def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float) -> Tenso
     layer : RaggedLayer
         With those tokens appended.
     scaling : float
+    cap : float, optional
+        Bound of the logits, see :func:`kvpress_moe.attention.bend`.
 
     Returns
     -------
@@ -68,7 +71,7 @@ def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float) -> Tenso
     n_batch, num_heads, q_len, head_dim = query.shape
     n_new = layer.new_keys.shape[2]
     grouped = query.unflatten(1, (layer.new_keys.shape[1], -1)).flatten(2, 3) * scaling  # (B, H, G·Q, D)
-    new_logits = (grouped @ layer.new_keys.transpose(2, 3)).float()  # (B, H, G·Q, T)
+    new_logits = bend((grouped @ layer.new_keys.transpose(2, 3)).float(), cap)  # (B, H, G·Q, T)
     if q_len > 1:
         future = torch.ones(q_len, n_new, dtype=torch.bool, device=query.device).triu(n_new - q_len + 1)
         new_logits = new_logits.unflatten(2, (-1, q_len)).masked_fill(future, -torch.inf).flatten(2, 3)
@@ -81,13 +84,15 @@ def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float) -> Tenso
     longest = max(run.shape[1] for run in keys)
     differentiable = torch.is_grad_enabled() and (query.requires_grad or layer.new_keys.requires_grad)
     if new_logits[..., 0].numel() * (longest + n_new) <= LOGITS_AT_ONCE and not differentiable:  # it writes in place
-        output = attend_padded(grouped, new_logits, new_values, keys, values, parts[0], longest)
+        output = attend_padded(grouped, new_logits, new_values, keys, values, parts[0], longest, cap)
     else:
-        output = torch.cat([attend(*run) for run in zip(*parts, keys, values, strict=True)])
+        output = torch.cat([attend(*run, cap) for run in zip(*parts, keys, values, strict=True)])
     return output.view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
 
 
-def attend(queries: Tensor, new_logits: Tensor, new_values: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attend(
+    queries: Tensor, new_logits: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, cap: float | None
+) -> Tensor:
     """
     Attention of one run of R heads of equal length n, a few at a time if their logits are many.
 
@@ -98,6 +103,7 @@ def attend(queries: Tensor, new_logits: Tensor, new_values: Tensor, keys: Tensor
     new_logits : Tensor, shape (R, G·Q, T), float32
     new_values : Tensor, shape (R, T, D)
     keys, values : Tensor, shape (R, n, D)
+    cap : float or None
 
     Returns
     -------
@@ -108,7 +114,8 @@ def attend(queries: Tensor, new_logits: Tensor, new_values: Tensor, keys: Tensor
     outputs = []
     for some in zip(*(part.split(at_once) for part in (queries, new_logits, new_values, keys, values)), strict=True):
         queries, new_logits, new_values, keys, values = some
-        weights = torch.cat(((queries @ keys.mT).float(), new_logits), dim=-1).softmax(dim=-1).to(queries.dtype)
+        logits = torch.cat((bend((queries @ keys.mT).float(), cap), new_logits), dim=-1)
+        weights = logits.softmax(dim=-1).to(queries.dtype)
         outputs.append(torch.baddbmm(weights[..., n_kept:] @ new_values, weights[..., :n_kept], values))
     return torch.cat(outputs)
 
@@ -121,6 +128,7 @@ def attend_padded(
     values: tuple[Tensor, ...],
     queries: tuple[Tensor, ...],
     longest: int,
+    cap: float | None,
 ) -> Tensor:
     """
     The same for all heads (B·H, …) at once, with two operations for each run: only logits are padded, never pairs.
@@ -131,6 +139,8 @@ def attend_padded(
     sizes = [len(run) for run in keys]
     for run, run_queries, padded in zip(keys, queries, logits.split(sizes), strict=True):
         torch.bmm(run_queries, run.mT, out=padded[..., : run.shape[1]])
+    if cap is not None:
+        logits = torch.where(logits == -torch.inf, logits, bend(logits.float(), cap))
     weights = torch.cat((logits.float(), new_logits), dim=-1).softmax(dim=-1).to(grouped.dtype)
     output = weights[..., longest:] @ new_values
     for run, kept, summed in zip(values, weights.split(sizes), output.split(sizes), strict=True):

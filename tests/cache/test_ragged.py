@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from kvpress_moe import MoERouterPress, SettingError, UnsupportedInputError
 from kvpress_moe.budget import share
-from kvpress_moe.cache import RaggedCache, RaggedLayer
+from kvpress_moe.cache import RaggedCache, RaggedLayer, ragged_attention
 from kvpress_moe.prefill import Prefill, cache_bytes
 from tests.tiny import decoder, nothing, positions_of, prefill, tiny_model, tokens
 
@@ -40,13 +40,32 @@ def n_pairs(cache):
     return sum(length for layer in ragged_layers(cache) for heads in layer.lengths for length in heads)
 
 
+@pytest.mark.parametrize("logits_at_once", [2**19, 1])
+@pytest.mark.parametrize("n_new", [1, 4])
+def test_logits_are_bent_as_the_layer_bends_them(monkeypatch, n_new, logits_at_once):
+    """Gemma 2's soft cap."""
+    monkeypatch.setattr(ragged_attention, "LOGITS_AT_ONCE", logits_at_once)
+    keys, values, kept = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8), torch.rand(2, 3, 20) > 0.5
+    new_keys, new_values, query = torch.randn(2, 3, n_new, 8), torch.randn(2, 3, n_new, 8), torch.randn(2, 6, n_new, 8)
+    layer = RaggedLayer.from_dense(keys, values, kept)
+    layer.update(new_keys, new_values)
+    got = ragged_attention.ragged_attention(query, layer, 1.0, cap=1.5)
+
+    seen = torch.cat((kept[:, :, None].expand(-1, -1, n_new, -1), torch.ones(2, 3, n_new, n_new).tril().bool()), dim=-1)
+    keys, values = torch.cat((keys, new_keys), dim=2), torch.cat((values, new_values), dim=2)
+    logits = 1.5 * torch.tanh(query @ repeat_kv(keys, 2).mT / 1.5)
+    weights = logits.masked_fill(~seen.repeat_interleave(2, dim=1), -torch.inf).softmax(-1)
+    assert_close(got, (weights @ repeat_kv(values, 2)).transpose(1, 2))
+
+
 # ── the budget ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 5), st.floats(0, 0.99), st.floats(0, 1), st.integers(0, 2**31))
-def test_units_share_exactly_the_promised_number_each_with_its_floor(length, n_units, ratio, min_share, seed):
+@given(st.integers(1, 30), st.integers(1, 5), st.floats(0, 0.99), st.floats(0, 1), st.booleans(), st.integers(0, 2**31))
+def test_units_share_exactly_the_promised_number_each_with_its_floor(length, n_units, ratio, min_share, ties, seed):
     scores = torch.randn(2, n_units, length, generator=torch.Generator().manual_seed(seed))
+    scores = scores.round() if ties else scores  # of equal scores those of the first unit, then the first ones, stay
     n_kept = compute_n_kept(length, ratio)
     kept = share(scores, n_kept, min_share)
     assert kept.sum((1, 2)).tolist() == [n_units * n_kept] * 2

@@ -4,19 +4,24 @@ answers a question of several tokens as it answers the same tokens one by one.
 """
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
-from kvpress.utils import compute_n_kept
+from kvpress.utils import compute_n_kept, get_prerope_key_states
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
+from kvpress_moe.attention import latest_attention
 from kvpress_moe.attention_view import AttentionView
+from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.model_support import slides
+from kvpress_moe.projections import Projections
 from tests.tiny import FAMILIES, decoder, kept_positions, lengths, overlap, prefill, tiny_model, tokens
 
 PROMPT, QUESTION = 100, 5
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
-GEMMA = ("gemma3_text", "gemma3")
+GEMMA = ("gemma2", "gemma3_text", "gemma3")
 
 
 @pytest.fixture(scope="module", params=(*FAMILIES, "phi3_partial"))
@@ -38,7 +43,7 @@ def own_cache(model):
 
 
 def sliding(model):
-    return [layer.self_attn.layer_idx for layer in decoder(model).layers if getattr(layer.self_attn, "is_sliding", 0)]
+    return [index for index, layer in enumerate(decoder(model).layers) if slides(layer.self_attn.config, index)]
 
 
 def expected_lengths(model, cache, n_full, n_sliding):
@@ -98,6 +103,68 @@ def test_an_expert_that_cannot_rotate_part_of_a_head_says_so(name):
 def test_experts_that_rotate_nothing_judge_heads_that_are_rotated_in_part(name):
     model = tiny_model("phi3", **PARTIAL)
     assert lengths(prefill(model, tokens(PROMPT), MoERouterPress(experts=[name]))) == [PROMPT // 2] * 2
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "phi3_partial"])
+def test_queries_and_attention_are_the_layers_own(family):
+    """What experts and hit rates are computed from, against the weights that eager attention returns."""
+    settings = PARTIAL if family == "phi3_partial" else {}
+    model = tiny_model(family.removesuffix("_partial"), attn_implementation="eager", **settings)
+    calls, projections = [], Projections()
+
+    def look(module, args, kwargs, output):
+        keys, values = (
+            getattr(kwargs["past_key_values"].layers[module.layer_idx], name) for name in ("keys", "values")
+        )
+        projected = projections.of(module, kwargs["hidden_states"])
+        for known in ({}, projected):  # projected again, or as the layer projected them
+            call = LayerCall(module, kwargs["hidden_states"], keys, values, None, kwargs, projected=known)
+            if not slides(module.config, module.layer_idx):
+                calls.append((latest_attention(call, 20), output[1]))
+
+    with ExitStack() as leave:
+        for layer in decoder(model).layers:
+            leave.callback(layer.self_attn.register_forward_hook(look, with_kwargs=True).remove)
+        projections.watch(model, leave)
+        prefill(model, tokens(PROMPT, 2))
+    assert calls
+    for own, theirs in calls:
+        torch.testing.assert_close(own, theirs[:, :, -20:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma3"])
+@pytest.mark.parametrize("name", ["snapkv", "tova", "selective"])
+def test_attending_experts_keep_what_they_keep_when_they_are_given_the_attention(family, name):
+    """kvpress's scorers know neither the norms of Qwen 3 MoE and OLMoE nor the soft cap of Gemma 2."""
+    model = tiny_model(family, attn_implementation="eager")
+    press = MoERouterPress(experts=[name], cache_aware=False)
+    full, given = prefill(model, tokens(2 * PROMPT)), prefill(model, tokens(2 * PROMPT), press)
+    compress = type(press).compress
+    press.compress = lambda module, states, keys, values, attentions, kwargs: compress(
+        press, module, states, keys, values, None, kwargs
+    )
+    computed = prefill(model, tokens(2 * PROMPT), press)
+    for one, other in zip(kept_positions(full, given), kept_positions(full, computed), strict=True):
+        assert overlap(one, other) >= 0.98  # a tie of floats may fall either way
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "olmoe"])
+def test_keys_before_rotation_are_normed_as_in_the_layer(family):
+    """Leverage scores are computed from them; norms and rotation keep a key's length."""
+    model = tiny_model(family, **({"clip_qkv": None} if family == "olmoe" else {}))
+    lengths_of_keys = []
+
+    def look(module, args, kwargs, output):
+        keys = kwargs["past_key_values"].layers[module.layer_idx].keys
+        before = get_prerope_key_states(AttentionView(module, kwargs["hidden_states"]), kwargs["hidden_states"])
+        lengths_of_keys.append((before.norm(dim=-1), keys.norm(dim=-1)))
+
+    hooks = [layer.self_attn.register_forward_hook(look, with_kwargs=True) for layer in decoder(model).layers]
+    prefill(model, tokens(PROMPT))
+    for hook in hooks:
+        hook.remove()
+    for before, after in lengths_of_keys:
+        torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-4)
 
 
 def test_a_question_sees_what_its_tokens_would_see_one_by_one(model):
@@ -172,7 +239,8 @@ def test_a_plain_cache_holds_the_whole_prompt_in_gemmas_sliding_layers(gemma):
     assert lengths(prefill(gemma, tokens(PROMPT), MoERouterPress())) == [PROMPT, PROMPT // 2, PROMPT // 2]
 
 
-def test_experts_rotate_by_the_layer_type_of_gemma(gemma):
+@pytest.mark.parametrize("gemma", ["gemma3_text", "gemma3"], indirect=True)
+def test_experts_rotate_by_the_layer_type_of_gemma_3(gemma):
     """kvpress's presses do not pass it, and transformers 5.2 then finds no frequencies."""
     states, positions, rotary_emb = torch.zeros(1, 1, 8), torch.arange(9)[None], decoder(gemma).rotary_emb
     for layer in decoder(gemma).layers:

@@ -29,7 +29,7 @@ from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
 from kvpress_moe.experts import KVPRESS_EXPERTS, NAMED_EXPERTS
-from tests.tiny import kept_positions, lengths, overlap, prefill, tiny_model, tokens
+from tests.tiny import distinct_tokens, kept_positions, lengths, overlap, prefill, tiny_model, tokens
 
 PROMPT = 128
 TARGET, INTERVAL = 48, 3
@@ -168,9 +168,9 @@ def test_a_wrapper_does_not_write_into_what_an_expert_owns(model, name):
 
 
 def test_key_rerotation_keeps_the_pairs_that_the_press_chooses(model):
-    press = MoERouterPress(compression_ratio=0.7, cache_aware=False)
-    alone = prefill(model, tokens(PROMPT), press)
-    rerotated = prefill(model, tokens(PROMPT), KeyRerotationPress(press))
+    press, ids = MoERouterPress(compression_ratio=0.7, cache_aware=False, experts=["keydiff"]), distinct_tokens(PROMPT)
+    alone = prefill(model, ids, press)
+    rerotated = prefill(model, ids, KeyRerotationPress(press))  # it takes of equal scores which it likes
     for one, other in zip(alone.layers, rerotated.layers, strict=True):
         assert torch.equal(one.values, other.values)
         assert not torch.equal(one.keys, other.keys)
@@ -183,8 +183,8 @@ def test_a_free_budget_is_refused_by_name_in_wrappers_that_set_the_budget(model,
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_a_padded_batch_is_refused_in_a_wrapper_too(model, name, side):
+@pytest.mark.parametrize("name", sorted(set(WRAPPERS) - {"none"}))
+def test_a_padded_batch_is_refused_in_a_wrapper(model, name, side):
     mask = torch.ones(2, PROMPT, dtype=torch.long)
     mask[1, :7] = 0
     mask = mask if side == "left" else mask.flip(1)

@@ -1,0 +1,76 @@
+"""Padding on the left of a batch's prompts: where each row's text begins, and each row as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvpress_moe.errors import UnsupportedInputError
+from kvpress_moe.layer_call import LayerCall
+
+
+def text_starts(mask: Tensor | None, position_ids: Tensor | None) -> list[int] | None:
+    """
+    Where each row's text begins in a prompt that is padded on the left; None for a prompt without padding.
+
+    Parameters
+    ----------
+    mask : Tensor, shape (B, S), or None
+        The attention mask as the model gets it. Masks of other shapes are left to the model.
+    position_ids : Tensor, shape (B, S), or None
+
+    Raises
+    ------
+    UnsupportedInputError
+        For padding elsewhere, a row without text, or positions that do not start at each row's text.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return None
+    shown = mask.bool()
+    if not bool(shown[:, -1].all() and (shown[:, 1:] >= shown[:, :-1]).all()):
+        raise UnsupportedInputError(
+            "attention_mask: got a batch with padding on the right, inside a prompt, or a row without text, expected "
+            "padding on the left alone. Set tokenizer.padding_side = 'left'."
+        )
+    starts = (~shown).sum(-1).tolist()
+    if position_ids is None or any(int(row[start]) for row, start in zip(position_ids, starts, strict=True)):
+        raise UnsupportedInputError(
+            "position_ids: got none that start from 0 at each row's first token, expected them with a padded batch. "
+            "Call model.generate, or pass position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)."
+        )
+    return starts
+
+
+def rows_alone(call: LayerCall, starts: Sequence[int] | None) -> list[LayerCall]:
+    """
+    The rows of a padded prompt, each a call of its own without its padding; the call itself where nothing is padded.
+
+    A router's capacity, ranks within a head, windows and budgets then are those of the row alone.
+    """
+    if starts is None:
+        return [call]
+    return [_row_alone(call, row, start) for row, start in enumerate(starts)]
+
+
+def _row_alone(call: LayerCall, row: int, start: int) -> LayerCall:
+    def cut(states: Tensor) -> Tensor:  # (B or 1, S, …)
+        return (states[row : row + 1] if states.shape[0] > 1 else states)[:, start:]
+
+    kwargs: dict[str, Any] = {**call.kwargs, "hidden_states": cut(call.hidden_states), "attention_mask": None}
+    kwargs["position_embeddings"] = tuple(map(cut, call.kwargs["position_embeddings"]))
+    kwargs["cache_position"] = call.kwargs["cache_position"][start:] - start
+    if kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = cut(kwargs["position_ids"])
+    keys, values = (states[row : row + 1, :, start:] for states in (call.keys, call.values))
+    projected = {name: cut(states) for name, states in call.projected.items()}
+    hidden_states = kwargs["hidden_states"]
+    return LayerCall(call.module, hidden_states, keys, values, None, kwargs, projected=projected, row=row)
+
+
+def join_rows(kept: Sequence[Tensor], k_len: int) -> Tensor:
+    """Masks (B or 1, H, text) of the pairs that stay -> one of the batch (B, H, S), in which padding never stays."""
+    return torch.cat([F.pad(mask, (k_len - mask.shape[-1], 0)) for mask in kept])
