@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from kvpress_moe.cli.options import parse_experts
@@ -127,7 +128,7 @@ def parse(body: bytes | bytearray) -> tuple[str, list[str], list[dict[str, Any]]
             }
             for setting in settings
         ]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise SettingError(
             "request", f"{type(error).__name__}: {error}", "text, question and settings as JSON", "Use the form."
         ) from error
@@ -173,4 +174,6 @@ def listen(port: int) -> socket.socket:
 def serve(app: Starlette, listening: socket.socket, on_start: Callable[[str], Any]) -> None:
     """Serve until interrupted; ``on_start`` is told the address."""
     on_start(f"http://{HOST}:{listening.getsockname()[1]}")
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)).run([listening])
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
+    with suppress(KeyboardInterrupt):  # uvicorn ends in order, then raises the signal again
+        uvicorn.Server(config).run([listening])

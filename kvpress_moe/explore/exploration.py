@@ -161,6 +161,7 @@ def explore(reading: Reading, press: RecordingPress, step: Step) -> dict[str, An
         records=dict(sorted(press.records.items())),
         experts=list(press.expert_strategies.values()),
         budget={"ratio": press.compression_ratio, "scope": press.scope, "min_share": press.min_share},
+        bound_to_ratio=press.bound_to_ratio(),
         about={
             "model": pipeline.model.config.name_or_path.rstrip("/").split("/")[-1],
             "layers": f"{layers} of {len(prefill.cache.layers)} compressed",

@@ -62,6 +62,7 @@ def payload(
     records: Mapping[int, LayerRecord],
     experts: Sequence[str],
     budget: Mapping[str, Any],
+    bound_to_ratio: Sequence[str],
     about: Mapping[str, Any],
     answers: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -76,6 +77,8 @@ def payload(
     experts : sequence of E str
     budget : mapping
         ``ratio``, ``scope`` and ``min_share`` that the answers were given with.
+    bound_to_ratio : sequence of str
+        Experts that would give other scores at another ratio.
     about : mapping of str -> str
         Facts to print: the model, sizes.
     answers : sequence of mapping
@@ -86,6 +89,7 @@ def payload(
         "tokens": list(tokens),
         "experts": list(experts),
         "budget": dict(budget),
+        "bound_to_ratio": list(bound_to_ratio),
         "about": dict(about),
         "answers": [dict(answer) for answer in answers],
         **arrays(records),

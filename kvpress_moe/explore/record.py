@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import kvpress
 import torch
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.mixing import rank_within_head
 from kvpress_moe.press import MoERouterPress
 from kvpress_moe.shared_budget import Observation
+
+#: Scorers that judge otherwise when another ratio is asked for.
+READ_THE_RATIO = (kvpress.StreamingLLMPress, kvpress.CompactorPress, kvpress.CriticalKVPress)
 
 
 @dataclass
@@ -72,6 +76,10 @@ class RecordingPress(MoERouterPress):
         self.records: dict[int, LayerRecord] = {}
         super().__post_init__()
 
+    def bound_to_ratio(self) -> list[str]:
+        """Experts whose scores hold at this press's ratio alone."""
+        return [expert.name for expert in self._experts if isinstance(expert.scorer, READ_THE_RATIO)]
+
     def _make_expert(self, given: Any) -> Expert:
         return RememberingExpert(super()._make_expert(given))
 
@@ -97,8 +105,10 @@ class RecordingPress(MoERouterPress):
             alone = torch.zeros_like(call.weights)
             alone[..., index] = call.weights[..., index]
             part = super().mix(replace(call, weights=alone))
-        part = part[0].float().cpu()
-        return part - part.mean(-1, keepdim=True)
+        part = part[0].double().cpu()
+        move = (part - part.mean(-1, keepdim=True)).nan_to_num(nan=0)  # where scores are infinite
+        largest = torch.finfo(torch.float32).max  # some scorers give it to pairs that have to stay
+        return move.clamp(-largest, largest).float()
 
     def record(self, layer_idx: int, observation: Observation, kept: Tensor) -> None:
         super().record(layer_idx, observation, kept)

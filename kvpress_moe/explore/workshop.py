@@ -97,7 +97,7 @@ class Workshop:
             If the model is at work.
         """
         if not context.strip():
-            raise SettingError("TEXT", context, "a text with something in it", "Paste or type one.")
+            raise SettingError("TEXT", "", "a text with something in it", "Paste or type one.")
         presses = [make_press(setting) for setting in settings]
         if not self._at_work.acquire(blocking=False):
             raise BusyError("The model is at work on another text. Wait until it has finished.")

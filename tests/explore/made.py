@@ -57,4 +57,4 @@ def synthetic(n_layers: int, n_heads: int, n_tokens: int, n_experts: int = 5) ->
     budget = {"ratio": 0.75, "scope": "global", "min_share": 0.2}
     answer = {"question": "Why?", "full": [["a", 1]], "compressed": [["a", 1]]}
     names = [f"expert {index}" for index in range(n_experts)]
-    return payload(tokens, records, names, budget, about | {"full_mib": 4, "compressed_mib": 1}, [answer])
+    return payload(tokens, records, names, budget, [], about | {"full_mib": 4, "compressed_mib": 1}, [answer])

@@ -1,7 +1,11 @@
 """The app: one text at a time, clear refusals, nothing for or from other sites; and one whole run in Chromium."""
 
 import json
-import threading
+import os
+import signal
+import sys
+from threading import Event, Thread
+from urllib.request import urlopen
 
 import pytest
 from starlette.testclient import TestClient
@@ -123,7 +127,9 @@ def test_wrong_input_is_refused_with_the_reason(client, workshop, changes, text,
     assert post(client).status_code == 202  # the model is free
 
 
-@pytest.mark.parametrize("body", ["", "[]", "{}", '{"text": 1, "question": 2, "settings": []}', '{"settings": 3}'])
+@pytest.mark.parametrize(
+    "body", ["", "[]", "{}", '{"text": 1, "question": 2, "settings": []}', '{"settings": 3}', "[" * 100_000]
+)
 def test_what_the_form_cannot_have_sent_is_refused(client, body):
     answer = client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
@@ -193,13 +199,33 @@ def test_serving_takes_no_text(tmp_path):
     assert "--serve" in CliRunner().invoke(cli, ["explore", "--help"]).output
 
 
+def test_an_interrupt_ends_the_server_in_order(workshop, capfd):
+    """Runs in this thread, where signals arrive."""
+
+    def interrupt(address):
+        with urlopen(address, timeout=10) as answer:  # waits in the socket's queue until the server is there
+            assert answer.status == 200
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with listen(0) as listening:
+        listening.listen()
+        serve(make_app(workshop, DEFAULTS), listening, lambda address: Thread(target=interrupt, args=[address]).start())
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_without_its_packages_the_app_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "kvpress_moe.explore.app")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert str(explore("--serve").exception).endswith("pip install 'kvpress-moe[serve]'")
+
+
 @pytest.fixture
 def address(llama, tokenizer):
     """A real server on a free port."""
     import uvicorn
 
     started: list[uvicorn.Server] = []
-    ready = threading.Event()
+    ready = Event()
 
     class Known(uvicorn.Server):
         async def startup(self, *args, **kwargs):
@@ -210,7 +236,7 @@ def address(llama, tokenizer):
     with pytest.MonkeyPatch.context() as patch, listen(0) as listening:
         patch.setattr(uvicorn, "Server", Known)
         app, addresses = make_app(Workshop(llama, tokenizer, 4), DEFAULTS), []
-        thread = threading.Thread(target=serve, args=(app, listening, addresses.append))
+        thread = Thread(target=serve, args=(app, listening, addresses.append))
         thread.start()
         assert ready.wait(10)
         yield addresses[0]

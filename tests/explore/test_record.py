@@ -6,6 +6,7 @@ import torch
 from kvpress_moe import MoERouterPress
 from kvpress_moe.errors import SettingError
 from kvpress_moe.explore import explore, make_press
+from kvpress_moe.explore.page import as_json
 from kvpress_moe.explore.payload import as_levels
 from kvpress_moe.explore.tokens import compared, pieces
 from tests.explore.made import TEXT, calibrated_routers, reading, still
@@ -59,6 +60,18 @@ def test_the_experts_moves_add_up_to_the_scores(llama, read_text, name):
         if idle.any() and name != "one expert":  # who has no say adds the same to all: nothing
             moves = record.moves.mean(0)
             assert (moves - moves.masked_fill(~idle, torch.nan).nanmean(-1, keepdim=True))[idle].abs().max() < 1e-6
+
+
+def test_huge_and_infinite_scores_leave_a_page_of_numbers(read_text):
+    def extreme(module, hidden_states, keys, values, attentions, kwargs):
+        scores = keys.norm(dim=-1)
+        scores[..., :4], scores[..., 4] = torch.finfo(torch.float32).max, torch.inf
+        return scores
+
+    press = make_press({"compression_ratio": 0.5, "experts": [extreme], "budget": "uniform"})
+    payload = explore(read_text, press, still)
+    assert "NaN" not in as_json(payload)
+    assert press.records[0].kept[:, :5].all()
 
 
 @pytest.mark.parametrize("ratio", [0, None])

@@ -22,13 +22,14 @@ function asAnswered() {
 }
 asAnswered();
 
-const facts = { model: record.about.model, tokens: record.S, layers: record.about.layers, "heads of a layer": record.H,
+const facts = { model: record.about.model, tokens: grouped(record.S), layers: record.about.layers, "heads of a layer": record.H,
   routers: record.about.routers, experts: record.about.experts, "a head keeps at least": `${percent(record.budget.min_share)} of the mean` };
 find("about").append(...Object.entries(facts).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]));
 
 const legend = record.experts.map((name, e) => make("li", {}, make("span", { className: `swatch k8 e${e % 8}` }, name), make("small", {})));
 find("legend").append(...legend);
 answers(find("answers"), record);
+find("bound").textContent = `Judged at ${exact(record.budget.ratio)} removed: at another ratio, ${record.bound_to_ratio.join(" and ")} would score the pairs otherwise than shown.`;
 
 const showDetails = (position) => {
   details(find("details"), view, position);
@@ -85,8 +86,9 @@ function redraw(choice) {
   }
   const moved = view.ratio !== record.budget.ratio || view.scope !== record.budget.scope;
   find("moved").hidden = !moved;
+  find("bound").hidden = view.ratio === record.budget.ratio || !record.bound_to_ratio.length;
   find("back").disabled = !moved;
-  if (text.current !== null) showDetails(text.current);
+  if (text.current !== null) details(find("details"), view, text.current);
 }
 
 let waiting = false;
