@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export TQDM_DISABLE ?= 1
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test check bench-quick setup clean
+.PHONY: demo test check bench-quick soak kill faults setup clean
 
 demo: setup  ## install, get the embedded model, ask it a question through every cache
 	$(BIN)/kvpress-moe ask --ratio 0.75
@@ -17,6 +17,15 @@ test: setup  ## install, run the whole suite
 bench-quick: setup  ## all tasks, all fast methods, two samples each: table and page in runs/quick
 	$(BIN)/kvpress-moe bench --out runs/quick --lengths 512 --ratios 0.5,0.75 --limit 2
 	$(BIN)/kvpress-moe report runs/quick
+
+soak: setup  ## 2,000 prompts through the same presses: memory, hooks and statistics do not grow
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
+
+kill: setup  ## training and benchmark runs killed at random moments end as if undisturbed
+	$(BIN)/python -m benchmarks.kill_runs
+
+faults: setup  ## every exception at every call of every stage, Ctrl-C at every function call
+	OMP_NUM_THREADS=1 ALL_FAULTS=1 $(BIN)/python -m pytest -s tests/test_faults.py
 
 check: setup  ## format and lint
 	$(BIN)/ruff format --check .
