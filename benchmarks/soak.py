@@ -104,9 +104,14 @@ def read(model: PreTrainedModel, press: MoERouterPress, n_tokens: int, n_prompts
 
 
 def soak(
-    n_prompts: int, presses: Sequence[MoERouterPress], model: PreTrainedModel, seed: int, row: Callable[[Figures], None]
+    n_prompts: int,
+    presses: Sequence[MoERouterPress],
+    model: PreTrainedModel,
+    seed: int = 0,
+    stops: int = 10,
+    row: Callable[[Figures], Any] = lambda figures: None,
 ) -> list[Figures]:
-    """Read prompts, ten times stopping for figures, which are handed to ``row`` as they are taken."""
+    """Read prompts, stopping so many times for figures, which are handed to ``row`` as they are taken."""
     rng = random.Random(seed)
     rows: list[Figures] = []
     done = call = 0
@@ -117,7 +122,7 @@ def soak(
         at_once = 2 if call % 3 == 2 else 1
         read(model, press, rng.randint(2, 300), at_once, rng.randrange(2**31), fails=call % 50 == 49)
         done, call = done + at_once, call + 1
-        if done >= n_prompts * (len(rows) + 1) / 10:
+        if done >= n_prompts * (len(rows) + 1) / stops:
             for press in presses:  # which may hold something of the prompt they read last
                 read(model, press, 64, 1, 0, fails=False)
             rows.append(take(done, model, presses))
@@ -155,7 +160,7 @@ def main() -> None:
         print(f"| {' | '.join(shown)} |", flush=True)
 
     started = time.perf_counter()
-    rows = soak(args.prompts, make_presses(model), model, args.seed, row)
+    rows = soak(args.prompts, make_presses(model), model, args.seed, row=row)
     too_much = grown(rows)
     seconds = round(time.perf_counter() - started)
     print(f"\n{'FAIL' if too_much else 'PASS'}")
