@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export TQDM_DISABLE ?= 1
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test check bench-quick matrix screenshots setup clean
+.PHONY: demo test check bench-quick matrix screenshots soak kill faults setup clean
 
 demo: setup  ## install, get the embedded model, ask it a question through every cache
 	$(BIN)/kvpress-moe ask --ratio 0.75
@@ -24,6 +24,15 @@ screenshots: setup  ## the pictures in docs/images; needs Debian's chromium
 matrix: setup  ## every model family in every situation: writes docs/compatibility.md
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[quant]"
 	$(BIN)/python -m tests.integration.matrix
+
+soak: setup  ## 2,000 prompts through the same presses: memory, hooks and statistics do not grow
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
+
+kill: setup  ## training and benchmark runs killed at random moments end as if undisturbed
+	$(BIN)/python -m benchmarks.kill_runs
+
+faults: setup  ## every exception at every call of every stage, Ctrl-C at every function call
+	OMP_NUM_THREADS=1 ALL_FAULTS=1 $(BIN)/python -m pytest -s tests/test_faults.py
 
 check: setup  ## format and lint
 	$(BIN)/ruff format --check .

@@ -71,8 +71,14 @@ def count():
     print(f"\n{count['faults']} faults injected")
 
 
+@pytest.fixture(scope="module")
+def untouched(llama):
+    """The model's attributes before it meets the first press."""
+    return everything(llama)
+
+
 @pytest.fixture(scope="module", params=["layer", "global", "tracked"])
-def begun(request, llama):
+def begun(request, llama, untouched):
     """A press that has read one prompt, to be copied; and what a second one leaves of the copy and in the cache."""
     if request.param == "tracked":
         press = MoERouterPress(0.5, num_experts=3, track_misses=True)
@@ -125,8 +131,8 @@ def failing(monkeypatch, stage, at_call=None, error=None):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_prompt_that_fails_at_any_stage_of_any_layer_never_was(llama, monkeypatch, count, begun, stage):
-    untouched, expected = everything(llama), answer(llama, prefill(llama, FAILING))
+def test_a_prompt_that_fails_at_any_stage_of_any_layer_never_was(llama, untouched, monkeypatch, count, begun, stage):
+    expected = answer(llama, prefill(llama, FAILING))
     press = deepcopy(begun[0])
     before = state(press)
     with failing(monkeypatch, stage) as calls:
@@ -149,18 +155,17 @@ def test_a_prompt_that_fails_at_any_stage_of_any_layer_never_was(llama, monkeypa
 
 
 def test_every_stage_is_reached(llama, monkeypatch):
+    presses = MoERouterPress(0.5, router=calibrated_routers(llama)), MoERouterPress(0.5, num_experts=2)
     for stage in STAGES:
-        n_calls = 0
-        for settings in ({"router": calibrated_routers(llama), "budget": "global"}, {"num_experts": 2}):
-            with failing(monkeypatch, stage) as calls:
-                prefill(llama, PROMPT, MoERouterPress(0.5, **settings))
-            n_calls += len(calls)
-        assert n_calls, stage
+        with failing(monkeypatch, stage) as calls:
+            for press in presses:
+                prefill(llama, PROMPT, press)
+        assert calls, stage
 
 
-def test_ctrl_c_at_any_call_inside_the_package_leaves_no_trace(llama, count, begun):
+def test_ctrl_c_at_any_call_inside_the_package_leaves_no_trace(llama, untouched, count, begun):
     """Entering and leaving the block included: the profiler raises at the n-th call of all."""
-    untouched, press = everything(llama), deepcopy(begun[0])
+    press = deepcopy(begun[0])
     before, calls, at_call = state(press), [], None
 
     def interrupt(frame, event, argument):

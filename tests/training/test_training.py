@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -111,6 +112,30 @@ def test_a_fit_that_was_interrupted_goes_on_with_the_layers_that_are_missing(
     fitted.clear()
     routers, metrics = train(llama, chat_tokenizer, RECIPE, tmp_path)
     assert len(fitted) == 1  # of two layers
+    assert metrics == trained[1]
+    for name, tensor in routers.state_dict().items():
+        assert_close(tensor, trained[0].state_dict()[name], equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("moment", ["*.safetensors", "fitted-*/layer-000.safetensors"])
+def test_training_that_is_killed_goes_on_and_ends_the_same(llama, chat_tokenizer, trained, tmp_path, moment):
+    """While prompts are captured and while layers are fitted; `make kill` does it at random moments."""
+    child = os.fork()
+    if child == 0:
+        try:
+            train(llama, chat_tokenizer, RECIPE, tmp_path)
+        finally:
+            os._exit(0)
+    while not list(tmp_path.glob(moment)):
+        assert os.waitpid(child, os.WNOHANG)[0] == 0, "the child ended before it could be killed"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert 0 < len(left) < RECIPE.samples + 2
+    routers, metrics = train(llama, chat_tokenizer, RECIPE, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in left} == left, "done again"
     assert metrics == trained[1]
     for name, tensor in routers.state_dict().items():
         assert_close(tensor, trained[0].state_dict()[name], equal_nan=True, rtol=0, atol=0)
