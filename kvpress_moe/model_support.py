@@ -124,12 +124,12 @@ def check_can_serve_padding(cache: Cache | None, eager: bool, track_misses: bool
     )
 
 
-def is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: Any) -> bool:
     """Whether a module was compiled, by ``torch.compile(module)``, in place, or by its forward."""
     return (
         hasattr(module, "_orig_mod")
-        or module._compiled_call_impl is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
     )
 
 

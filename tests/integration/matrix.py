@@ -168,7 +168,7 @@ def decoded_compiled(family: str) -> None:
         caches = [prefill(model, tokens(PROMPT), press(budget)) for _ in range(2)]
         torch.compiler.reset()
         answers = [
-            greedy(some, tokens(1, seed=1), cache, PROMPT, 2)
+            greedy(some, tokens(1, seed=1), cache, PROMPT, 1)
             for some, cache in zip((model, torch.compile(model, backend="eager")), caches, strict=True)
         ]
         same(*answers)
