@@ -46,6 +46,9 @@ SUPPORTED_MODELS = (
     Qwen3MoeForCausalLM,
 )
 
+#: Those whose norms of queries and keys kvpress's own presses leave out, see :mod:`kvpress_moe.attention_view`.
+UNKNOWN_NORMS = (OlmoeForCausalLM, Qwen3MoeForCausalLM)
+
 
 def language_model(model: PreTrainedModel) -> nn.Module:
     """The stack of decoder layers inside a causal or multimodal model."""
