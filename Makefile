@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export TQDM_DISABLE ?= 1
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test check bench-quick matrix setup clean
+.PHONY: demo test check bench-quick matrix screenshots setup clean
 
 demo: setup  ## install, get the embedded model, ask it a question through every cache
 	$(BIN)/kvpress-moe ask --ratio 0.75
@@ -17,6 +17,9 @@ test: setup  ## install, run the whole suite
 bench-quick: setup  ## all tasks, all fast methods, two samples each: table and page in runs/quick
 	$(BIN)/kvpress-moe bench --out runs/quick --lengths 512 --ratios 0.5,0.75 --limit 2
 	$(BIN)/kvpress-moe report runs/quick
+
+screenshots: setup  ## the pictures in docs/images; needs Debian's chromium
+	$(BIN)/python docs/screenshots.py
 
 matrix: setup  ## every model family in every situation: writes docs/compatibility.md
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[quant]"
@@ -40,3 +43,10 @@ setup:
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache
+
+# The documentation site in site/; search works where it is served: python -m http.server -d site
+.PHONY: docs
+docs: setup  ## install what builds the site, build it strictly
+	@$(BIN)/python -c "import importlib.metadata as m; [m.version(p) for p in ('mkdocs-material', 'mkdocstrings-python')]" 2>/dev/null \
+		|| $(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

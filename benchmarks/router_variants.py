@@ -3,6 +3,7 @@ What each part of a recipe is worth: routers trained with one thing changed, com
 
     python benchmarks/router_variants.py --shards runs/shards                     all variants, three samples a task
     python benchmarks/router_variants.py --shards runs/shards --variants default "top 2" "learned alone"
+    python benchmarks/router_variants.py --shards runs/shards --prompts 48 --epochs 4     smaller, for a first look
 
 Captured prompts stay in --shards, so that only the first variant pays for them (about ten minutes for SmolLM2 on two
 cores); fits stay there too. Every variant judges the same prefills under the same global budget. Prints a table; the
@@ -23,6 +24,7 @@ import torch
 from kvpress_moe import MoERouterPress, load_model
 from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.runner import Evaluator, Plan
+from kvpress_moe.checkpoint import save_routers
 from kvpress_moe.routers import Routers
 from kvpress_moe.training.trainer import Recipe, train
 
@@ -74,6 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--prompts", type=int, default=Recipe().samples, help="to train on")
+    parser.add_argument("--epochs", type=int, default=Recipe().epochs)
+    parser.add_argument("--out", type=Path, help="keep the trained routers here, a directory for each variant")
     parser.add_argument("--samples", type=int, default=3, help="a task")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9])
     parser.add_argument("--baselines", nargs="*", default=["kvzip_global", "adakv_keydiff"])
@@ -82,7 +87,10 @@ def main() -> None:
     model, tokenizer = load_model()
     trained = {}
     for name in names:
-        trained[name], metrics = train(model, tokenizer, replace(Recipe(), **VARIANTS[name]), args.shards)
+        recipe = replace(Recipe(samples=args.prompts, epochs=args.epochs), **VARIANTS[name])
+        trained[name], metrics = train(model, tokenizer, recipe, args.shards)
+        if args.out:
+            save_routers(trained[name], args.out / name.replace(" ", "-"), metrics)
         print(f"trained: {name}, loss {np.mean(metrics['loss_by_layer']):.3f}", flush=True)
     plan = Plan(methods=("full", *args.baselines), split="tune", limit=args.samples, ratios=tuple(args.ratios))
     evaluator = Evaluator(plan, (model, tokenizer))

@@ -42,7 +42,7 @@ def layer_logits(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
     With the layer's own scaling and soft cap.
     """
     grouped = queries.reshape(keys.shape[0], keys.shape[1], -1, keys.shape[-1])  # no copy of keys per query head
-    logits = (grouped @ keys.transpose(2, 3)).float().mul_(module.scaling).view(*queries.shape[:3], keys.shape[2])
+    logits = (grouped * module.scaling @ keys.transpose(2, 3)).float().view(*queries.shape[:3], keys.shape[2])
     return bend(logits, softcap(module))
 
 
@@ -62,9 +62,11 @@ def causal_logits(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
     Tensor, shape (B, num_heads, Q, S), float32
         Minus infinity where a key comes after the query.
     """
-    q_len, k_len = queries.shape[2], keys.shape[2]
-    future = torch.ones(q_len, k_len, dtype=torch.bool, device=keys.device).triu(k_len - q_len + 1)
-    return layer_logits(module, queries, keys).masked_fill_(future, -torch.inf)
+    q_len = queries.shape[2]
+    logits = layer_logits(module, queries, keys)
+    future = torch.ones(q_len, q_len, dtype=torch.bool, device=keys.device).triu(1)  # what came before, all may see
+    logits[..., -q_len:].masked_fill_(future, -torch.inf)
+    return logits
 
 
 def latest_queries(call: LayerCall, n_queries: int) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from kvpress_moe.errors import CheckpointError
+from kvpress_moe.errors import CheckpointError, WriteError
+from kvpress_moe.fingerprint import check_form
 from kvpress_moe.routers import RouterConfig, Routers
+from kvpress_moe.untrusted import fill, open_tensors, read_json, read_shapes
 
 WEIGHTS = "routers.safetensors"
 CONFIG = "routers.json"
@@ -24,14 +27,37 @@ CONFIG = "routers.json"
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: a reader never sees half a file."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    write_together({path: write})
+
+
+def write_together(writes: Mapping[Path, Callable[[Path], None]]) -> None:
+    """
+    Write files that belong together: none of them is replaced before all of them have been written.
+
+    Raises
+    ------
+    WriteError
+        For want of room or permission; the files that were there before are intact, the temporary ones are gone.
+    """
+    temporaries: dict[Path, Path] = {}
+    path = next(iter(writes))
     try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)  # mkstemp's are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for path, write in writes.items():
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporaries[path] = Path(temporary)
+            os.close(descriptor)
+            write(temporaries[path])
+            os.chmod(temporary, 0o644)  # mkstemp's are for their owner alone
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except BaseException as error:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise WriteError(
+                f"{path}: cannot be written ({error}), expected a directory with room and permission. What was there "
+                "before is intact. Make room, or name another place."
+            ) from error
         raise
 
 
@@ -68,8 +94,13 @@ def save_routers(
         "versions": {name: version(name) for name in ("kvpress-moe", "kvpress", "torch", "transformers")},
     }
     weights = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in routers.state_dict().items()}
-    write_atomically(directory / WEIGHTS, lambda path: save_file(weights, path))
-    write_atomically(directory / CONFIG, lambda path: path.write_text(json.dumps(card, indent=1)))
+    text = json.dumps(card, indent=1)
+    write_together(
+        {
+            directory / WEIGHTS: lambda path: save_file(weights, path),
+            directory / CONFIG: lambda path: path.write_text(text),
+        }
+    )
     return directory
 
 
@@ -85,17 +116,25 @@ def load_routers(source: str | Path) -> Routers:
     Raises
     ------
     CheckpointError
-        If nothing is there, or what is there is broken.
+        If nothing is there, or what is there is broken, or its weights are not finite. Nothing is allocated for sizes
+        that the files only declare.
     """
     directory = Path(source)
     if not directory.is_dir():
         directory = _download(str(source))
     try:
-        card = json.loads((directory / CONFIG).read_text())
-        config = RouterConfig(**{**card["config"], "experts": tuple(card["config"]["experts"])})
-        routers = Routers(config, card["fingerprint"])
-        routers.load_state_dict({name: tensor.float() for name, tensor in load_file(directory / WEIGHTS).items()})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        card = read_json(directory / CONFIG)
+        config = RouterConfig.from_dict(card["config"])
+        saved = card["fingerprint"]
+        if saved is not None:
+            check_form(saved)
+        with open_tensors(directory / WEIGHTS) as tensors:
+            held = sum(map(math.prod, read_shapes(tensors).values()))
+            if held != config.num_layers * config.num_weights:  # before anything of that size is built
+                raise ValueError(f"{WEIGHTS} holds {held} weights, {CONFIG} describes another number")
+            routers = Routers(config, saved)
+            fill(routers, tensors)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"router: {source} cannot be read ({type(error).__name__}: {error}), expected {WEIGHTS} and {CONFIG} as "
             "written by save_routers. Save it again."
@@ -106,7 +145,7 @@ def load_routers(source: str | Path) -> Routers:
 @cache
 def read_fingerprint(directory: Path) -> dict[str, Any]:
     """Of the model that the routers in a directory belong to."""
-    return json.loads((directory / CONFIG).read_text())["fingerprint"]
+    return check_form(read_json(directory / CONFIG)["fingerprint"])
 
 
 def _download(repo_id: str) -> Path:

@@ -6,7 +6,10 @@ KVPressMoEError
 ├── UnsupportedModelError (ValueError)   a model class or configuration that a press cannot serve
 ├── UnsupportedInputError (ValueError)   an input (empty, padded, uncached) that a press cannot serve
 ├── CheckpointError (ValueError)         a router file that is broken or belongs to another model
-└── ExpertError (RuntimeError)           an expert failed to score, or returned something that is no score
+├── ExpertError (RuntimeError)           an expert failed to score, or returned something that is no score
+├── BusyError (RuntimeError)             the explorer's model is at work on another text
+├── NotFiniteError (ArithmeticError)     NaN or infinity where they would decide which pairs stay
+└── WriteError (OSError)                 a file could not be written; what was there before is intact
 """
 
 from __future__ import annotations
@@ -41,3 +44,15 @@ class CheckpointError(KVPressMoEError, ValueError):
 
 class ExpertError(KVPressMoEError, RuntimeError):
     """An expert could not score a layer."""
+
+
+class BusyError(KVPressMoEError, RuntimeError):
+    """The explorer's model works on one text at a time."""
+
+
+class NotFiniteError(KVPressMoEError, ArithmeticError):
+    """NaN or infinity in hidden states, keys, values, attention or scores of a prompt that is to be compressed."""
+
+
+class WriteError(KVPressMoEError, OSError):
+    """A file could not be written, for want of room or permission. What was there before is intact."""

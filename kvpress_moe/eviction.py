@@ -30,7 +30,7 @@ def best(scores: Float[Tensor, "*units S"], n_kept: int) -> Bool[Tensor, "*units
 
 def select(scores: Float[Tensor, "B H S"], n_kept: int) -> Int[Tensor, "B H K"]:
     """
-    Indices of the ``n_kept`` best pairs of each head, in their original order.
+    Indices of the :func:`best` pairs of each head, in their original order.
 
     kvpress leaves them in score order, which breaks presses that read positions from the cache index when a cache is
     compressed again.

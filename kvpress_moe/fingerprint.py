@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from kvpress_moe.errors import CheckpointError
 from kvpress_moe.model_support import language_model
+from kvpress_moe.untrusted import is_number, is_text, is_whole
 
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 _N_SAMPLES = 64
@@ -55,6 +56,23 @@ def fingerprint(config: Any, first_attention: nn.Module) -> dict[str, Any]:
     return {**sizes(config), "samples": samples(first_attention.o_proj.weight)}
 
 
+def check_form(saved: Any) -> dict[str, Any]:
+    """
+    A fingerprint that was read from a file, if it has the form of one.
+
+    Raises
+    ------
+    ValueError
+        If it has not.
+    """
+    if not isinstance(saved, dict) or not all(is_text(saved.get(n)) or is_whole(saved.get(n)) for n in _SIZES):
+        raise ValueError(f"fingerprint: expected {', '.join(_SIZES)}")
+    found = saved.get("samples")
+    if found is not None and not (isinstance(found, list) and len(found) == _N_SAMPLES and all(map(is_number, found))):
+        raise ValueError(f"fingerprint: expected {_N_SAMPLES} finite samples, or none")
+    return saved
+
+
 def check_fingerprint(
     saved: dict[str, Any], model: dict[str, Any], source: str, what: str = "router", min_cosine: float = _MIN_COSINE
 ) -> None:
@@ -82,7 +100,7 @@ def check_fingerprint(
             )
     if saved.get("samples") and model["samples"]:
         cosine = torch.cosine_similarity(torch.tensor(saved["samples"]), torch.tensor(model["samples"]), dim=0).item()
-        if cosine < min_cosine:
+        if not cosine >= min_cosine:  # NaN is no agreement
             raise CheckpointError(
                 f"{what}: {source} was made for another model of the same size (its weights agree to a cosine of "
                 f"{cosine:.4f}, expected at least {min_cosine}). Use a {what} of this model."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -46,12 +46,14 @@ class LayerCall:
         Routing weights of the pairs, once the call has been routed; per head only where a cache is compressed again.
     router : BaseMoERouter, optional
         The router that gave them.
-    ranks : dict of int -> Tensor (B, H, S)
-        Ranks within the head that experts gave, by the expert's index, where they were asked already.
+    ranks : Tensor, shape (B, E, H, S), optional
+        Ranks within the head that the experts besides ``learned`` gave, where they were asked already.
     projected : dict of str -> Tensor (B, Q, …)
         What the layer projected of the hidden states in its own forward, by the projection's name.
     row : int
         Of the batch, where this call is about one row of a padded one.
+    active : sequence of int
+        Experts with a non-zero weight somewhere, once the call has been routed.
     """
 
     module: nn.Module
@@ -62,9 +64,10 @@ class LayerCall:
     kwargs: Mapping[str, Any]
     weights: Tensor | None = None
     router: BaseMoERouter | None = None
-    ranks: dict[int, Tensor] = field(default_factory=dict)
+    ranks: Tensor | None = None
     projected: dict[str, Tensor] = field(default_factory=dict)
     row: int = 0
+    active: Sequence[int] = ()
 
     @property
     def layer_idx(self) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 # B = batch, H = KV heads, S = cached tokens, E = experts; h is H, or 1 where all heads share their weights
 
 
-def rank_within_head(scores: Float[Tensor, "B H S"]) -> Float[Tensor, "B H S"]:
+def rank_within_head(scores: Float[Tensor, "*B S"]) -> Float[Tensor, "*B S"]:
     """
     Replace scores by their mid-rank within the head, in (0, 1): the share of the head's pairs that score lower.
 
@@ -20,13 +20,26 @@ def rank_within_head(scores: Float[Tensor, "B H S"]) -> Float[Tensor, "B H S"]:
     """
     n_scores = scores.shape[-1]
     ordered, order = scores.sort(dim=-1)
-    places = torch.arange(n_scores, device=scores.device)
+    places = torch.arange(n_scores, device=scores.device, dtype=torch.int32)
     starts = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)  # of runs of equal scores
     ends = F.pad(starts[..., 1:], (0, 1), value=True)
     first = torch.where(starts, places, 0).cummax(-1).values
     last = torch.where(ends, places, n_scores).flip(-1).cummin(-1).values.flip(-1)
     ranks = (first + last + 1).to(torch.float32) / (2 * n_scores)
     return torch.empty_like(ranks).scatter_(-1, order, ranks).masked_fill_(scores.isnan(), torch.nan)
+
+
+def ranks_of(score_expert: Callable[[int], Float[Tensor, "B H S"]], experts: Sequence[int]) -> Float[Tensor, "B E H S"]:
+    """
+    Ranks within the head that some experts give: one sort for all of them.
+
+    Parameters
+    ----------
+    score_expert : callable
+        Expert index -> scores (B, H, S). Called once for each of ``experts``, for no other.
+    experts : sequence of int
+    """
+    return rank_within_head(torch.stack([score_expert(expert).float() for expert in experts], dim=1))
 
 
 def mix(
@@ -46,38 +59,36 @@ def mix(
     """
     if len(active) == 1:
         return score_expert(active[0])
-    mixed = None
-    for expert in active:  # one expert at a time: no tensor of shape (B, H, S, E) is ever made
-        ranks = rank_within_head(score_expert(expert)) * weights[..., expert]
-        mixed = ranks if mixed is None else mixed.add_(ranks)
-    return mixed
+    return (ranks_of(score_expert, active) * of_experts(weights, active)).sum(1)
 
 
 def mix_calibrated(
-    term: Callable[[int], Float[Tensor, "B H S"]],
-    active: Sequence[int],
-    weights: Float[Tensor, "B h S E"],
+    terms: Float[Tensor, "B E H S"],
+    experts: Sequence[int],
+    weights: Float[Tensor, "B h S E_all"],
     offset: Float[Tensor, " H"],
 ) -> Float[Tensor, "B H S"]:
     """
     Weighted sum over experts of calibrated terms: an estimate of log attention that compares across heads and layers.
 
-    Where the weights are equal, it is the plain sum of the terms (each weight is multiplied by E): a static mixture is
-    inside the class, and so is every expert alone.
+    Where the weights are equal, it is the plain sum of the terms (each weight is multiplied by the number of experts):
+    a static mixture is inside the class, and so is every expert alone.
 
     Parameters
     ----------
-    term : callable
-        Expert index -> its calibrated opinion (B, H, S). Called once for every active expert, for no other.
-    active : sequence of int
-        Experts with a non-zero weight somewhere.
-    weights : Tensor, shape (B, H or 1, S, E)
-        Routing weights, summing to 1 over E.
+    terms : Tensor, shape (B, E, H, S)
+        Calibrated opinions of the experts that judge any pair.
+    experts : sequence of int
+        Which ones they are.
+    weights : Tensor, shape (B, H or 1, S, all experts)
+        Routing weights, summing to 1.
     offset : Tensor, shape (H,)
         Of each head.
     """
-    num_experts = weights.shape[-1]
-    mixed = offset[:, None]
-    for expert in active:
-        mixed = mixed + term(expert) * (num_experts * weights[..., expert])
-    return mixed
+    return weights.shape[-1] * (terms * of_experts(weights, experts)).sum(1) + offset[:, None]
+
+
+def of_experts(weights: Float[Tensor, "B h S E_all"], experts: Sequence[int]) -> Float[Tensor, "B E h S"]:
+    """Routing weights of some experts, laid out like their scores; no copy where they are all."""
+    chosen = weights if len(experts) == weights.shape[-1] else weights[..., list(experts)]
+    return chosen.movedim(-1, 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
+from kvpress.presses.base_press import BasePress
 from torch import Tensor, nn
 from transformers import (
     Cache,
@@ -127,6 +128,47 @@ def check_can_serve_padding(cache: Cache | None, eager: bool, track_misses: bool
     )
 
 
+def check_unmasked(attention: nn.Module, press: BasePress) -> None:
+    """
+    Raise if another press that is hooked in masks pairs of a layer by their index, which an eviction would change.
+
+    Raises
+    ------
+    UnsupportedInputError
+    """
+    if getattr(attention, "masked_key_indices", None) is None:
+        return
+    hooked = [getattr(hook, "__self__", None) for hook in attention._forward_hooks.values()]
+    if any(isinstance(other, BasePress) and other is not press for other in hooked):
+        raise UnsupportedInputError(
+            f"press: another press masks pairs of layer {attention.layer_idx}, expected to be alone; after an eviction "
+            "its mask would hide others. Leave its `with` block first."
+        )
+
+
+def check_still_there(cache: Cache, n_judged: dict[int, int]) -> None:
+    """
+    Raise if another press evicted pairs of layers that wait for a shared budget.
+
+    Parameters
+    ----------
+    cache : Cache
+    n_judged : dict of int -> int
+        Pairs that each layer held when it was judged.
+
+    Raises
+    ------
+    UnsupportedInputError
+    """
+    for layer_idx, n_pairs in n_judged.items():
+        n_left = cache.layers[layer_idx].get_seq_length()
+        if n_left != n_pairs:
+            raise UnsupportedInputError(
+                f"press: another press evicted pairs of layer {layer_idx} ({n_left} of {n_pairs} are left) before the "
+                "shared budget was decided, expected to be alone. Leave its `with` block first."
+            )
+
+
 def is_compiled(module: Any) -> bool:
     """Whether a module was compiled, by ``torch.compile(module)``, in place, or by its forward."""
     return (
@@ -172,9 +214,10 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def forward_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model's forward by name."""
-    arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    return arguments | arguments.pop("kwargs", {})  # what forward takes as **kwargs
+    """The arguments of a model's forward pass by name, as a pre-hook gets them."""
+    named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    named |= named.pop("kwargs", {})  # what forward takes as **kwargs
+    return named
 
 
 def check_forward(model: nn.Module, kwargs: dict[str, Any]) -> bool:

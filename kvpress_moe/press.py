@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,25 +17,29 @@ from kvpress.utils import compute_n_kept, extract_keys_and_values
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvpress_moe.at_work import at_work, is_at_work
 from kvpress_moe.attention import per_kv_head
 from kvpress_moe.budget import mixed_keep_fraction, pairs_kept
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.cache.masks import fit_masks, fit_masks_after_forward
 from kvpress_moe.checkpoint import save_routers
-from kvpress_moe.errors import ExpertError, SettingError, UnsupportedInputError, UnsupportedModelError
+from kvpress_moe.errors import ExpertError, SettingError, UnsupportedModelError
 from kvpress_moe.eviction import evict, kept_mask, select
 from kvpress_moe.experts import Expert, OwnExpert, expert_specs, make_expert
 from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
+from kvpress_moe.finite import active_experts, check_finite
 from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.memory import RoutingMemory
 from kvpress_moe.misses import MissTracker
-from kvpress_moe.mixing import mix, mix_calibrated, rank_within_head
+from kvpress_moe.mixing import mix, mix_calibrated, ranks_of
 from kvpress_moe.model_support import (
     check_can_serve_padding,
     check_can_turn_ragged,
     check_forward,
     check_mask,
     check_model,
+    check_still_there,
+    check_unmasked,
     first_to_compress,
     forward_arguments,
     language_model,
@@ -44,6 +48,7 @@ from kvpress_moe.model_support import (
 )
 from kvpress_moe.padding import join_rows, rows_alone, text_starts
 from kvpress_moe.projections import Projections
+from kvpress_moe.reading import Reading
 from kvpress_moe.router_setup import (
     belong,
     check_routers,
@@ -154,7 +159,6 @@ class MoERouterPress(ScorerPress):
     _keep_fractions: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)  # by row
     _text_starts: list[int] | None = field(default=None, init=False, repr=False, compare=False)
     _shared: SharedBudget = field(default_factory=SharedBudget, init=False, repr=False, compare=False)
-    _at_work: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # ids of models
     _eager: bool = field(default=False, init=False, repr=False, compare=False)
     _open: bool = field(default=False, init=False, repr=False, compare=False)
     _open_top_k: bool = field(default=False, init=False, repr=False, compare=False)
@@ -303,35 +307,54 @@ class MoERouterPress(ScorerPress):
         """
         Compress every prompt that is prefilled inside the ``with`` block.
 
-        kvpress's own context manager, which owns the compression hooks, plus two things: inputs that a press would
-        compress wrongly without a word are refused before the first layer runs, and the ``rotary_emb`` that kvpress
-        puts on the attention layers is taken off again.
+        kvpress's own context manager, which owns the compression hooks, plus three things: inputs that a press would
+        compress wrongly without a word are refused before the first layer runs, a prompt that fails is undone (see
+        :class:`kvpress_moe.reading.Reading`), and the ``rotary_emb`` that kvpress puts on the attention layers is taken
+        off again.
+
+        Raises
+        ------
+        UnsupportedInputError
+            If this press or another MoERouterPress on this model is at work already.
         """
         check_model(model)
-        if id(model) in self._at_work:
-            raise UnsupportedInputError(
-                "press: this press is at work on this model already, expected one `with` block at a time; every prompt "
-                "would be compressed twice. Leave the inner block out."
-            )
-        stack = language_model(model)
-        bare = [layer.self_attn for layer in stack.layers if not hasattr(layer.self_attn, "rotary_emb")]
-        hooks = []
-        try:
-            with super().__call__(model):
-                hooks.append(model.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-                hooks.append(model.model.register_forward_hook(fit_masks_after_forward))
-                hooks.extend(self._projections.watch(model))
-                self._at_work.append(id(model))
-                yield
-        finally:
-            if id(model) in self._at_work:
-                self._at_work.remove(id(model))
-            for hook in hooks:
-                hook.remove()
+        reading = Reading(self._checkpoint)
+        with ExitStack() as leave:  # undoes all that was done, whatever happens in between
+            leave.enter_context(at_work(self, model))
+            leave.callback(self._projections.clear)
+            leave.callback(setattr, self, "_text_starts", None)
+            for layer in language_model(model).layers:
+                if not hasattr(layer.self_attn, "rotary_emb"):
+                    leave.callback(layer.self_attn._modules.pop, "rotary_emb", None)
+            leave.enter_context(super().__call__(model))
+            for hook in (reading.begin, self._before_forward):
+                leave.callback(model.model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            leave.callback(model.model.register_forward_hook(fit_masks_after_forward).remove)
+            leave.callback(model.model.register_forward_hook(reading.end, always_call=True).remove)
+            leave.callback(reading.close)
+            self._projections.watch(model, leave)
+            yield
+
+    @property
+    def _at_work(self) -> bool:
+        """Whether a ``with`` block of this press is open; otherwise a wrapper calls it."""
+        return is_at_work(self)
+
+    def _checkpoint(self, is_prompt: bool) -> Callable[[], None]:
+        """What takes back all that is counted in the forward pass that begins now."""
+        if not (is_prompt or self.track_misses):
+            return lambda: None  # nothing is counted
+        routers, counted = self._routers, self._stats.snapshot()
+        feedback = list(routers.buffers())
+
+        def take_back() -> None:
+            self._stats.restore(counted)
+            for rates, before in zip(routers.buffers(), feedback, strict=True):
+                rates.copy_(before)
+            self._shared.clear()
             self._projections.clear()
-            self._text_starts = None
-            for attention in bare:
-                attention._modules.pop("rotary_emb", None)
+
+        return take_back
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Refuse what would be compressed wrongly without a word, and note where the text of padded rows begins."""
@@ -448,47 +471,51 @@ class MoERouterPress(ScorerPress):
             )
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
         self.route(call)
-        return self.mix(call).clone(memory_format=torch.contiguous_format)  # wrappers write into scores
+        scores = self.mix(call)
+        check_finite(call, scores)
+        return scores.clone(memory_format=torch.contiguous_format)  # wrappers write into scores
 
     def compress(self, module, hidden_states, keys, values, attentions, kwargs) -> tuple[Tensor, Tensor]:
         """Score all pairs, keep the best within the budget in their original order, and record what that cost."""
         if self.compression_ratio == 0 or slides(module.config, module.layer_idx):
             return keys, values
+        if self._at_work:
+            check_unmasked(module, self)
         keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)  # an offloaded cache's are away
         projected = self._projections.of(module, hidden_states)
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs, projected=projected)
         parts = rows_alone(call, self._text_starts)
         for part in parts:
             self.route(part)
-        scores = [self.mix(part) for part in parts]
+        judged = [(self.mix(part), self.observe(part)) for part in parts]
+        for part, (scores, observation) in zip(parts, judged, strict=True):
+            check_finite(part, scores, observation.mass)
         n_kept = [self.n_kept(part) for part in parts]
         if self.scope != "uniform" or self._text_starts is not None:
-            self.compress_ragged(call, parts, scores, n_kept)
+            self.compress_ragged(call, judged, n_kept)
             return keys, values  # kvpress's hook stores them in the layer that was just replaced
-        indices = select(scores[0], n_kept[0])
-        self.record(call.layer_idx, self.observe(call), kept_mask(indices, call.k_len))
+        indices = select(scores, *n_kept)
+        self.record(call.layer_idx, observation, kept_mask(indices, call.k_len))
         self.remember(call, indices)
         if call.cache is not None:
             fit_masks(call.cache, module.config)
         return evict(keys, indices), evict(values, indices)
 
-    def compress_ragged(
-        self, call: LayerCall, parts: Sequence[LayerCall], scores: Sequence[Tensor], n_kept: Sequence[int]
-    ) -> None:
+    def compress_ragged(self, call: LayerCall, judged: list[tuple[Tensor, Observation]], n_kept: Sequence[int]) -> None:
         """
         Let heads compete for the budget, and turn layers whose pairs are decided into ragged ones.
 
-        ``parts`` are the call itself or, of a padded batch, its rows, each with scores (B or 1, H, S) and a budget.
+        ``judged`` are scores and observation of the whole batch or, of a padded one, of each row; each has a budget.
         """
         check_can_turn_ragged(call.cache, call.layer_idx, inside_wrapper=not self._at_work)
         if first_to_compress(call.module):
             self._shared.clear()
-        observed = [self.observe(part) for part in parts]
-        self._shared.add(call.layer_idx, list(zip(scores, observed, strict=True)))
+        self._shared.add(call.layer_idx, judged)
         if self.scope == "global" and not last_to_compress(call.module):
             return
-        min_share = 1.0 if self.scope == "uniform" else self.min_share
-        for layer_idx, decided in self._shared.decide(n_kept, min_share).items():
+        layers = self._shared.decide(n_kept, 1.0 if self.scope == "uniform" else self.min_share)
+        check_still_there(call.cache, dict.fromkeys(layers, call.k_len))
+        for layer_idx, decided in layers.items():
             for kept, observation in decided:
                 self.record(layer_idx, observation, kept)
             layer = call.cache.layers[layer_idx]
@@ -499,42 +526,43 @@ class MoERouterPress(ScorerPress):
 
     @torch.no_grad()
     def route(self, call: LayerCall) -> None:
-        """Decide who judges which pair: sets ``call.weights``, shape (B, 1 or H, S, E)."""
+        """Decide who judges which pair: sets ``call.weights``, shape (B, 1 or H, S, E), and ``call.active``."""
         if not self._at_work and first_to_compress(call.module):
             check_mask(call.kwargs.get("attention_mask"))  # inside a wrapper nobody has looked at it yet
         hidden_states = call.hidden_states
         router = self._routers_for(call.module).place(call.layer_idx, hidden_states.device, hidden_states.dtype)
         call.router = router
         output = router(hidden_states, self.top_k, self.capacity_factor)
+        call.weights = self._memory.align(call, output.weights)
+        call.active = active_experts(call, output.logits)
         assigned = output.chosen.sum((0, 1))  # (E,)
         n_tokens = output.chosen[..., 0].numel()
         self._stats.add(
             call.layer_idx, calls=1, tokens=n_tokens, aux_loss=output.aux_loss, assigned=assigned, used=assigned > 0
         )
-        call.weights = self._memory.align(call, output.weights)
 
     @torch.no_grad()
     def mix(self, call: LayerCall) -> Tensor:
         """Mixed score (B, H, S) of the experts that judge any pair; the others are not computed."""
-        active = call.routed.flatten(0, 2).any(0).nonzero().flatten().tolist()
 
         def score(index: int) -> Tensor:
             return self._experts[index].score(call, self.compression_ratio)
 
         calibration = call.router.calibration
         if calibration is None:
-            return mix(score, active, call.weights)
+            return mix(score, call.active, call.weights)
 
-        learned = {index for index, expert in enumerate(self._experts) if expert.name == "learned"}
-        asked = range(self.num_experts) if learned and call.router.learned.num_seen else active
-        call.ranks = {index: rank_within_head(score(index)) for index in asked if index not in learned}
-
-        def term(index: int) -> Tensor:
-            if index in learned:
-                return calibration.slope[:, index, None] * score(index)  # in log attention already
-            return calibration.term(call.ranks[index], index)
-
-        return mix_calibrated(term, active, call.weights, calibration.offset)
+        own = [index for index, expert in enumerate(self._experts) if expert.name == "learned"]
+        asked = range(self.num_experts) if own and call.router.learned.num_seen else call.active
+        ranked = [index for index in asked if index not in own]
+        terms: dict[int, Tensor] = {}
+        if ranked:
+            call.ranks = ranks_of(score, ranked)
+            terms = dict(zip(ranked, calibration.terms(call.ranks, ranked).unbind(1), strict=True))
+        for index in set(own) & set(call.active):
+            terms[index] = calibration.slope[:, index, None] * score(index)  # in log attention already
+        active = torch.stack([terms[index] for index in call.active], dim=1)
+        return mix_calibrated(active, call.active, call.weights, calibration.offset)
 
     def n_kept(self, call: LayerCall) -> int:
         """
@@ -597,6 +625,7 @@ class MoERouterPress(ScorerPress):
             call = LayerCall(module, kwargs["hidden_states"], keys, values, None, kwargs)
             masses = self._misses.masses(call)
             if masses is not None:
+                check_finite(call, mass=masses[1])
                 self._stats.add(call.layer_idx, hit=masses[0], mass=masses[1])
                 self._tell_router(call.layer_idx, *masses)
         return output

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from kvpress_moe.model_support import language_model
@@ -28,14 +28,13 @@ class Projections:
     def __getstate__(self) -> dict[str, Any]:
         return {"_layer": None, "_projected": {}}
 
-    def watch(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        """Hooks on the projections of all layers; the caller removes them."""
-        return [
-            getattr(layer.self_attn, name).register_forward_hook(self._keeping(layer.self_attn, name))
-            for layer in language_model(model).layers
-            for name in NAMES
-            if isinstance(getattr(layer.self_attn, name, None), nn.Module)
-        ]
+    def watch(self, model: PreTrainedModel, leave: ExitStack) -> None:
+        """Hook the projections of all layers, until ``leave`` is left."""
+        for attention in (layer.self_attn for layer in language_model(model).layers):
+            for name in NAMES:
+                projection = getattr(attention, name, None)
+                if isinstance(projection, nn.Module):
+                    leave.callback(projection.register_forward_hook(self._keeping(attention, name)).remove)
 
     def _keeping(self, attention: nn.Module, name: str):
         def keep(module: nn.Module, args: tuple, output: Tensor) -> None:

@@ -101,5 +101,10 @@ def check_routers(
             f"model {attention.config.num_hidden_layers} of width {attention.config.hidden_size}. Use a router of this "
             "model, or router=None."
         )
+    if routers.config.num_heads not in (0, attention.config.num_key_value_heads):
+        raise CheckpointError(
+            f"router: {source} was calibrated for {routers.config.num_heads} KV heads, the model has "
+            f"{attention.config.num_key_value_heads}. Use a router of this model, or router=None."
+        )
     if routers.fingerprint is not None and attention.layer_idx == 0:
         check_fingerprint(routers.fingerprint, fingerprint(attention.config, attention), source)

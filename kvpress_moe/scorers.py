@@ -47,7 +47,6 @@ def score_learned(call: LayerCall) -> Tensor:
             f"expert 'learned' got hidden states of {call.q_len} tokens for {call.k_len} pairs, expected one each. It "
             "judges prompts, not a cache that is compressed again; leave it out of `experts`."
         )
-    seen = (
-        torch.cat([call.ranks[index] for index in sorted(call.ranks)], dim=1) if call.router.learned.num_seen else None
-    )
-    return call.router.learned(call.hidden_states, seen if seen is None else seen.transpose(1, 2)).transpose(1, 2)
+    learned = call.router.learned
+    seen = call.ranks.flatten(1, 2).transpose(1, 2) if learned.num_seen else None  # (B, S, E·H)
+    return learned(call.hidden_states, seen).transpose(1, 2)

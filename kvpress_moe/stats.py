@@ -25,6 +25,15 @@ class RoutingStats:
         """Forget everything that was counted."""
         self._layers.clear()
 
+    def snapshot(self) -> dict[int, dict[str, Any]]:
+        """What :meth:`restore` takes; sums are never written in place, so this copies no tensor."""
+        return {layer_idx: dict(sums) for layer_idx, sums in self._layers.items()}
+
+    def restore(self, snapshot: dict[int, dict[str, Any]]) -> None:
+        """Go back to what was counted when the snapshot was taken."""
+        self._layers.clear()
+        self._layers.update(snapshot)
+
     def add(self, layer_idx: int, **counts: int | Tensor) -> None:
         """Add to a layer's sums."""
         sums = self._layers[layer_idx]

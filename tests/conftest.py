@@ -13,6 +13,7 @@ with warnings.catch_warnings():  # transformers imports hqq where it is installe
     warnings.simplefilter("ignore", DeprecationWarning)
     import transformers.cache_utils  # noqa: F401
 
+from tests.browser import Watched, chromium
 from tests.tiny import byte_tokenizer, tiny_model
 
 
@@ -55,3 +56,25 @@ def model_directory(llama, tokenizer, tmp_path_factory):
     llama.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")  # while it runs, this thread has an event loop, in which others' asyncio.run would fail
+def browser():
+    """Headless Chromium."""
+    with chromium() as launched:
+        yield launched
+
+
+@pytest.fixture
+def chromium_page(browser):
+    """Opens tabs: ``chromium_page(**context)``; fails the test if one of them complained."""
+    tabs = []
+
+    def open_tab(**context):
+        tabs.append(Watched(browser, **context))
+        return tabs[-1]
+
+    yield open_tab
+    for tab in tabs:
+        tab.context.close()
+    assert [complaint for tab in tabs for complaint in tab.complaints] == []

@@ -89,6 +89,20 @@ def mixed(expert_scores: list[torch.Tensor], routing: torch.Tensor) -> torch.Ten
     return result
 
 
+def mixed_calibrated(terms: torch.Tensor, routing: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Terms (B, E, H, S) of all experts, each times its weight and the number of experts, plus the head's offset."""
+    n_batch, num_experts, n_heads, n_tokens = terms.shape
+    result = torch.zeros(n_batch, n_heads, n_tokens)
+    for b in range(n_batch):
+        for h in range(n_heads):
+            for s in range(n_tokens):
+                result[b, h, s] = offset[h]
+                for e in range(num_experts):
+                    weight = routing[b, min(h, routing.shape[1] - 1), s, e]
+                    result[b, h, s] += num_experts * weight * terms[b, e, h, s]
+    return result
+
+
 def mass_by_expert(mass: torch.Tensor, routed: torch.Tensor) -> list[float]:
     n_batch, n_heads, n_tokens = mass.shape
     totals = [0.0] * routed.shape[-1]
@@ -99,3 +113,14 @@ def mass_by_expert(mass: torch.Tensor, routed: torch.Tensor) -> list[float]:
                     if routed[b, min(h, routed.shape[1] - 1), s, e]:
                         totals[e] += mass[b, h, s].item()
     return totals
+
+
+def shared(scores: torch.Tensor, n_kept: int, min_share: float) -> list[list[int]]:
+    """[unit, position] of the pairs that stay: each unit's best few, then the best of all the others."""
+    n_units, n_tokens = scores.shape
+    pairs = [[unit, position] for unit in range(n_units) for position in range(n_tokens)]
+    best_first = sorted(pairs, key=lambda pair: -scores[pair[0], pair[1]].item())  # Python's sort is stable
+    floor = max(1, int(n_kept * min_share))
+    kept = [pair for unit in range(n_units) for pair in [p for p in best_first if p[0] == unit][:floor]]
+    others = [pair for pair in best_first if pair not in kept]
+    return sorted(kept + others[: n_units * n_kept - len(kept)])

@@ -39,7 +39,8 @@ def test_both_guides_hold_the_same_code():
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
+    others = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    for page in dict.fromkeys([*PAGES, *others]):
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"

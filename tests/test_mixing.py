@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpress_moe.mixing import mix, rank_within_head
+from kvpress_moe.mixing import mix, mix_calibrated, rank_within_head
 from tests import reference
 
 
@@ -51,3 +51,17 @@ def test_experts_that_nobody_was_routed_to_are_not_computed():
 
     mix(score, [0, 2], torch.tensor([0.5, 0.0, 0.5]).expand(1, 1, 5, 3))
     assert asked == [0, 2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 10), st.integers(2, 4), st.booleans(), st.booleans(), st.integers(0, 2**31))
+def test_the_calibrated_sum_equals_a_naive_loop(n_tokens, num_experts, per_head, one_idle, seed):
+    generator = torch.Generator().manual_seed(seed)
+    terms = torch.randn(2, num_experts, 3, n_tokens, generator=generator)
+    weights = torch.rand(2, 3 if per_head else 1, n_tokens, num_experts, generator=generator)
+    active = list(range(num_experts))
+    if one_idle:
+        weights[..., active.pop(0)] = 0
+    offset = torch.randn(3, generator=generator)
+    mixed = mix_calibrated(terms[:, active], active, weights, offset)
+    torch.testing.assert_close(mixed, reference.mixed_calibrated(terms, weights, offset))

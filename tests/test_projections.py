@@ -1,6 +1,7 @@
 """Experts get the queries and keys that the layer projected itself: nothing is projected twice, and nothing is kept."""
 
 import pickle
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -69,12 +70,12 @@ def test_nothing_is_held_after_a_prompt_or_an_error(llama):
 def test_other_hidden_states_are_projected_anew(llama):
     projections = Projections()
     attention = decoder(llama).layers[0].self_attn
-    hooks = projections.watch(llama)
     hidden_states = torch.randn(1, 5, 32)
-    expected = attention.k_proj(hidden_states)
+    with ExitStack() as leave:
+        projections.watch(llama, leave)
+        expected = attention.k_proj(hidden_states)
     assert torch.equal(projections.of(attention, hidden_states)["k_proj"], expected)
     assert projections.of(attention, hidden_states.clone()) == {}
     assert projections.of(decoder(llama).layers[1].self_attn, hidden_states) == {}
     assert pickle.loads(pickle.dumps(projections))._projected == {}
-    for hook in hooks:
-        hook.remove()
+    assert not attention.k_proj._forward_hooks

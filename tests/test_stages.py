@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpress.utils import compute_n_kept
 
-from kvpress_moe.budget import mixed_keep_fraction, pairs_kept
+from kvpress_moe.budget import mixed_keep_fraction, pairs_kept, share
 from kvpress_moe.errors import ExpertError
 from kvpress_moe.eviction import evict, kept_mask, select
 from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
@@ -16,8 +16,8 @@ from tests import reference
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.floats(0, 0.99), st.integers(0, 2**31))
-def test_the_best_pairs_stay_in_their_original_order(n_tokens, ratio, seed):
-    scores = torch.randn(2, 3, n_tokens, generator=torch.Generator().manual_seed(seed))
+def test_the_best_pairs_stay_in_their_original_order_and_of_equals_the_first(n_tokens, ratio, seed):
+    scores = torch.randn(2, 3, n_tokens, generator=torch.Generator().manual_seed(seed)).mul(4).round()
     n_kept = compute_n_kept(n_tokens, ratio)
     indices = select(scores, n_kept)
     for head, kept in zip(scores.flatten(0, 1), indices.flatten(0, 1), strict=True):
@@ -38,6 +38,15 @@ def test_of_equal_scores_the_first_ones_stay(n_tokens, n_values, ratio, seed):
     for head, kept in zip(scores.flatten(0, 1), select(scores, n_kept).flatten(0, 1), strict=True):
         first = sorted(range(n_tokens), key=lambda s: -head[s].item())[:n_kept]  # Python's sort is stable
         assert kept.tolist() == sorted(first)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 30), st.floats(0, 0.99), st.floats(0, 1), st.integers(0, 2**31))
+def test_units_share_as_a_naive_loop_says_and_of_equals_the_first_stays(n_units, n_tokens, ratio, min_share, seed):
+    scores = torch.randn(2, n_units, n_tokens, generator=torch.Generator().manual_seed(seed)).mul(4).round()
+    n_kept = compute_n_kept(n_tokens, ratio)
+    for row, kept in zip(scores, share(scores, n_kept, min_share), strict=True):
+        assert kept.nonzero().tolist() == reference.shared(row, n_kept, min_share)
 
 
 @settings(max_examples=40, deadline=None)

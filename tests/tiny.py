@@ -39,6 +39,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from kvpress_moe.routers import RouterConfig, Routers
+
 VOCABULARY = 300
 
 _TEXT: dict[str, Any] = {
@@ -116,6 +118,29 @@ def tiny_model(family: str, *, attn_implementation: str = "sdpa", dtype=torch.fl
         if name.endswith("norm.weight"):  # plain ones would hide a forgotten norm
             torch.nn.init.normal_(weight, mean=0.0 if family.startswith("gemma") else 1.0, std=0.2)
     return model.eval()
+
+
+def calibrated_routers(model: PreTrainedModel, experts=("learned", "keydiff", "cur"), seed: int = 0) -> Routers:
+    """Routers such as training leaves them, with random weights: gate, calibration and learned expert are at work."""
+    config = model.config.get_text_config(decoder=True)
+    routers = Routers(
+        RouterConfig(
+            "pikv",
+            tuple(experts),
+            config.num_hidden_layers,
+            config.hidden_size,
+            bottleneck=8,
+            trained=True,
+            num_heads=config.num_key_value_heads,
+            learned=8 if "learned" in experts else 0,
+            learned_sees="learned" in experts,
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in routers.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return routers
 
 
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "

@@ -105,7 +105,9 @@ def set_ratio(press: BasePress, ratio: float) -> None:
 def seeded(seed: int):
     """Presses that draw random numbers draw the same ones whoever was judged before them."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed notes a traceback for a GPU that may never come
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
         yield
 
 

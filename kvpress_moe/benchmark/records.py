@@ -6,16 +6,21 @@ import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.errors import SettingError
+from kvpress_moe.untrusted import MAX_JSON, check_is_file, is_number, is_text, is_whole, parse_json, read_json
 
 FORMAT = 1
 COLUMNS = ("method", "ratio", "score", "nll", "kl", "hit", "pairs", "bytes", "seconds")
 HEADER, RECORDS = "run.json", "records.jsonl"
+_MOST_PACKED = 50  # times that records may grow when they are unpacked; real ones grow four times
+
+_UNREADABLE = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError)
 
 #: What two sessions of one run must have in common.
 _IDENTITY = ("format", "model", "fingerprint", "seed", "split", "setting", "sinks", "recent", "min_share")
@@ -78,13 +83,16 @@ class Records:
         """Unpack records that were gzipped; cut off a last line that was not written to its end."""
         packed = self.path.with_suffix(".jsonl.gz")
         if packed.exists() and not self.path.exists():
-            write_atomically(self.path, lambda path: path.write_bytes(gzip.decompress(packed.read_bytes())))
+            write_atomically(self.path, lambda path: _unpack(packed, path))
             packed.unlink()
         if not self.path.exists():
             return
-        with self.path.open("rb+") as file:
-            data = file.read()
-            file.truncate(data.rfind(b"\n") + 1)
+        try:
+            with self.path.open("rb+") as file:
+                data = file.read()
+                file.truncate(data.rfind(b"\n") + 1)
+        except OSError as error:
+            raise SettingError("out", str(self.path), "a file that can be written", f"{error}.") from error
 
     def done(self) -> dict[str, set[tuple[str, float]]]:
         """Sample -> the cells (method, ratio) that are recorded."""
@@ -133,23 +141,97 @@ def read_header(directory: Path) -> dict[str, Any]:
     """The header of a run; raises SettingError where there is none that can be read."""
     path = Path(directory) / HEADER
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
+        header = read_json(path)
+        if not isinstance(header, dict):
+            raise ValueError("expected an object")
     except (OSError, ValueError) as error:
         raise SettingError(
             "RUN", str(directory), f"a directory with a {HEADER}", f"{type(error).__name__}: {error}"
         ) from error
     if header.get("format") != FORMAT:
-        raise SettingError("RUN", str(path), f"format {FORMAT}", f"It says {header.get('format')!r}.")
+        raise SettingError("RUN", str(path), f"format {FORMAT}", f"It says {str(header.get('format'))[:80]!r}.")
+    try:
+        _check_header(header)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise SettingError("RUN", str(path), "a header that `bench` wrote", text) from error
     return header
 
 
+def _check_header(header: dict[str, Any]) -> None:
+    """Raise unless a header says all that a report needs, in the right types."""
+    for name in ("model", "setting", "split"):
+        if not is_text(header[name]):
+            raise ValueError(f"{name}: expected a text")
+    for name in ("seed", "sinks", "recent"):
+        if not is_number(header[name]):
+            raise ValueError(f"{name}: expected a number")
+    if not isinstance(header["commands"], list):
+        raise ValueError("commands: expected a list")
+    texts = (header["commands"], header["versions"], header["versions"].values(), header["methods"])
+    if not all(is_text(text) for several in texts for text in several):
+        raise ValueError("commands, versions or methods: expected texts")
+    if not all(is_text(about.get("group", "")) for about in header["methods"].values()):
+        raise ValueError("methods: expected the group of each")
+
+
 def read_records(directory: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run, plain or gzipped; a last line that was cut short is left out."""
+    """
+    The lines of a run, plain or gzipped; a last line that was cut short is left out.
+
+    Raises
+    ------
+    SettingError
+        If a line is no record, or longer than a MiB, or the file cannot be read.
+    """
     plain = Path(directory) / RECORDS
     path = plain if plain.exists() else plain.with_suffix(".jsonl.gz")
     if not path.exists():
         return
+    number = 1
+    try:
+        for line in _lines(path):
+            record = parse_json(line.decode())
+            _check_record(record)
+            yield record
+            number += 1
+    except _UNREADABLE as error:
+        text = f"Line {number}: {type(error).__name__}: {error}"
+        raise SettingError("RUN", str(path), "records that `bench` wrote", text) from error
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The whole lines of a file, plain or gzipped; raises ValueError where one is too long, or all of them are."""
+    check_is_file(path)
+    left = _MOST_PACKED * path.stat().st_size + MAX_JSON
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        while (line := file.readline(MAX_JSON + 1)).endswith(b"\n"):
+            left -= len(line)
+            if left < 0:
+                raise ValueError(f"more than {_MOST_PACKED} times the packed size")
+            yield line
+        if len(line) > MAX_JSON:
+            raise ValueError(f"a line of more than {MAX_JSON} bytes")
+
+
+def _unpack(packed: Path, path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            file.writelines(_lines(packed))
+    except _UNREADABLE as error:
+        raise SettingError("out", str(packed), "gzipped records", f"{type(error).__name__}: {error}") from error
+
+
+def _check_record(record: Any) -> None:
+    """Raise unless a record has the form that ``bench`` gives it."""
+    if not (is_text(record["sample"]) and is_text(record["task"]) and is_whole(record["length"])):
+        raise ValueError("sample, task or length is wrong")
+    if not all(record.get(name) is None or is_number(record[name]) for name in ("depth", "prefill_s")):
+        raise ValueError("depth or prefill_s is no number")
+    if record["columns"] != list(COLUMNS):
+        raise ValueError(f"columns: expected {', '.join(COLUMNS)}")
+    for method, ratio, *values in record["results"]:
+        if not (is_text(method) and is_number(ratio) and 0 <= ratio <= 1 and len(values) == len(COLUMNS) - 2):
+            raise ValueError(f"results: expected rows of {', '.join(COLUMNS)}")
+        if not all(value is None or is_number(value) for value in values):
+            raise ValueError("results: expected numbers or null")

@@ -18,19 +18,23 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.errors import SettingError
 from kvpress_moe.model_support import language_model
 from kvpress_moe.prefill import cache_bytes
 from kvpress_moe.press import MoERouterPress
 from kvpress_moe.replay import ReplayScores
+from kvpress_moe.router_setup import shipped_routers
 
 NONE = "no press"
+TRAINED = "MoERouter (trained)"  # where routers ship for the model
+ROUTING = "its router and gate alone"
 #: Presses by name, made for a compression ratio; those of kvpress after ours.
 OURS: dict[str, Callable[[float], BasePress]] = {
-    "MoERouter, guide": partial(MoERouterPress, experts="guide"),
-    "MoERouter, guide's eight": partial(MoERouterPress, num_experts=8),
-    "MoERouter, strong": partial(MoERouterPress, experts="strong"),
-    "MoERouter, trained": MoERouterPress,
+    "MoERouter (guide)": partial(MoERouterPress, num_experts=4),
+    "MoERouter (guide's eight)": partial(MoERouterPress, num_experts=8),
+    "MoERouter (strong)": partial(MoERouterPress, experts="strong"),
+    TRAINED: MoERouterPress,
 }
 THEIRS: dict[str, Callable[[float], BasePress]] = {
     "SnapKV": kvpress.SnapKVPress,
@@ -50,7 +54,8 @@ class Row:
 
     Attributes
     ----------
-    what : {"prefill", "decode"}
+    what : {"prefill", "route", "decode"}
+        ``"route"``: the part of the trained press's prefill that its routers and gates take.
     name : str
         The press; or how much of the cache is left.
     tokens, batch : int
@@ -61,6 +66,9 @@ class Row:
         The median over that of no press, or of the full cache.
     extra_peak_bytes : int
         By how much the peak of tensors' memory exceeds that of no press; of a decoding row the bytes of the cache.
+    in_press : float, optional
+        Median of the seconds of a prefill that passed inside the press's hooks; on a CPU alone, since a GPU works on
+        while the hooks return.
     """
 
     what: str
@@ -72,22 +80,30 @@ class Row:
     slowest: float
     ratio: float
     extra_peak_bytes: int
+    in_press: float | None = None
 
 
-def small_llama(n_tokens: int, device: str = "cpu") -> PreTrainedModel:
-    """A Llama with random weights whose attention dominates: 8 layers, 16 query and 4 KV heads of 64."""
+def small_llama(n_tokens: int, device: str = "cpu", num_layers: int = 8, num_heads: int = 16) -> PreTrainedModel:
+    """A Llama with random weights whose attention dominates: heads of 64, four of which share a KV head."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=1000,
-            hidden_size=1024,
-            intermediate_size=1024,
-            num_hidden_layers=8,
-            num_attention_heads=16,
-            num_key_value_heads=4,
+            hidden_size=64 * num_heads,
+            intermediate_size=64 * num_heads,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_heads // 4,
             max_position_embeddings=n_tokens + 1000,
         )
         return LlamaForCausalLM(config).eval().to(device)
+
+
+#: Models with random weights, by the name that the command knows them by.
+RANDOM_MODELS: dict[str, Callable[[int, str], PreTrainedModel]] = {
+    "random": small_llama,
+    "tiny": partial(small_llama, num_layers=2, num_heads=8),
+}
 
 
 def seconds(device: torch.device, work: Callable[[], Any]) -> float:
@@ -151,6 +167,28 @@ def unmask(model: PreTrainedModel) -> None:
         layer.self_attn.masked_key_indices = None
 
 
+class Stopwatch:
+    """Seconds that a press spends in one of its methods, counted from outside."""
+
+    def __init__(self, press: BasePress, method: str):
+        self.seconds = 0.0
+        timed = getattr(press, method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return timed(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        setattr(press, method, watched)
+
+    def take(self) -> float:
+        """The seconds since the last take."""
+        taken, self.seconds = self.seconds, 0.0
+        return taken
+
+
 def prefill_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -160,11 +198,18 @@ def prefill_rows(
     presses: dict[str, Callable[[float], BasePress]],
 ) -> list[Row]:
     """Prefill under each press in turn, round after round; the first round warms up and counts memory."""
+    made = {name: make(ratio) for name, make in presses.items()}
+    watches: dict[str, Stopwatch] = {}
+    if model.device.type == "cpu":
+        watches = {name: Stopwatch(press, "forward_hook") for name, press in made.items()}
+        if TRAINED in made:
+            watches[ROUTING] = Stopwatch(made[TRAINED], "route")
     works: dict[str, Callable[[], Any]] = {NONE: partial(read_prompt, model, input_ids, None)}
-    works |= {name: partial(read_prompt, model, input_ids, make(ratio)) for name, make in presses.items()}
+    works |= {name: partial(read_prompt, model, input_ids, press) for name, press in made.items()}
     if tokenizer is not None and len(input_ids) == 1:
         works[KVZIP] = partial(read_and_replay, model, tokenizer, input_ids)
     times: dict[str, list[float]] = {name: [] for name in works}
+    inside: dict[str, list[float]] = {name: [] for name in watches}
     peaks: dict[str, int] = {}
     for round_number in range(rounds + 1):
         for name, work in works.items():
@@ -173,8 +218,18 @@ def prefill_rows(
             else:
                 peaks[name] = peak_bytes(model.device, work)
             unmask(model)
+        for name, watch in watches.items():
+            spent = watch.take()
+            if round_number:
+                inside[name].append(spent)
     base = statistics.median(times[NONE])
-    return [_row("prefill", name, input_ids, times[name], base, peaks[name] - peaks[NONE]) for name in works]
+    rows = []
+    for name in works:
+        in_press = statistics.median(inside[name]) if name in inside else None
+        rows.append(_row("prefill", name, input_ids, times[name], base, peaks[name] - peaks[NONE], in_press))
+        if name == TRAINED and ROUTING in inside:
+            rows.append(_row("route", ROUTING, input_ids, inside[ROUTING], base, 0))
+    return rows
 
 
 def decode_rows(
@@ -204,10 +259,18 @@ def decode(model: PreTrainedModel, cache: DynamicCache, input_ids: Tensor, n_new
         layer.crop(length)
 
 
-def _row(what: str, name: str, input_ids: Tensor, times: list[float], base: float, n_bytes: int) -> Row:
+def _row(
+    what: str,
+    name: str,
+    input_ids: Tensor,
+    times: list[float],
+    base: float,
+    n_bytes: int,
+    in_press: float | None = None,
+) -> Row:
     batch, tokens = input_ids.shape
     median = statistics.median(times)
-    return Row(what, name, tokens, batch, median, min(times), max(times), median / base, n_bytes)
+    return Row(what, name, tokens, batch, median, min(times), max(times), median / base, n_bytes, in_press)
 
 
 @dataclass(frozen=True)
@@ -266,9 +329,13 @@ def measure(
         For KVzip, which is left out without it.
     plan : SpeedPlan
     presses : dict, optional
-        Name -> function of the ratio; ours and those of kvpress otherwise.
+        Name -> function of the ratio; ours and those of kvpress otherwise. The trained press is left out where no
+        routers ship for the model.
     """
     plan.check()
+    presses = dict(presses or OURS | THEIRS)
+    if shipped_routers(language_model(model).layers[0].self_attn) is None:
+        presses.pop(TRAINED, None)
     limit = model.config.get_text_config(decoder=True).max_position_embeddings
     settings = [(length, batch) for length in plan.lengths for batch in plan.batches if length * batch <= plan.longest]
     for length, _ in settings:
@@ -280,30 +347,35 @@ def measure(
     for done, (length, batch) in enumerate(settings):
         progress(done, len(settings))
         input_ids = torch.randint(0, vocabulary, (batch, length), generator=generator).to(model.device)
-        rows += prefill_rows(model, tokenizer, input_ids, plan.ratio, plan.rounds, presses or OURS | THEIRS)
+        rows += prefill_rows(model, tokenizer, input_ids, plan.ratio, plan.rounds, presses)
         rows += decode_rows(model, input_ids, MoERouterPress, plan.new_tokens, plan.rounds)
     progress(len(settings), len(settings))
     return rows
 
 
-def slopes(rows: Sequence[Row], name: str) -> tuple[float, float] | None:
+def growth(rows: Sequence[Row], name: str) -> dict[str, tuple[float, float]]:
     """
-    Compression time of a press over the prompt's length on a double logarithmic scale: slope and R² of a straight line.
+    How a press's time and extra memory grow with the prompt's length: slope and R² of a straight line on a double
+    logarithmic scale, of ``"seconds"`` inside the press and of ``"bytes"``. A slope of 1 is linear.
 
-    A slope of 1 is linear. None with fewer than three lengths, or where the press cost nothing that could be measured.
+    Nothing with fewer than three lengths, or where there is nothing to measure.
     """
-    base = {(row.tokens, row.batch): row.seconds for row in rows if row.what == "prefill" and row.name == NONE}
-    points = [
-        (row.tokens, row.seconds - base[row.tokens, 1])
-        for row in rows
-        if row.what == "prefill" and row.name == name and row.batch == 1
-    ]
-    if len(points) < 3 or min(cost for _, cost in points) <= 0:
-        return None
+    of_name = [row for row in rows if row.what == "prefill" and row.name == name and row.batch == 1]
+    measured = {
+        "seconds": [(row.tokens, row.in_press or 0.0) for row in of_name],
+        "bytes": [(row.tokens, row.extra_peak_bytes) for row in of_name],
+    }
+    return {
+        what: _line(points)
+        for what, points in measured.items()
+        if len(points) >= 3 and min(cost for _, cost in points) > 0
+    }
+
+
+def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     x, y = torch.tensor(points, dtype=torch.float64).log().T
     x, y = x - x.mean(), y - y.mean()
-    slope = (x @ y / (x @ x)).item()
-    return slope, ((x @ y) ** 2 / ((x @ x) * (y @ y))).item()
+    return (x @ y / (x @ x)).item(), ((x @ y) ** 2 / ((x @ x) * (y @ y))).item()
 
 
 def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
@@ -317,14 +389,24 @@ def markdown(rows: Sequence[Row]) -> str:
     for (tokens, batch), of_setting in _by_setting(rows).items():
         full = next((row.extra_peak_bytes for row in of_setting if row.what == "decode" and row.name == "full"), 0)
         lines += ["", f"### {tokens:,} tokens, batch {batch}", ""]
-        lines += ["| prefill with | seconds (spread) | to no press | extra peak memory | of the full cache |"]
-        lines += ["|---|---|---|---|---|"]
+        lines += [
+            "| prefill with | seconds (spread) | to no press | in the press | extra peak memory | of the full cache |"
+        ]
+        lines += ["|---|---|---|---|---|---|"]
+        base = next((row.seconds for row in of_setting if row.name == NONE), None)
         for row in of_setting:
-            if row.what == "prefill":
-                share = f"{row.extra_peak_bytes / full:.0%}" if full else ""
-                spread = f"{row.seconds:.3f} ({row.fastest:.3f} to {row.slowest:.3f})"
-                peak = f"{row.extra_peak_bytes / 2**20:.1f} MiB"
-                lines.append(f"| {row.name} | {spread} | {row.ratio:.3f} | {peak} | {share} |")
+            if row.what == "decode":
+                continue
+            spread = f"{row.seconds:.3f} ({row.fastest:.3f} to {row.slowest:.3f})"
+            cells = [row.name, spread, f"{row.ratio:.3f}"]
+            cells += [f"{row.in_press / base:.1%}" if row.in_press is not None and base else ""]
+            counted = row.what == "prefill" and full
+            cells += (
+                [f"{row.extra_peak_bytes / 2**20:.1f} MiB", f"{row.extra_peak_bytes / full:.0%}"]
+                if counted
+                else [""] * 2
+            )
+            lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "| cache left | ms per token (spread) | to the full cache | MiB |", "|---|---|---|---|"]
         for row in of_setting:
             if row.what == "decode":
@@ -342,12 +424,10 @@ def _by_setting(rows: Sequence[Row]) -> dict[tuple[int, int], list[Row]]:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Prefill time over that of no press, and extra peak memory, over length (batch 1), as PNG."""
-    import matplotlib
+    from kvpress_moe.plots.style import Plot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (times, memory) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure = Plot(9, 4)
+    times, memory = figure.subplots(1, 2)
     names = list(dict.fromkeys(row.name for row in rows if row.what == "prefill"))
     for number, name in enumerate(names):
         of_name = [row for row in rows if row.what == "prefill" and row.name == name and row.batch == 1]
@@ -365,5 +445,4 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.grid(alpha=0.3)
     times.set_ylim(top=min(times.get_ylim()[1], 2.0))
     figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

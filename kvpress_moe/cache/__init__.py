@@ -3,7 +3,8 @@
 from kvpress_moe.cache.files import SavedCache as SavedCache
 from kvpress_moe.cache.files import load_cache as load_cache
 from kvpress_moe.cache.files import save_cache as save_cache
+from kvpress_moe.cache.kept import kept_pairs as kept_pairs
 from kvpress_moe.cache.ragged import RaggedCache as RaggedCache
 from kvpress_moe.cache.ragged import RaggedLayer as RaggedLayer
 
-__all__ = ["RaggedCache", "RaggedLayer", "SavedCache", "load_cache", "save_cache"]
+__all__ = ["RaggedCache", "RaggedLayer", "SavedCache", "kept_pairs", "load_cache", "save_cache"]

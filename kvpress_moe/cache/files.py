@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -20,12 +19,26 @@ from kvpress_moe.cache.masks import ShortenedLayer, WholeSlidingLayer
 from kvpress_moe.cache.ragged import RaggedLayer
 from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.errors import CheckpointError, UnsupportedInputError
-from kvpress_moe.fingerprint import check_fingerprint, fingerprint
+from kvpress_moe.fingerprint import check_fingerprint, check_form, fingerprint
 from kvpress_moe.model_support import language_model
+from kvpress_moe.untrusted import (
+    MAX_JSON,
+    check_finite,
+    check_shapes,
+    is_text,
+    is_whole,
+    open_tensors,
+    parse_json,
+    read_shapes,
+)
 
 FORMAT = "kvpress-moe cache 1"
 _MIN_COSINE = 0.9999  # pairs of a fine-tune or of a 4-bit copy are other pairs
 _DENSE = {"dense": DynamicLayer, "shortened": ShortenedLayer, "sliding": WholeSlidingLayer}
+_TENSORS = {
+    "ragged": ("flat_keys", "flat_values", "new_keys", "new_values"),
+    **dict.fromkeys(_DENSE, ("keys", "values")),
+}
 
 
 @dataclass(frozen=True)
@@ -77,14 +90,13 @@ def save_cache(
     Raises
     ------
     UnsupportedInputError
-        For layers that cannot be stored (quantised, windows of their own).
+        For layers that cannot be stored (quantised, windows of their own), or batches of thousands of rows.
     """
     tensors: dict[str, Tensor] = {}
     layers = []
     for layer_idx, layer in enumerate(cache.layers):
         if isinstance(layer, RaggedLayer):
-            names, facts = ("flat_keys", "flat_values", "new_keys", "new_values"), {"lengths": layer.lengths}
-            facts |= {"kind": "ragged", "n_read": layer.n_read}
+            facts = {"kind": "ragged", "lengths": layer.lengths, "n_read": layer.n_read}
         else:
             kind = next((kind for kind, layer_class in _DENSE.items() if type(layer) is layer_class), None)
             if kind is None:
@@ -92,9 +104,9 @@ def save_cache(
                     f"cache: layer {layer_idx} is a {type(layer).__name__}, expected ragged layers or a plain "
                     "DynamicCache. Prefill into DynamicCache()."
                 )
-            names, facts = ("keys", "values"), {"kind": kind}
+            facts = {"kind": kind}
         layers.append(facts)
-        tensors |= {f"{layer_idx}.{name}": getattr(layer, name).contiguous().cpu() for name in names}
+        tensors |= {f"{layer_idx}.{name}": getattr(layer, name).contiguous().cpu() for name in _TENSORS[facts["kind"]]}
     header = {
         "format": FORMAT,
         "fingerprint": fingerprint(model.config.get_text_config(decoder=True), _first_attention(model)),
@@ -105,6 +117,10 @@ def save_cache(
         "versions": {name: version(name) for name in ("kvpress-moe", "kvpress", "torch", "transformers")},
     }
     text = json.dumps(header)
+    if len(text) > MAX_JSON:
+        raise UnsupportedInputError(
+            f"cache: its description takes {len(text)} characters, expected at most {MAX_JSON}. Save fewer rows a file."
+        )
     metadata = {"header": text, "sha256": _digest(text, tensors)}
     path = Path(path)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -118,45 +134,84 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
     Raises
     ------
     CheckpointError
-        If the file is missing, truncated, altered, or of another model.
+        If the file is missing, truncated, altered, of another model, or does not fit the model.
     """
+    path = Path(path)
+    config = model.config.get_text_config(decoder=True)
+    attentions = [layer.self_attn for layer in language_model(model).layers]
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            shapes = read_shapes(file)
+            if len(shapes) > 4 * len(attentions):
+                raise ValueError(f"{len(shapes)} tensors for {len(attentions)} layers")
+            tensors = {name: file.get_tensor(name) for name in shapes}
         text = metadata["header"]
         intact = metadata["sha256"] == _digest(text, tensors)
-        header = json.loads(text)
+        header = parse_json(text)
         known = header["format"] == FORMAT
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"cache: {path} cannot be read ({type(error).__name__}: {error}), expected a file written by save_cache. "
-            "Compress the text again."
-        ) from error
+        saved = check_form(header["fingerprint"])
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise _unreadable(path, error) from error
     if not (intact and known):
         raise CheckpointError(
             f"cache: {path} was altered since it was written, or by another format (expected {FORMAT!r}). "
             "Compress the text again."
         )
-    own = fingerprint(model.config.get_text_config(decoder=True), _first_attention(model))
-    check_fingerprint(header["fingerprint"], own, str(path), what="cache", min_cosine=_MIN_COSINE)
-    cache = DynamicCache()
-    for layer_idx, facts in enumerate(header["layers"]):
-        cache.layers.append(_restore(facts, layer_idx, tensors, model.device))
-    return SavedCache(cache, header["n_tokens"], header["token_hash"], header["recipe"])
+    check_fingerprint(saved, fingerprint(config, attentions[0]), str(path), what="cache", min_cosine=_MIN_COSINE)
+    try:
+        n_tokens, token_hash, recipe = header["n_tokens"], header["token_hash"], header["recipe"]
+        if not (is_whole(n_tokens) and is_text(token_hash) and is_text(recipe)):
+            raise ValueError("n_tokens, token_hash or recipe is not what it should be")
+        cache, batch_sizes = DynamicCache(), set()
+        for layer_idx, (facts, attention) in enumerate(zip(header["layers"], attentions, strict=True)):
+            own = {name: tensors.pop(f"{layer_idx}.{name}") for name in _TENSORS[facts["kind"]]}
+            batch_sizes.add(_check_layer(facts, own, (config.num_key_value_heads, attention.head_dim)))
+            cache.layers.append(_restore(facts, own, model.device))
+        if tensors or len(batch_sizes) != 1:
+            raise ValueError("layers of different batches, or tensors that belong to none")
+    except (KeyError, ValueError, TypeError) as error:
+        raise _unreadable(path, error) from error
+    return SavedCache(cache, n_tokens, token_hash, recipe)
 
 
-def _restore(facts: dict[str, Any], layer_idx: int, tensors: dict[str, Tensor], device: torch.device) -> Any:
-    def tensor(name: str) -> Tensor:
-        return tensors[f"{layer_idx}.{name}"].to(device)
-
+def _check_layer(facts: dict[str, Any], tensors: dict[str, Tensor], per_pair: tuple[int, int]) -> int:
+    """A layer's batch size; raises ValueError unless its tensors have the shapes that its facts and the model want."""
+    n_heads, head_dim = per_pair
+    n_batch, _, n_dense, _ = next(reversed(tensors.values())).shape  # values or new_values, dense in all kinds
+    if not n_batch or not (n_dense or facts["kind"] == "ragged"):
+        raise ValueError("a layer without pairs")
+    expected = dict.fromkeys(tensors, (n_batch, n_heads, n_dense, head_dim))
     if facts["kind"] == "ragged":
-        layer = RaggedLayer(tensor("flat_keys"), tensor("flat_values"), facts["lengths"], facts["n_read"])
-        layer.new_keys, layer.new_values = tensor("new_keys"), tensor("new_values")
+        lengths, n_read = facts["lengths"], facts["n_read"]
+        if [len(heads) for heads in lengths] != [n_heads] * n_batch or not is_whole(n_read):
+            raise ValueError("lengths or n_read of other heads")
+        if not all(is_whole(length) and length <= n_read for heads in lengths for length in heads):
+            raise ValueError("lengths that are none")
+        expected["flat_keys"] = expected["flat_values"] = (sum(map(sum, lengths)), head_dim)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected)
+    for name, tensor in tensors.items():
+        check_finite(tensor, name)
+    return n_batch
+
+
+def _restore(facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> Any:
+    # Copies: what lies in the file is only mapped, and would change, or be gone, with the file.
+    own = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+    if facts["kind"] == "ragged":
+        layer = RaggedLayer(own["flat_keys"], own["flat_values"], facts["lengths"], facts["n_read"])
+        layer.new_keys, layer.new_values = own["new_keys"], own["new_values"]
         return layer
     layer = _DENSE[facts["kind"]]()
-    layer.update(tensor("keys"), tensor("values"))
+    layer.update(own["keys"], own["values"])
     return layer
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cache: {path} cannot be read ({type(error).__name__}: {error}), expected a file written by save_cache. "
+        "Compress the text again."
+    )
 
 
 def _first_attention(model: PreTrainedModel) -> torch.nn.Module:
@@ -168,5 +223,5 @@ def _digest(header: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()) if tensor.numel() else b"")
+        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()) if tensor.numel() else b"")
     return digest.hexdigest()

@@ -188,6 +188,12 @@ class _Sliceable:
         self.layer = layer
         self.device = layer.device
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a RaggedLayer holds heads of different lengths; its keys are no tensor and have no {name!r}. What reads "
+            "them, such as another press, cannot be used with budget='layer' or 'global'."
+        )
+
     def __getitem__(self, index: tuple[slice, slice, slice]) -> _Sliced:
         everything, heads, tokens = index
         if (everything, heads, tokens.start, tokens.step) != (slice(None), slice(None), None, None):

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from kvpress_moe import __version__
-from kvpress_moe.cli import ask, bench, compress, report, speed, train
+from kvpress_moe.cli import ask, bench, compress, explore, report, speed, train
 from kvpress_moe.errors import KVPressMoEError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command(epilog=ask.EPILOG)(ask.ask)
 app.command(epilog=compress.EPILOG)(compress.compress)
+app.command(epilog=explore.EPILOG)(explore.explore)
 benchmarks = typer.Typer()
 benchmarks.callback(invoke_without_command=True, epilog=bench.EPILOG)(bench.bench)
 benchmarks.command(epilog=speed.EPILOG)(speed.speed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -106,9 +107,9 @@ def run(
         ``step(description, total, advance)`` reports progress.
     """
     step("importing", total=1)
-    import torch
     from kvpress.pipeline import KVPressTextGenerationPipeline
 
+    from kvpress_moe.answering import answer_each
     from kvpress_moe.models import load_model
     from kvpress_moe.prefill import Prefill, cache_bytes
     from kvpress_moe.press import MoERouterPress
@@ -141,16 +142,14 @@ def run(
         started = time.perf_counter()
         cache = prefill.compress(method)
         row = {"method": name, "compression_seconds": time.perf_counter() - started if method else 0.0}
-        row |= {"mib": cache_bytes(cache) / 2**20, "kept_share": cache_bytes(cache) / full_bytes, "answers": []}
-        lengths = [cache.get_seq_length(layer_idx) for layer_idx in range(len(cache))]
+        row |= {"mib": cache_bytes(cache) / 2**20, "kept_share": cache_bytes(cache) / full_bytes}
+        advance = partial(step, f"asking: {name}", advance=1)
         started = time.perf_counter()
-        for question_ids in tokens["questions_ids"]:
-            with torch.no_grad():
-                answer = pipeline.generate_answer(question_ids, cache, context_ids.shape[1], max_new_tokens)
-            pipeline._remove_answer_from_cache(cache, lengths)
-            row["answers"].append(" ".join(answer.split()))
-            step(f"asking: {name}", advance=1)
+        answers = answer_each(
+            pipeline, cache, tokens["questions_ids"], context_ids.shape[1], max_new_tokens, on_answer=advance
+        )
         row["answer_seconds"] = time.perf_counter() - started
+        row["answers"] = [" ".join(answer.split()) for answer in answers]
         rows.append(row)
     layers = press.get_stats()["layer_stats"]
     return {
@@ -172,9 +171,9 @@ def run_cache(
 ) -> dict[str, Any]:
     """Ask a cache on disk; all figures as plain data."""
     step("importing", total=1)
-    import torch
     from kvpress.pipeline import KVPressTextGenerationPipeline
 
+    from kvpress_moe.answering import answer_each
     from kvpress_moe.cache import load_cache
     from kvpress_moe.models import load_model
     from kvpress_moe.prefill import cache_bytes
@@ -188,14 +187,9 @@ def run_cache(
     question_ids = pipeline.preprocess("", questions, "", sys.maxsize)["questions_ids"]
     check_length(model, saved.n_tokens, max(ids.shape[1] for ids in question_ids), max_new_tokens)
     step("asking", total=len(questions))
-    lengths = [saved.cache.get_seq_length(layer_idx) for layer_idx in range(len(saved.cache))]
-    answers, started = [], time.perf_counter()
-    for ids in question_ids:
-        with torch.no_grad():
-            answer = pipeline.generate_answer(ids, saved.cache, saved.n_tokens, max_new_tokens)
-        pipeline._remove_answer_from_cache(saved.cache, lengths)
-        answers.append(" ".join(answer.split()))
-        step("asking", advance=1)
+    started = time.perf_counter()
+    advance = partial(step, "asking", advance=1)
+    answers = answer_each(pipeline, saved.cache, question_ids, saved.n_tokens, max_new_tokens, on_answer=advance)
     return {
         "model": model.config.name_or_path,
         "device": device,
@@ -205,7 +199,7 @@ def run_cache(
         "load_seconds": load_seconds,
         "answer_seconds": time.perf_counter() - started,
         "questions": questions,
-        "answers": answers,
+        "answers": [" ".join(answer.split()) for answer in answers],
     }
 
 

@@ -25,6 +25,9 @@ def report(
         str | None, typer.Option(help="Method that the others are compared with; the best of the group ours.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, separated by commas.")] = None,
+    members: Annotated[
+        str | None, typer.Option(help="Methods, separated by commas, of which the best for each task gets a row.")
+    ] = None,
 ) -> None:
     """
     Write report.md, plots and one self-contained page, report.html, from the records alone.
@@ -32,5 +35,5 @@ def report(
     from kvpress_moe.benchmark.report import write_report
     from kvpress_moe.cli.bench import split_names
 
-    written = write_report(runs, out or runs[0], ours, split_names(tasks))
+    written = write_report(runs, out or runs[0], ours, split_names(tasks), split_names(members) or ())
     print(json.dumps({"written": [str(path) for path in written]}, separators=(",", ":")))

@@ -20,6 +20,8 @@ EPILOG = """Examples:
 kvpress-moe bench speed --lengths 1024,4096 --out results/speed
 
 kvpress-moe bench speed --model random --lengths 1024,4096,16384 --batches 1,8
+
+kvpress-moe bench speed --model tiny --lengths 1024,2048,4096,8192,16384,32768 --presses "MoERouter (guide)"
 """
 
 
@@ -32,41 +34,44 @@ def speed(
     ratio: Annotated[float, typer.Option(help="Share of the KV pairs that prefills remove.")] = 0.75,
     rounds: Annotated[int, typer.Option(help="Measurements of each; one more warms up.")] = 5,
     new_tokens: Annotated[int, typer.Option(help="Decoded in each round.")] = 16,
+    longest: Annotated[int, typer.Option(help="Leave out lengths × batches of more tokens.")] = 65_536,
     presses: Annotated[str | None, typer.Option(help="Some of the presses, separated by commas; all.")] = None,
 ) -> None:
     """
     Measure prefill, decoding and peak memory with and without presses, side by side and in turns.
 
     Read the ratios, not the seconds: all methods of a length are measured round after round in one process, medians
-    are compared. `--model random` is a small Llama with random weights whose attention dominates.
+    are compared. `--model random` is a small Llama with random weights whose attention dominates, `--model tiny` one of
+    two layers, for long prompts.
     """
     import torch
 
     from kvpress_moe import load_model
     from kvpress_moe.benchmark.speed import (
         OURS,
+        RANDOM_MODELS,
         THEIRS,
         SpeedPlan,
         as_json,
         draw,
+        growth,
         markdown,
         measure,
-        slopes,
-        small_llama,
     )
     from kvpress_moe.checkpoint import write_atomically
     from kvpress_moe.cli.bench import numbers, split_names
     from kvpress_moe.errors import SettingError
 
-    plan = SpeedPlan(numbers("lengths", lengths, int), numbers("batches", batches, int), ratio, rounds, new_tokens)
+    lengths_, batches_ = numbers("lengths", lengths, int), numbers("batches", batches, int)
+    plan = SpeedPlan(lengths_, batches_, ratio, rounds, new_tokens, longest)
     plan.check()
     known = OURS | THEIRS
     names = split_names(presses) or tuple(known)
     for name in names:
         if name not in known:
             raise SettingError("presses", name, f"one of {', '.join(known)}", "")
-    if model == "random":
-        loaded, tokenizer = small_llama(max(plan.lengths), device), None
+    if model in RANDOM_MODELS:
+        loaded, tokenizer = RANDOM_MODELS[model](max(plan.lengths) + plan.new_tokens, device), None
     else:
         loaded, tokenizer = load_model(model, device)
     with timed_bar() as step:
@@ -85,12 +90,11 @@ def speed(
         "seed": 0,
         "versions": {name: version(name) for name in ("kvpress-moe", "kvpress", "transformers", "torch")},
     }
-    grows = {name: slopes(rows, name) for name in names}
-    about["growth"] = {name: {"slope": found[0], "r2": found[1]} for name, found in grows.items() if found}
+    about["growth"] = {name: found for name in names if (found := growth(rows, name))}
     text = f"`{about['command']}`, {about['model']}, {about['threads']} threads\n\n" + markdown(rows)
-    if about["growth"]:
-        text += "\nCompression time grows with the prompt's length to the power of "
-        text += ", ".join(f"{found['slope']:.2f} ({name})" for name, found in about["growth"].items()) + ".\n"
+    for name, found in about["growth"].items():
+        fits = ", ".join(f"{what} to the power of {slope:.2f} (R² {r2:.3f})" for what, (slope, r2) in found.items())
+        text += f"\n{name} grows with the prompt's length: {fits}.\n"
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "speed.json", lambda path: path.write_text(json.dumps(as_json(rows, about), indent=1)))
     write_atomically(out / "speed.md", lambda path: path.write_text(text, encoding="utf-8"))

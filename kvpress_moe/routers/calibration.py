@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,14 +32,10 @@ class Calibration(nn.Module):
         self.tail = nn.Parameter(torch.zeros(num_heads, num_experts))
         self.offset = nn.Parameter(torch.zeros(num_heads))
 
-    def term(self, ranks: Tensor, expert: int) -> Tensor:
-        """What ranks (…, H, S) of one expert are worth, same shape; the gate has not weighed them yet."""
-        slope, tail = self.slope[:, expert, None], self.tail[:, expert, None]
+    def terms(self, ranks: Tensor, experts: Sequence[int]) -> Tensor:
+        """What ranks (B, E, H, S) of some experts are worth, same shape; the gate has not weighed them yet."""
+        slope, tail = (per_head.T[list(experts), :, None] for per_head in (self.slope, self.tail))  # (E, H, 1)
         return slope * ranks - tail * torch.log1p(-ranks)
-
-    def terms(self, ranks: Tensor) -> Tensor:
-        """The same for all experts at once: (N, H, E) to (N, H, E). For training."""
-        return self.slope * ranks - self.tail * torch.log1p(-ranks)
 
 
 class LearnedExpert(nn.Module):
@@ -70,8 +68,10 @@ class LearnedExpert(nn.Module):
 
     def forward(self, hidden_states: Tensor, ranks: Tensor | None = None) -> Tensor:
         """Log importance (…, H) of tokens with hidden states (…, C) and ranks (…, num_seen) in (0, 1)."""
-        if self.num_seen:
+        weight = self.down.weight
+        width = hidden_states.shape[-1]
+        inside = F.linear(hidden_states.to(weight.dtype), weight[:, :width], self.down.bias)
+        if self.num_seen:  # a sum of two maps, so that hidden states need not be copied beside the ranks
             seen = torch.cat((ranks - 0.5, torch.log1p(-ranks) + 1), dim=-1)  # both of mean zero
-            hidden_states = torch.cat((hidden_states, seen.to(hidden_states.dtype)), dim=-1)
-        hidden_states = hidden_states.to(self.down.weight.dtype)
-        return self.up(F.silu(self.down(hidden_states))).float()
+            inside = inside + F.linear(seen.to(weight.dtype), weight[:, width:])
+        return self.up(F.silu(inside)).float()

@@ -61,12 +61,17 @@ class PiKVMoERouter(BaseMoERouter):
         deviation = (self.hit_rate - self.hit_rate.nanmean()).nan_to_num(0.0)  # (E,)
         return self.feedback_strength * deviation + self.adjust(deviation.to(self.adjust.weight.dtype)).float()
 
+    @torch.inference_mode(False)  # the averages are to serve outside inference mode too
     @torch.no_grad()
     def observe(self, hit_rates: Tensor) -> None:
-        """Move the running averages towards ``hit_rates``, shape (E,); NaN leaves an expert's average alone."""
+        """
+        Move the running averages towards ``hit_rates``, shape (E,); NaN leaves an expert's average alone.
+
+        The old ones are not written into: a process that the router was sent to may share their memory.
+        """
         if not self.cache_aware:
             return
         hit_rates = hit_rates.to(self.hit_rate)
         moved = self.momentum * self.hit_rate + (1 - self.momentum) * hit_rates
         moved = torch.where(self.hit_rate.isnan(), hit_rates, moved)
-        self.hit_rate.copy_(torch.where(hit_rates.isnan(), self.hit_rate, moved))
+        self.hit_rate = torch.where(hit_rates.isnan(), self.hit_rate, moved)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +24,10 @@ from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.mixing import rank_within_head
 from kvpress_moe.model_support import full_attention_layers, language_model
 from kvpress_moe.replay import ReplayScores
+from kvpress_moe.untrusted import check_finite, is_text, open_tensors, read_json, read_shapes
 
 FORMAT = 2  # of shards
+_AXES = {"hidden": "LSC", "ranks": "LEHS", "replay": "LHS", "answer": "LHS", "writes": "LHS"}
 
 
 @torch.no_grad()
@@ -137,7 +138,15 @@ class Shards:
         self.directory.mkdir(parents=True, exist_ok=True)
         note = self.directory / "recipe.json"
         if note.exists():
-            there = json.loads(note.read_text())
+            try:
+                there = read_json(note)
+                if not all(map(is_text, there["experts"])):
+                    raise ValueError("experts: expected a list of names")
+                there["model"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise SettingError(
+                    "shards", str(note), "a note that `train` wrote", f"{type(error).__name__}: {error}"
+                ) from error
             same = (there["model"], there.get("seed"), there.get("format")) == (model, seed, FORMAT)
             if same and set(experts) <= set(there["experts"]):
                 return tuple(there["experts"])
@@ -168,9 +177,54 @@ class Shards:
         progress(len(prompts), len(prompts))
 
     def layer(self, number: int, names: Sequence[Path]) -> list[dict[str, Tensor]]:
-        """What all these prompts hold of one of the layers that were captured; nothing of the others is read."""
-        prompts = []
+        """
+        What all these prompts hold of one of the layers that were captured; nothing of the others is read.
+
+        Raises
+        ------
+        SettingError
+            If a file is no shard, or of other sizes than the first.
+        """
+        prompts: list[dict[str, Tensor]] = []
+        common: dict[str, int] = {}
         for name in names:
-            with safe_open(name, "pt") as shard:
-                prompts.append({key: shard.get_slice(key)[number] for key in shard.keys()})  # noqa: SIM118
+            with _open_shard(name) as (shard, sizes):
+                common = common or {axis: sizes[axis] for axis in "LCHE"}
+                _check_sizes(sizes, common)
+                prompts.append({key: shard.get_slice(key)[number] for key in _AXES})
+                for key, tensor in prompts[-1].items():  # logarithms may be those of zero
+                    check_finite(tensor if key in ("hidden", "ranks") else tensor.clamp(min=-1e4), key)
         return prompts
+
+    def check(self, name: Path, sizes: dict[str, int]) -> None:
+        """Raise SettingError unless a shard has these sizes: L, C, H of the model and E experts."""
+        with _open_shard(name) as (_, found):
+            _check_sizes(found, sizes)
+
+
+@contextmanager
+def _open_shard(path: Path) -> Iterator[tuple[Any, dict[str, int]]]:
+    """A shard, open, and the sizes of its axes; what is wrong with it while it is open is a SettingError."""
+    try:
+        with open_tensors(path) as shard:
+            yield shard, _sizes(read_shapes(shard))
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            "shards", str(path), "a shard that `train` wrote", f"{error}. Delete it; it is captured again."
+        ) from error
+
+
+def _check_sizes(sizes: dict[str, int], expected: dict[str, int]) -> None:
+    if any(sizes[axis] != size for axis, size in expected.items()):
+        raise ValueError(f"sizes {sizes}, expected {expected}")
+
+
+def _sizes(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Axis -> its size, of a shard's tensors; raises ValueError where they are none of a shard."""
+    if shapes.keys() != _AXES.keys() or any(len(shapes[name]) != len(axes) for name, axes in _AXES.items()):
+        raise ValueError(f"tensors {sorted(shapes)[:8]}, expected {sorted(_AXES)}")
+    found = {(axis, size) for name, axes in _AXES.items() for axis, size in zip(axes, shapes[name], strict=True)}
+    sizes = dict(found)
+    if len(sizes) != len(found) or not all(sizes.values()):
+        raise ValueError("tensors that do not belong together")
+    return sizes

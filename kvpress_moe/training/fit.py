@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpress_moe.gate import gate, load_balance
+from kvpress_moe.mixing import mix_calibrated
 from kvpress_moe.routers.base import BaseMoERouter
 from kvpress_moe.training.objective import budget_loss
 
@@ -41,7 +42,7 @@ def predict(
     """
     Scores (N, H) of tokens, and the load-balancing loss.
 
-    The same sum as :func:`kvpress_moe.mixing.mix_calibrated`, for all experts at once and with gradients.
+    The sum of :func:`kvpress_moe.mixing.mix_calibrated`, of tokens from many prompts and with gradients.
 
     Parameters
     ----------
@@ -53,15 +54,16 @@ def predict(
         Index of the learned expert.
     """
     num_experts = ranks.shape[-1]
+    everyone = range(num_experts)
     decision = gate(router.logits(hidden[None]), top_k, capacity_factor=float(num_experts))
-    terms = router.calibration.terms(ranks)
+    terms = router.calibration.terms(ranks.permute(2, 1, 0)[None], everyone)  # (1, E, H, N)
     if learned is not None:
         seen = torch.cat((ranks[..., :learned], ranks[..., learned + 1 :]), dim=-1)  # (N, H, E - 1)
         seen = seen.transpose(1, 2).flatten(1) if router.learned.num_seen else None
-        own = router.calibration.slope[:, learned] * router.learned(hidden, seen)
-        terms = torch.cat((terms[..., :learned], own[..., None], terms[..., learned + 1 :]), dim=-1)
-    scores = num_experts * (decision.weights[0][:, None] * terms).sum(-1) + router.calibration.offset
-    return scores, load_balance(decision.probs, decision.chosen)
+        own = router.calibration.slope[:, learned, None] * router.learned(hidden, seen).T
+        terms = torch.cat((terms[:, :learned], own[None, None], terms[:, learned + 1 :]), dim=1)
+    scores = mix_calibrated(terms, everyone, decision.weights[:, None], router.calibration.offset)
+    return scores[0].T, load_balance(decision.probs, decision.chosen)
 
 
 def fit_layer(
@@ -76,9 +78,9 @@ def fit_layer(
     train_gate: bool = True,
     budget_weight: float = 0.0,
     batch_size: int = 2048,
-) -> float:
+) -> list[float]:
     """
-    Fit a router in place; the weighted squared error of its last epoch.
+    Fit a router in place; the weighted squared error of each epoch.
 
     Hidden states are standardised while fitting; the scaling is folded into the first maps at the end.
     """
@@ -98,6 +100,7 @@ def fit_layer(
     n_steps = epochs * -(-len(hidden) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=0.1)
     router.train()
+    losses = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout
         for _ in range(epochs):
@@ -112,11 +115,12 @@ def fit_layer(
                 optimizer.step()
                 schedule.step()
                 total += error.item() * len(batch) / len(hidden)
+            losses.append(total)
     router.eval().requires_grad_(True)
     fold_scaling(router.down, mean, std)
     if learned is not None:
         fold_scaling(router.learned.down, mean, std)
-    return total
+    return losses
 
 
 @torch.no_grad()

@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from kvpress_moe.checkpoint import write_atomically
+from kvpress_moe.errors import CheckpointError
+from kvpress_moe.untrusted import fill, open_tensors
+
+FORMAT = 2  # of fitted layers
 
 
 class Fitted:
@@ -27,7 +30,7 @@ class Fitted:
     """
 
     def __init__(self, directory: Path, about: dict[str, Any]):
-        text = json.dumps(about, sort_keys=True)
+        text = json.dumps({"format": FORMAT, **about}, sort_keys=True)
         self.directory = directory / f"fitted-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.directory.mkdir(exist_ok=True)
         write_atomically(self.directory / "about.json", lambda path: path.write_text(text))
@@ -35,13 +38,30 @@ class Fitted:
     def path(self, layer_idx: int) -> Path:
         return self.directory / f"layer-{layer_idx:03d}.safetensors"
 
-    def save(self, layer_idx: int, router: nn.Module, loss: float) -> None:
-        """Keep a layer's router and the loss of its fit; all of it or nothing."""
+    def save(self, layer_idx: int, router: nn.Module, losses: list[float]) -> None:
+        """Keep a layer's router and the loss of each epoch of its fit; all of it or nothing."""
         tensors = {name: tensor.contiguous() for name, tensor in router.state_dict().items()}
-        write_atomically(self.path(layer_idx), lambda path: save_file(tensors, path, {"loss": repr(loss)}))
+        write_atomically(self.path(layer_idx), lambda path: save_file(tensors, path, {"losses": json.dumps(losses)}))
 
-    def load(self, layer_idx: int, router: nn.Module) -> float:
-        """Fill a router with what was fitted; the loss of its fit."""
-        router.load_state_dict(load_file(self.path(layer_idx)))
-        with safe_open(self.path(layer_idx), "pt") as file:
-            return float(file.metadata()["loss"])
+    def load(self, layer_idx: int, router: nn.Module) -> list[float]:
+        """
+        Fill a router with what was fitted; the loss of each epoch of its fit.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is none that `save` wrote.
+        """
+        path = self.path(layer_idx)
+        try:
+            with open_tensors(path) as tensors:
+                losses = [float(loss) for loss in json.loads(tensors.metadata()["losses"])]
+                if not losses:
+                    raise ValueError("no loss of any epoch")
+                fill(router, tensors)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"shards: {path} cannot be read ({type(error).__name__}: {error}), expected a fitted layer. Delete it; "
+                "the layer is fitted again."
+            ) from error
+        return losses

@@ -225,10 +225,13 @@ def fit_routers(
     layers = full_attention_layers(model)  # the others are never routed
     mine = crew.part(layers)
     missing = [layer_idx for layer_idx in mine if not fitted.path(layer_idx).exists()]
+    if missing:
+        sizes = {"L": len(layers), "C": config.hidden_size, "H": config.num_key_value_heads, "E": len(captured)}
+        shards.check(paths[0], sizes)
     thresholds = kept_thresholds(shards, paths, len(layers), aim) if missing else None
     for layer_idx in missing:
         data = layer_data(shards.layer(layers.index(layer_idx), paths), columns, aim, thresholds)
-        loss = fit_layer(
+        losses = fit_layer(
             routers.layers[layer_idx],
             data,
             recipe.top_k,
@@ -240,11 +243,16 @@ def fit_routers(
             train_gate=recipe.gate,
             budget_weight=recipe.budget_weight,
         )
-        fitted.save(layer_idx, routers.layers[layer_idx], loss)
-        progress("fitting layers", len(mine) - len(missing) + missing.index(layer_idx) + 1, len(mine), loss)
+        fitted.save(layer_idx, routers.layers[layer_idx], losses)
+        progress("fitting layers", len(mine) - len(missing) + missing.index(layer_idx) + 1, len(mine), losses[-1])
     crew.wait()
-    losses = [fitted.load(layer_idx, routers.layers[layer_idx]) for layer_idx in layers]
-    metrics = {"recipe": asdict(recipe), "prompts": len(paths), "loss_by_layer": [round(loss, 4) for loss in losses]}
+    by_epoch = [[round(loss, 4) for loss in fitted.load(idx, routers.layers[idx])] for idx in layers]
+    metrics = {
+        "recipe": asdict(recipe),
+        "prompts": len(paths),
+        "loss_by_layer": [losses[-1] for losses in by_epoch],
+        "loss_by_epoch": by_epoch,
+    }
     return routers, metrics
 
 

@@ -144,7 +144,7 @@ def test_runs_that_cannot_be_compared_are_refused_by_the_field(tmp_path):
     with pytest.raises(SettingError, match="format 1"):
         load([write_run(tmp_path / "old", format=0)])
     (first / "records.jsonl").write_text("")
-    with pytest.raises(SettingError, match="at least one record"):
+    with pytest.raises(SettingError, match="at least one record of a press"):
         load([first])
 
 
@@ -153,6 +153,18 @@ def test_the_oracle_takes_each_tasks_best_press(results):
         best = min(("snapkv", "cur"), key=lambda method: results.by_task((method, 0.75), "kl")[task].mean())
         assert best_single(results, 0.75, task) == best
         assert oracle_values(results, 0.75, "kl")[task].mean() == results.by_task((best, 0.75), "kl")[task].mean()
+
+
+def test_a_second_oracle_chooses_among_the_members_alone(results):
+    results.members = ("cur", "random")
+    try:
+        row = overview(results, "kl", "", "", ".3f").rows[-1]
+        for task in TASKS:
+            means = [results.by_task((method, 0.75), "kl")[task].mean() for method in results.members]
+            assert oracle_values(results, 0.75, "kl", results.members)[task].mean() == min(means)
+        assert row[:2] == ["best of cur, random per task (oracle)", "oracle"]
+    finally:
+        results.members = ()
 
 
 def test_nothing_is_left_out(results):

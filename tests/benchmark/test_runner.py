@@ -14,7 +14,7 @@ import torch
 
 from kvpress_moe.benchmark.methods import find_methods, registered
 from kvpress_moe.benchmark.prompts import encode
-from kvpress_moe.benchmark.records import Records, read_records, rounded
+from kvpress_moe.benchmark.records import COLUMNS, Records, read_records, rounded
 from kvpress_moe.benchmark.runner import Evaluator, Plan, header, missing, run
 from kvpress_moe.benchmark.scoring import f1
 from kvpress_moe.benchmark.tasks import make_sample
@@ -137,7 +137,9 @@ def test_a_full_disk_leaves_earlier_records_intact(evaluator, tmp_path, monkeypa
 def test_missing_work_is_what_no_record_holds(evaluator, tmp_path):
     records = Records(tmp_path, header(PLAN, evaluator, "bench"))
     sample = evaluator.samples[0]
-    records.add({"sample": sample.id, "results": [["full", 0.0], ["knorm", 0.9]]})
+    rest = [None] * (len(COLUMNS) - 2)
+    about = {"sample": sample.id, "task": sample.task, "length": sample.length, "columns": list(COLUMNS)}
+    records.add(about | {"results": [["full", 0.0, *rest], ["knorm", 0.9, *rest]]})
     work = missing(PLAN, evaluator.samples, records)
     assert len(work) == 6
     assert ("knorm", 0.9) not in work[0][1]

@@ -1,6 +1,7 @@
 """What `bench speed` measures is what it says: the same work with and without a press, in turns."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ from kvpress_moe.benchmark.speed import (
     KVZIP,
     NONE,
     OURS,
+    ROUTING,
     THEIRS,
+    TRAINED,
     Row,
     SpeedPlan,
     decode,
+    growth,
     markdown,
     measure,
     peak_bytes,
-    slopes,
 )
 from kvpress_moe.cli import app
 from kvpress_moe.errors import SettingError
@@ -29,15 +32,14 @@ PLAN = SpeedPlan(lengths=(128, 192), batches=(1, 2), rounds=2, new_tokens=3)
 
 @pytest.fixture(scope="module")
 def rows(llama, chat_tokenizer):
-    presses = {name: make for name, make in (OURS | THEIRS).items() if name != "MoERouter, trained"}
-    return measure(llama, chat_tokenizer, PLAN, presses)
+    return measure(llama, chat_tokenizer, PLAN)
 
 
 def test_every_press_is_measured_beside_no_press_at_every_setting(rows):
     for tokens_, batch in ((128, 1), (128, 2), (192, 1), (192, 2)):
         of_setting = [row for row in rows if (row.tokens, row.batch) == (tokens_, batch)]
         prefills = {row.name: row for row in of_setting if row.what == "prefill"}
-        assert set(prefills) >= {NONE, "MoERouter, guide", "SnapKV", "CriticalAdaKV(SnapKV)"}
+        assert set(prefills) >= {NONE, "MoERouter (guide)", "SnapKV", "CriticalAdaKV(SnapKV)"}
         assert (KVZIP in prefills) == (batch == 1)
         assert prefills[NONE].ratio == 1.0
         for row in prefills.values():
@@ -79,16 +81,34 @@ def test_the_peak_is_that_of_the_work_alone():
 
 
 def test_growth_is_the_slope_between_doubled_lengths():
-    def row(name, tokens_, seconds):
-        return Row("prefill", name, tokens_, 1, seconds, seconds, seconds, 1.0, 0)
+    def row(name, tokens_, in_press):
+        return Row("prefill", name, tokens_, 1, 2.0, 2.0, 2.0, 1.0, 3 * tokens_, in_press)
 
-    made = [row(NONE, n, n / 1000) for n in (1000, 2000, 4000)]
-    made += [row("linear", n, n / 1000 + n / 10_000) for n in (1000, 2000, 4000)]
-    made += [row("square", n, n / 1000 + n**2 / 10_000_000) for n in (1000, 2000, 4000)]
-    assert slopes(made, "linear") == pytest.approx((1.0, 1.0))
-    assert slopes(made, "square") == pytest.approx((2.0, 1.0))
-    assert slopes(made[:5], "linear") is None
-    assert "| linear | 1.100" in markdown(made)
+    made = [row("linear", n, n / 10_000) for n in (1000, 2000, 4000)]
+    made += [row("square", n, n**2 / 10_000_000) for n in (1000, 2000, 4000)]
+    assert growth(made, "linear") == {"seconds": pytest.approx((1.0, 1.0)), "bytes": pytest.approx((1.0, 1.0))}
+    assert growth(made, "square")["seconds"] == pytest.approx((2.0, 1.0))
+    assert growth(made[:2], "linear") == {}
+    assert set(growth([row("on a GPU", n, None) for n in (1000, 2000, 4000)], "on a GPU")) == {"bytes"}
+
+
+def test_time_inside_a_press_is_part_of_its_prefill(rows):
+    for row in rows:
+        if row.what == "prefill" and row.name in OURS | THEIRS:
+            assert 0 < row.in_press < row.slowest
+
+
+def test_the_share_of_routers_and_gates_stands_beside_the_trained_press(llama, monkeypatch):
+    monkeypatch.setattr("kvpress_moe.benchmark.speed.shipped_routers", lambda attention: object())
+    trained = partial(MoERouterPress, experts=["expected_attention", "knorm"])
+    rows = measure(llama, None, SpeedPlan(lengths=(128,), rounds=2, new_tokens=1), {TRAINED: trained})
+    whole, routing = (next(row for row in rows if row.name == name) for name in (TRAINED, ROUTING))
+    assert 0 < routing.seconds < whole.in_press
+    assert f"| {ROUTING} |" in markdown(rows)
+
+
+def test_the_trained_press_is_left_out_where_no_routers_ship(rows):
+    assert TRAINED not in {row.name for row in rows}
 
 
 @pytest.mark.parametrize(

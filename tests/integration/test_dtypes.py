@@ -63,7 +63,7 @@ def test_routing_again_works_in_every_dtype(llama_of):
         assert bool(router.hit_rate.isfinite().all())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])  # SDPA leaves its cap out
 def test_eager_and_sdpa_attention_lead_to_the_same_choice(family):
     press = MoERouterPress(compression_ratio=RATIO, cache_aware=False)
     choices = []

@@ -4,6 +4,7 @@ answers a question of several tokens as it answers the same tokens one by one.
 """
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -121,11 +122,11 @@ def test_queries_and_attention_are_the_layers_own(family):
             if not slides(module.config, module.layer_idx):
                 calls.append((latest_attention(call, 20), output[1]))
 
-    hooks = [layer.self_attn.register_forward_hook(look, with_kwargs=True) for layer in decoder(model).layers]
-    hooks += projections.watch(model)
-    prefill(model, tokens(PROMPT, 2))
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as leave:
+        for layer in decoder(model).layers:
+            leave.callback(layer.self_attn.register_forward_hook(look, with_kwargs=True).remove)
+        projections.watch(model, leave)
+        prefill(model, tokens(PROMPT, 2))
     assert calls
     for own, theirs in calls:
         torch.testing.assert_close(own, theirs[:, :, -20:], atol=1e-5, rtol=1e-4)

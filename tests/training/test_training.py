@@ -75,6 +75,13 @@ def test_training_is_repeatable_and_takes_up_what_was_captured(llama, chat_token
         train(llama, chat_tokenizer, replace(RECIPE, seed=1), shards)
 
 
+def test_the_loss_of_every_epoch_is_kept_and_falls(trained):
+    curves = trained[1]["loss_by_epoch"]
+    assert [len(curve) for curve in curves] == [RECIPE.epochs] * 2
+    assert [curve[-1] for curve in curves] == trained[1]["loss_by_layer"]
+    assert all(curve[-1] < curve[0] for curve in curves)
+
+
 def test_two_runs_write_the_same_bytes_whatever_was_drawn_before(llama, chat_tokenizer, shards, trained, tmp_path):
     torch.manual_seed(1)
     torch.rand(7)

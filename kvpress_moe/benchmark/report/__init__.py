@@ -13,7 +13,11 @@ from kvpress_moe.errors import SettingError
 
 
 def write_report(
-    runs: Sequence[Path], out: Path, ours: str | None = None, tasks: Sequence[str] | None = None
+    runs: Sequence[Path],
+    out: Path,
+    ours: str | None = None,
+    tasks: Sequence[str] | None = None,
+    members: Sequence[str] = (),
 ) -> list[Path]:
     """
     Write ``report.md``, plots and ``report.html``.
@@ -28,6 +32,8 @@ def write_report(
         The method that the others are compared with. The best of the group "ours" otherwise.
     tasks : sequence of str, optional
         Only the records of these.
+    members : sequence of str
+        Methods of which the best for each task, in hindsight, gets a row of its own.
 
     Returns
     -------
@@ -43,6 +49,10 @@ def write_report(
     reference = ours or compared(results)
     if reference not in results.methods:
         raise SettingError("ours", reference, f"one of {', '.join(results.methods)}", "")
+    for member in members:
+        if member not in results.methods:
+            raise SettingError("members", member, f"some of {', '.join(results.methods)}", "")
+    results.members = tuple(members)
     try:
         from kvpress_moe.benchmark.report.plots import draw
 

@@ -28,13 +28,19 @@ class Table:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        lines = [f"## {self.title}", "", self.note, ""] if self.note else [f"## {self.title}", ""]
+        title, note = _plain(self.title), _plain(self.note)
+        lines = [f"## {title}", "", note, ""] if note else [f"## {title}", ""]
         lines += [_line(self.head), _line(["---", *["---:"] * (len(self.head) - 1)])]
         return "\n".join(lines + [_line(row) for row in self.rows])
 
 
 def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """A name as text: no tag, link or image that a Markdown viewer would follow, no line of its own."""
+    return " ".join(text.split()).replace("<", "&lt;").replace("](", "]\\(")
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
@@ -88,8 +94,12 @@ def overview(results: Results, metric: str, title: str, note: str, spec: str) ->
         counted = results.counted(method)
         of = "" if counted == len(results.samples) else f" ({counted} of {len(results.samples)} samples)"
         rows.append([method + of, results.group(method), *cells])
-    cells = [f"{mean_over_tasks(oracle_values(results, ratio, metric)):{spec}}" for ratio in results.ratios]
-    rows.append([ORACLE, "oracle", *cells])
+    oracles: dict[str, tuple[str, ...] | None] = {ORACLE: None}
+    if results.members:
+        oracles[f"best of {', '.join(results.members)} per task (oracle)"] = results.members
+    for name, among in oracles.items():
+        best = [mean_over_tasks(oracle_values(results, ratio, metric, among)) for ratio in results.ratios]
+        rows.append([name, "oracle", *(f"{estimate:{spec}}" for estimate in best)])
     return Table(title, note, head, rows)
 
 
@@ -194,7 +204,7 @@ def tables(results: Results, reference: str) -> list[Table]:
 def markdown(results: Results, found: Sequence[Table], plots: Sequence[tuple[str, str]]) -> str:
     """The whole report; plots as (title, file name)."""
     lines = ["# Benchmark of KV-cache presses", ""]
-    lines += [f"- **{name}**: {text}" for name, text in facts(results)]
+    lines += [f"- **{name}**: {_plain(text)}" for name, text in facts(results)]
     for title, name in plots:
         lines += ["", f"![{title}]({name})"]
     return "\n".join(lines) + "\n\n" + "\n\n".join(table.markdown() for table in found) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -12,6 +13,10 @@ from kvpress_moe.benchmark.report.markdown import Table, facts
 from kvpress_moe.benchmark.report.summary import Results
 
 _STYLE = files("kvpress_moe.benchmark.report").joinpath("page.css").read_text(encoding="utf-8")
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+
+#: The page may show its own style and its own images; it loads nothing, runs nothing, sends nothing.
+_POLICY = f"default-src 'none'; img-src data:; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'"
 
 
 def page(results: Results, tables: Sequence[Table], plots: Sequence[tuple[str, str]], out: Path, reference: str) -> str:
@@ -19,6 +24,7 @@ def page(results: Results, tables: Sequence[Table], plots: Sequence[tuple[str, s
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "<title>Benchmark of KV-cache presses</title>",
         f"<style>{_STYLE}</style></head><body>",

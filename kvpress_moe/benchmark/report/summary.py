@@ -49,6 +49,8 @@ class Results:
     values : dict of (method, ratio) -> dict of sample -> dict of metric -> float
         NaN where unknown. ``score``, ``nll``, ``kl``, ``hit``, ``pairs``, ``bytes`` as recorded; ``extra`` is the NLL
         minus the full cache's, ``cost`` the compression's time over the prefill's, ``share`` the pairs over all.
+    members : tuple of str
+        Methods among which a second oracle chooses.
     """
 
     header: dict[str, Any]
@@ -58,6 +60,7 @@ class Results:
     depth_of: dict[str, float | None] = field(default_factory=dict)
     length_of: dict[str, int] = field(default_factory=dict)
     values: dict[Cell, dict[str, dict[str, float]]] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
 
     @property
     def methods(self) -> list[str]:
@@ -133,8 +136,10 @@ def load(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> Results:
     for task in tasks or ():
         if task not in results.tasks:
             raise SettingError("tasks", task, "tasks that the runs hold records of", "`report.md` names them.")
-    if not results.samples:
-        raise SettingError("RUN", ", ".join(map(str, runs)), "at least one record", "Run `kvpress-moe bench` first.")
+    if not results.ratios:
+        raise SettingError(
+            "RUN", ", ".join(map(str, runs)), "at least one record of a press", "Run `kvpress-moe bench` first."
+        )
     for cell in results.values.values():
         for sample, values in cell.items():
             full = results.values.get(("full", 0.0), {}).get(sample, {})
@@ -175,15 +180,17 @@ def mean_over_tasks(by_task: dict[str, np.ndarray], seed: int = 0) -> Estimate:
     return Estimate(float(np.mean([values.mean() for values in by_task.values()])), float(low), float(high))
 
 
-def best_single(results: Results, ratio: float, task: str | None = None) -> str | None:
+def best_single(
+    results: Results, ratio: float, task: str | None = None, among: Sequence[str] | None = None
+) -> str | None:
     """
-    The press of kvpress with the lowest mean KL at a ratio; of one task, where named.
+    The press of kvpress (or the method among some) with the lowest mean KL at a ratio; of one task, where named.
 
     Chosen on the reported samples themselves, which favours it: an oracle.
     """
     found = {}
     for method in results.methods:
-        if results.group(method) != "kvpress":
+        if method not in among if among is not None else results.group(method) != "kvpress":
             continue
         by_task = results.by_task((method, ratio), "kl")
         by_task = {task: by_task[task]} if task in by_task else {} if task else by_task
@@ -192,11 +199,13 @@ def best_single(results: Results, ratio: float, task: str | None = None) -> str 
     return min(found, key=found.get) if found else None
 
 
-def oracle_values(results: Results, ratio: float, metric: str) -> dict[str, np.ndarray]:
-    """Task -> the metric of the press that is best at that very task (in hindsight, by KL)."""
+def oracle_values(
+    results: Results, ratio: float, metric: str, among: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Task -> the metric of the press (or of the method among some) that is best at that very task, by KL."""
     found = {}
     for task in results.tasks:
-        best = best_single(results, ratio, task)
+        best = best_single(results, ratio, task, among)
         by_task = results.by_task((best, ratio), metric) if best else {}
         if task in by_task:
             found[task] = by_task[task]

@@ -1,0 +1,192 @@
+"""
+Training and benchmark runs that are killed (SIGKILL) at random moments, go on, and have to end as if undisturbed.
+
+    python -m benchmarks.kill_runs                      20 runs of each command, each killed twice
+    python -m benchmarks.kill_runs --runs 40 --seed 1
+
+A tiny model with random weights. The moments are spread over the whole run: the n-th run's first kill falls at random
+into the n-th part of the undisturbed run's time, its second anywhere. Every command runs in a process that is forked
+from one that has imported all it needs, which saves seconds a start and nothing else. Compared are the trained routers
+to the byte (and their card, times apart), the records of the benchmark line by line (times apart). Prints a table; the
+last line is one JSON document, the exit status 1 where a run ended otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; sums in another order are other routers
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TRAIN = "train --samples 20 --length 512 --tasks kv_list,prose --experts learned,keydiff,cur --epochs 12"
+NEEDED = (
+    "kvpress_moe.benchmark.own_prefill",
+    "kvpress_moe.benchmark.runner",
+    "kvpress_moe.benchmark.scoring",
+    "kvpress_moe.cli",
+    "kvpress_moe.models",
+    "kvpress_moe.training.trainer",
+    "tests.tiny",
+    "transformers.models.llama.modeling_llama",
+    "rich.progress",
+)
+BENCH = "bench --limit 12 --lengths 400 --tasks kv_list,needle_noise --methods knorm,snapkv,moe_guide --ratios 0.5,0.9"
+
+
+def start(work: Callable[[], Any]) -> int:
+    """Do some work in a forked process, silently; its id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        work()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def wait(child: int) -> bool:
+    """Whether a process ended well."""
+    return os.waitpid(child, 0)[1] == 0
+
+
+def command(arguments: list[str]) -> Callable[[], None]:
+    """What `kvpress-moe` does with these arguments."""
+
+    def run() -> None:
+        from kvpress_moe.cli import main
+
+        sys.argv = ["kvpress-moe", *arguments]
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                raise
+
+    return run
+
+
+def kill_after(child: int, seconds: float) -> bool:
+    """Kill a process after so many seconds; False if it was done before."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def save_model(directory: Path) -> None:
+    """A tiny model that the commands can load."""
+    from tests.tiny import byte_tokenizer, tiny_model
+
+    tiny_model("llama", num_hidden_layers=3).save_pretrained(directory)
+    byte_tokenizer(chat=True).save_pretrained(directory)
+
+
+def trained(out: Path) -> tuple[bytes, Any]:
+    """Routers to the byte, and their card without times and paths."""
+    card = json.loads((out / "routers" / "routers.json").read_text())
+    for name in ("seconds", "command"):
+        del card["metrics"][name]
+    return (out / "routers" / "routers.safetensors").read_bytes(), card
+
+
+def recorded(out: Path) -> list[Any]:
+    """Records without times."""
+    records = [json.loads(line) for line in (out / "run" / "records.jsonl").read_bytes().splitlines()]
+    return [{**record, "prefill_s": 0, "results": [row[:-1] for row in record["results"]]} for record in records]
+
+
+def found(out: Path) -> str:
+    """What a killed run left."""
+    files = [path for path in out.rglob("*") if path.is_file()]
+    shards = sum(path.parent.name == "shards" and path.suffix == ".safetensors" for path in files)
+    layers = sum(path.name.startswith("layer-") for path in files)
+    lines = sum(path.read_bytes().count(b"\n") for path in files if path.name == "records.jsonl")
+    unfinished = sum(path.name.startswith(".") for path in files)
+    counted = {"shards": shards, "layers": layers, "records": lines, "unfinished files": unfinished}
+    return ", ".join(f"{number} {name}" for name, number in counted.items() if number) or "nothing"
+
+
+def compare(name: str, make: Callable[[Path], list[str]], result: Callable[[Path], Any], args, work: Path) -> dict:
+    """Kill runs of one command; prints a row for each, and returns the sums."""
+    calm = work / f"{name}-calm"
+    started = time.monotonic()
+    if not wait(start(command(make(calm)))):
+        sys.exit(f"{name}: the undisturbed run failed")
+    duration = time.monotonic() - started
+    expected = result(calm)
+    print(f"\n`kvpress-moe {name}`: undisturbed {duration:.1f} s\n")
+    print("| run | killed after, s | left by the kills | done again in, s | same result |\n|---|---|---|---|---|")
+    rng = random.Random(f"{name} {args.seed}")
+    kills = same = 0
+    for number in range(args.runs):
+        out = work / f"{name}-{number}"
+        moments = [(number + rng.random()) / args.runs * duration, rng.random() * duration]
+        left, killed = [], []
+        for moment in moments:
+            if kill_after(start(command(make(out))), moment):
+                killed.append(f"{moment:.2f}")
+                left.append(found(out))
+        started = time.monotonic()
+        ended = wait(start(command(make(out))))
+        again = time.monotonic() - started
+        is_same = ended and result(out) == expected
+        kills, same = kills + len(killed), same + is_same
+        row = (number + 1, " and ".join(killed) or "never", "; ".join(left), f"{again:.1f}", "yes" if is_same else "NO")
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+        shutil.rmtree(out)
+    return {"seconds": round(duration, 1), "runs": args.runs, "kills": kills, "same": same}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20, help="of each command")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    for module in NEEDED:
+        import_module(module)
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        model = work / "model"
+        assert wait(start(lambda: save_model(model))), "the tiny model could not be saved"
+
+        def train(out: Path) -> list[str]:
+            files = ["--out", str(out / "routers"), "--shards", str(out / "shards")]
+            return [*TRAIN.split(), "--model", str(model), *files]
+
+        def bench(out: Path) -> list[str]:
+            return [*BENCH.split(), "--model", str(model), "--out", str(out / "run")]
+
+        sums = {
+            "train": compare("train", train, trained, args, work),
+            "bench": compare("bench", bench, recorded, args, work),
+        }
+    passed = all(counted["same"] == counted["runs"] for counted in sums.values())
+    print(json.dumps({"passed": passed, "seed": args.seed, **sums}, separators=(",", ":")))
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()

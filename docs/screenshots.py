@@ -1,0 +1,95 @@
+"""
+Takes the pictures of docs/explore.md: the explorer's page and its app, with the embedded model and the built-in text.
+
+    python docs/screenshots.py          # writes docs/images/*.png; needs Debian's chromium and the package playwright
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import uvicorn
+from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
+
+from kvpress_moe.cli.ask import BUILT_IN_QUESTION
+from kvpress_moe.cli.options import read_context
+from kvpress_moe.explore import explore, make_press, page, read
+from kvpress_moe.explore.app import listen, make_app
+from kvpress_moe.explore.workshop import Workshop
+from kvpress_moe.models import load_model
+
+IMAGES = Path(__file__).parent / "images"
+QUESTIONS = [BUILT_IN_QUESTION, "How much does the new crane lift?"]
+RATIO = 0.9
+DESK = {"viewport": {"width": 1280, "height": 1000}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
+
+
+def main() -> None:
+    """Read the text once, then take all pictures."""
+    model, tokenizer = load_model()
+    reading = read(model, tokenizer, read_context(None), QUESTIONS, 32, lambda *args, **kwargs: None)
+    html = page(explore(reading, make_press({"compression_ratio": RATIO}), lambda *args, **kwargs: None))
+    IMAGES.mkdir(exist_ok=True)
+    with TemporaryDirectory() as directory, sync_playwright() as playwright:
+        path = Path(directory) / "page.html"
+        path.write_text(html, encoding="utf-8")
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        shoot_page(browser, path.as_uri(), "explore.png", DESK, full_page=True)
+        shoot_page(browser, path.as_uri(), "explore-dark.png", {**DESK, "color_scheme": "dark"}, layer="20")
+        shoot_page(browser, path.as_uri(), "explore-phone.png", PHONE, layer="17")
+        shoot_app(browser, Workshop(model, tokenizer))
+        browser.close()
+
+
+def shoot_page(
+    browser: Browser, address: str, name: str, context: dict, layer: str = "-1", full_page: bool = False
+) -> None:
+    """The page with a token chosen; of one layer, coloured by how far weights are above their average."""
+    tab = browser.new_page(**context)
+    tab.goto(address)
+    if layer != "-1":
+        tab.select_option("#layer", layer)
+        tab.select_option("#colouring", "lift")
+    tab.locator(".chunk span", has_text="electricity").first.click()
+    if not full_page:
+        tab.evaluate("document.getElementById('controls').scrollIntoView()")
+    else:
+        tab.evaluate("scrollTo(0, 0)")
+    save(tab.screenshot(full_page=full_page), name)
+    tab.close()
+
+
+def save(picture: bytes, name: str) -> None:
+    """Keep a picture with 256 colours, a third of its bytes."""
+    Image.open(BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+        IMAGES / name, optimize=True
+    )
+
+
+def shoot_app(browser: Browser, workshop: Workshop) -> None:
+    """The app, two settings side by side."""
+    defaults = {"text": read_context(None), "question": BUILT_IN_QUESTION, "ratio": RATIO}
+    with listen(0) as listening:
+        server = uvicorn.Server(uvicorn.Config(make_app(workshop, defaults), log_level="warning", lifespan="off"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        tab = browser.new_page(viewport={"width": 1500, "height": 1500})
+        tab.goto(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        tab.check("#compare")
+        tab.click("#go")
+        for number in (0, 1):
+            tab.frame_locator("iframe").nth(number).locator("#total").wait_for(timeout=300_000)
+        save(tab.screenshot(), "app.png")
+        tab.close()
+        server.should_exit = True
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()

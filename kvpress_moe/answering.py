@@ -1,0 +1,46 @@
+"""Questions to a cache that has read a text already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from kvpress.pipeline import KVPressTextGenerationPipeline
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@torch.no_grad()
+def answer_each(
+    pipeline: KVPressTextGenerationPipeline,
+    cache: DynamicCache,
+    questions_ids: Sequence[Tensor],
+    n_context: int,
+    max_new_tokens: int,
+    on_answer: Callable[[], Any] = lambda: None,
+) -> list[str]:
+    """
+    Greedy answers to each question alone; the cache is as before afterwards.
+
+    Parameters
+    ----------
+    pipeline : KVPressTextGenerationPipeline
+        Of the model that filled the cache.
+    cache : DynamicCache
+        Compressed or not.
+    questions_ids : sequence of Tensor, shape (1, Q)
+        As the pipeline's ``preprocess`` gives them.
+    n_context : int
+        Tokens of the text before it was compressed.
+    max_new_tokens : int
+    on_answer : callable, optional
+        Called without arguments after each answer, for a progress bar.
+    """
+    lengths = [cache.get_seq_length(layer_idx) for layer_idx in range(len(cache))]
+    answers = []
+    for question_ids in questions_ids:
+        answers.append(pipeline.generate_answer(question_ids, cache, n_context, max_new_tokens))
+        pipeline._remove_answer_from_cache(cache, lengths)
+        on_answer()
+    return answers

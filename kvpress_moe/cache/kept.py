@@ -1,0 +1,84 @@
+"""Which pairs a press left: a compressed cache compared with the full one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpress_moe.cache.ragged import RaggedLayer
+from kvpress_moe.errors import UnsupportedInputError
+from kvpress_moe.selection import fingerprints
+
+# B = batch, H = KV heads, S = tokens of the prompt, D = head dim
+
+
+def kept_pairs(full: Cache, compressed: Cache) -> dict[int, Tensor]:
+    """
+    Where in the prompt the pairs of a compressed cache stood, found by comparing keys to the bit.
+
+    Neither cache says which positions it holds, but eviction copies keys as they are, and no two keys of a head are
+    alike once rotary embedding has turned them.
+
+    Parameters
+    ----------
+    full, compressed : Cache
+        Of the same prompt, before tokens were generated: :attr:`kvpress_moe.prefill.Prefill.cache` and what
+        :meth:`kvpress_moe.prefill.Prefill.compress` returns. Tokens that a ragged layer has read since do no harm.
+        Pairs that a press of kvpress only masks (AdaKVPress and others) are still in the cache, and count as kept;
+        see :meth:`kvpress_moe.cache.RaggedCache.from_masked`.
+
+    Returns
+    -------
+    dict of int -> Tensor (B, H, S), bool
+        By layer; layers that the cache knows to slide are left out, since no press compresses them.
+
+    Raises
+    ------
+    UnsupportedInputError
+        If the caches are not of the same prompt, if keys were changed (KeyRerotationPress), or if a head of the full
+        cache holds the same key twice.
+    """
+    if len(full.layers) != len(compressed.layers):
+        raise UnsupportedInputError(
+            f"compressed: got {len(compressed.layers)} layers, expected the full cache's {len(full.layers)}. "
+            "Compress a copy of this very cache."
+        )
+    kept = {}
+    for layer_idx, (before, after) in enumerate(zip(full.layers, compressed.layers, strict=True)):
+        if isinstance(before, RaggedLayer):
+            raise UnsupportedInputError(f"full: layer {layer_idx} is a RaggedLayer, expected a cache never compressed.")
+        if not before.is_sliding:
+            kept[layer_idx] = _kept_in_layer(before.keys, after, layer_idx)
+    return kept
+
+
+def _kept_in_layer(keys: Tensor, after: CacheLayerMixin, layer_idx: int) -> Tensor:
+    left = [[pair[0] for pair in row] for row in after.heads()] if isinstance(after, RaggedLayer) else after.keys
+    if (len(left), len(left[0])) != keys.shape[:2]:
+        raise UnsupportedInputError(
+            f"compressed: layer {layer_idx} has {len(left)} rows of {len(left[0])} heads, expected "
+            f"{keys.shape[0]} of {keys.shape[1]}. Compress a copy of this very cache."
+        )
+    kept = torch.zeros(keys.shape[:3], dtype=torch.bool)
+    numbers, order = fingerprints(keys).sort(dim=-1)
+    for row in range(keys.shape[0]):
+        for head in range(keys.shape[1]):
+            place = f"layer {layer_idx}, head {head}"
+            if bool((numbers[row, head, 1:] == numbers[row, head, :-1]).any()):
+                raise UnsupportedInputError(
+                    f"full: {place} holds the same key twice, expected keys that tell positions apart, as rotary "
+                    "embedding makes them."
+                )
+            stayed = left[row][head].to(keys.device)  # (K, D)
+            found = torch.searchsorted(numbers[row, head], fingerprints(stayed[None, None])[0, 0])
+            at = order[row, head, found.clamp(max=keys.shape[2] - 1)]
+            if not torch.equal(keys[row, head, at], stayed):
+                raise UnsupportedInputError(
+                    f"compressed: {place} holds keys that the full cache does not, expected some of its keys, "
+                    "unchanged and without generated tokens. Compress a copy of this very cache, by a press that does "
+                    "not change keys."
+                )
+            kept[row, head, at.cpu()] = True
+    return kept

@@ -1,0 +1,107 @@
+"""kvpress-moe explore: what the router keeps of a text, to look at in a browser."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvpress_moe.cli.ask import BUILT_IN_QUESTION
+from kvpress_moe.cli.options import Budget, Device, Experts, Model, Ratio, Router, parse_experts, read_context
+from kvpress_moe.cli.progress import progress_bar
+from kvpress_moe.errors import SettingError
+
+EPILOG = """Examples:
+
+kvpress-moe explore --ratio 0.75 --out page.html
+
+kvpress-moe explore notes.txt --question "Who signed the lease?" --question "When?" --out notes.html
+
+kvpress-moe explore --serve
+"""
+
+
+def explore(
+    text: Annotated[
+        str | None, typer.Argument(help="A text file, or - for standard input; a built-in text. Not with --serve.")
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Asked with the full and the compressed cache. Repeatable.")
+    ] = None,
+    ratio: Ratio = 0.5,
+    experts: Experts = None,
+    budget: Budget = None,
+    router: Router = None,
+    out: Annotated[Path | None, typer.Option(help="The page to write.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="A web app for this machine instead of a page.")] = False,
+    port: Annotated[int, typer.Option(help="Of --serve; 0 takes a free one.")] = 8720,
+    model: Model = None,
+    device: Device = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line that holds all figures.")] = False,
+) -> None:
+    """
+    Write one HTML page that shows, token by token, who judged the text and what stays at any ratio.
+
+    The page needs no network and no Python: the scores are in it, and the budget rule runs in the browser.
+    """
+    if serve:
+        if text is not None or question or out is not None:
+            raise SettingError(
+                "serve", True, "no TEXT, --question or --out beside it", "Paste the text in the browser."
+            )
+        settings = {"ratio": ratio, "experts": experts, "budget": budget, "router": router}
+        run_app(port, settings, model, device, max_new_tokens)
+        return
+    context = read_context(text)
+    questions = question or ([BUILT_IN_QUESTION] if text is None else [])
+    if out is None or not out.parent.is_dir() or out.is_dir():
+        got = None if out is None else str(out)
+        raise SettingError("out", got, "a file in a directory that exists", "For example --out page.html.")
+    with progress_bar() as step:
+        step("importing", total=1)
+        from kvpress_moe.checkpoint import write_atomically
+        from kvpress_moe.explore import explore as explored
+        from kvpress_moe.explore import make_press, page, read
+        from kvpress_moe.models import load_model
+
+        settings = {"compression_ratio": ratio, "experts": parse_experts(experts), "budget": budget, "router": router}
+        press = make_press(settings)
+        step("loading the model", total=1)
+        loaded, tokenizer = load_model(model, device)
+        press.post_init_from_model(loaded)
+        reading = read(loaded, tokenizer, context, questions, max_new_tokens, step)
+        payload = explored(reading, press, step)
+        write_atomically(out, lambda path: path.write_text(page(payload), encoding="utf-8"))
+    result = {
+        "out": str(out),
+        "context_tokens": len(payload["tokens"]),
+        "prefill_seconds": reading.seconds,
+        "page_mib": out.stat().st_size / 2**20,
+        **{name: payload["about"][name] for name in ("full_mib", "compressed_mib")},
+    }
+    typer.echo(
+        f"{result['context_tokens']} tokens read in {reading.seconds:.1f} s; {result['page_mib']:.1f} MiB of page, "
+        f"open it in a browser: {out}"
+    )
+    if as_json:
+        print(json.dumps(result, separators=(",", ":")))
+
+
+def run_app(port: int, settings: dict[str, Any], model: str | None, device: str, max_new_tokens: int) -> None:
+    """Load the model, then serve the app until interrupted; ``settings`` are what its form shows at first."""
+    with ExitStack() as stack:
+        with progress_bar() as step:
+            step("importing", total=1)
+            from kvpress_moe.explore.app import listen, make_app, serve
+            from kvpress_moe.explore.workshop import Workshop
+            from kvpress_moe.models import load_model
+
+            listening = stack.enter_context(closing(listen(port)))
+            step("loading the model", total=1)
+            workshop = Workshop(*load_model(model, device), max_new_tokens)
+        app = make_app(workshop, {"text": read_context(None), "question": BUILT_IN_QUESTION, **settings})
+        serve(app, listening, lambda address: typer.echo(f"{address} (Ctrl+C ends)"))

@@ -1,0 +1,179 @@
+"""The explorer as a web app for the person at this machine: loopback only, no request to or from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from kvpress_moe.cli.options import parse_experts
+from kvpress_moe.errors import BusyError, SettingError
+from kvpress_moe.experts import EXPERT_SETS, KVPRESS_EXPERTS, NAMED_EXPERTS
+from kvpress_moe.explore.page import as_json, asset, assets, policy
+from kvpress_moe.explore.workshop import Workshop
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    raise SettingError(
+        "serve", True, "the packages starlette and uvicorn", "pip install 'kvpress-moe[serve]'"
+    ) from error
+
+HOST = "127.0.0.1"
+MAX_BYTES = 4 * 2**20  # of a request; far more than a model reads
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+def make_app(workshop: Workshop, defaults: Mapping[str, Any]) -> Starlette:
+    """
+    The app.
+
+    Host headers other than this machine's are refused, so that a foreign name that resolves to it reads nothing, and
+    so is what a page from elsewhere posts.
+
+    Parameters
+    ----------
+    workshop : Workshop
+    defaults : mapping
+        What the form shows at first: ``text``, ``question``, ``ratio``, ``experts``, ``budget``, ``router``.
+    """
+    form, form_policy = form_page(workshop, defaults)
+
+    async def show_form(request: Request) -> Response:
+        return HTMLResponse(form, headers={**HEADERS, "Content-Security-Policy": form_policy})
+
+    async def submit(request: Request) -> Response:
+        if request.headers.get("origin", own_origin(request)) != own_origin(request):
+            return refusal(403, "This page does not belong to the app.")
+        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+            return refusal(415, "Expected application/json.")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BYTES:
+                return refusal(413, f"The text is too long: more than {MAX_BYTES // 2**20} MiB.")
+        try:
+            name = workshop.submit(*parse(body))
+        except BusyError as error:
+            return refusal(409, str(error))
+        except SettingError as error:
+            return refusal(422, str(error))
+        return JSONResponse({"job": name}, status_code=202, headers=HEADERS)
+
+    async def progress(request: Request) -> Response:
+        job = workshop.jobs.get(request.path_params["job"])
+        return JSONResponse(job.as_dict(), headers=HEADERS) if job else refusal(404, "There is no such job any more.")
+
+    async def show_page(request: Request) -> Response:
+        job, number = workshop.jobs.get(request.path_params["job"]), request.path_params["number"]
+        if job is None or number >= len(job.pages):
+            return refusal(404, "There is no such page any more.")
+        # the page's own policy stands in it; sandboxed it is of no origin, and cannot ask the app for anything
+        headers = {**HEADERS, "Content-Security-Policy": "sandbox allow-scripts; frame-ancestors 'self'"}
+        return HTMLResponse(job.pages[number], headers=headers)
+
+    return Starlette(
+        routes=[
+            Route("/", show_form),
+            Route("/jobs", submit, methods=["POST"]),
+            Route("/jobs/{job}", progress),
+            Route("/jobs/{job}/pages/{number:int}", show_page),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)],
+    )
+
+
+def own_origin(request: Request) -> str:
+    """The origin of the app's own pages, as the browser that asks sees it."""
+    return f"http://{request.headers['host']}"
+
+
+def refusal(status: int, message: str) -> Response:
+    """An answer that says why not."""
+    return JSONResponse({"error": message}, status_code=status, headers=HEADERS)
+
+
+def parse(body: bytes | bytearray) -> tuple[str, list[str], list[dict[str, Any]]]:
+    """
+    Text, questions and settings of a request.
+
+    Raises
+    ------
+    SettingError
+        If it is none that the form could have sent.
+    """
+    try:
+        request = json.loads(body)
+        context, question, settings = str(request["text"]), str(request["question"]), request["settings"]
+        presses = [
+            {
+                "compression_ratio": float(setting["ratio"]),
+                "experts": parse_experts(str(setting["experts"]).strip() or None),
+                "budget": str(setting["budget"]) or None,
+                "router": str(setting["router"]).strip() or None,
+            }
+            for setting in settings
+        ]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise SettingError(
+            "request", f"{type(error).__name__}: {error}", "text, question and settings as JSON", "Use the form."
+        ) from error
+    if not 1 <= len(presses) <= 2:
+        raise SettingError("settings", len(presses), "one, or two to compare", "Use the form.")
+    return context, [question] if question.strip() else [], presses
+
+
+def form_page(workshop: Workshop, defaults: Mapping[str, Any]) -> tuple[str, str]:
+    """The form's text and its Content-Security-Policy."""
+    style, program = assets("app.css"), assets("app.js")
+    config = workshop.model.config
+    data = {
+        "defaults": dict(defaults),
+        "experts": sorted({*EXPERT_SETS, *NAMED_EXPERTS, *KVPRESS_EXPERTS}),
+        "model": config.name_or_path.rstrip("/").split("/")[-1],
+        "limit": config.get_text_config().max_position_embeddings,
+    }
+    text = asset("app.html").replace("{{style}}", style).replace("{{program}}", program)
+    own = policy(style, program) + "; connect-src 'self'; frame-src 'self'; frame-ancestors 'none'"
+    return text.replace("{{payload}}", as_json(data)), own
+
+
+def listen(port: int) -> socket.socket:
+    """
+    A socket on the loopback interface; port 0 takes a free one.
+
+    Raises
+    ------
+    SettingError
+        If the port is taken.
+    """
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((HOST, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise SettingError("port", port, "a free port", f"{error}. 0 takes any.") from error
+    return listening
+
+
+def serve(app: Starlette, listening: socket.socket, on_start: Callable[[str], Any]) -> None:
+    """Serve until interrupted; ``on_start`` is told the address."""
+    on_start(f"http://{HOST}:{listening.getsockname()[1]}")
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
+    with suppress(KeyboardInterrupt):  # uvicorn ends in order, then raises the signal again
+        uvicorn.Server(config).run([listening])

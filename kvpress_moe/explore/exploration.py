@@ -1,0 +1,175 @@
+"""A text is read once; every setting of the press that is explored compresses a copy of what that left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from kvpress.pipeline import KVPressTextGenerationPipeline
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpress_moe.answering import answer_each
+from kvpress_moe.cli.options import check_length
+from kvpress_moe.errors import SettingError, UnsupportedInputError
+from kvpress_moe.explore.payload import payload
+from kvpress_moe.explore.record import RecordingPress
+from kvpress_moe.explore.tokens import compared, pieces
+from kvpress_moe.prefill import Prefill, cache_bytes
+
+Step = Callable[..., Any]
+
+
+@dataclass
+class Reading:
+    """
+    A text that was read, with what the full cache answers.
+
+    Attributes
+    ----------
+    pipeline : KVPressTextGenerationPipeline
+    prefill : Prefill
+    input_ids : Tensor, shape (1, S)
+    questions : sequence of str
+    questions_ids : sequence of Tensor, shape (1, Q)
+    answers : list of str
+        The full cache's.
+    max_new_tokens : int
+    seconds : float
+        Of the prefill.
+    """
+
+    pipeline: KVPressTextGenerationPipeline
+    prefill: Prefill
+    input_ids: Tensor
+    questions: Sequence[str]
+    questions_ids: Sequence[Tensor]
+    answers: list[str]
+    max_new_tokens: int
+    seconds: float
+
+
+def make_press(settings: Mapping[str, Any]) -> RecordingPress:
+    """
+    The press to explore.
+
+    Raises
+    ------
+    SettingError
+        If a setting is wrong, or the ratio is one at which nothing is judged.
+    """
+    press = RecordingPress(**settings)
+    if not press.compression_ratio:
+        raise SettingError(
+            "ratio",
+            press.compression_ratio,
+            "a number in (0, 1), the share of pairs to remove",
+            "Nothing is judged where nothing is removed; the page's slider goes down to 0.",
+        )
+    return press
+
+
+def read(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    questions: Sequence[str],
+    max_new_tokens: int,
+    step: Step,
+) -> Reading:
+    """
+    Prefill a text, and ask the full cache.
+
+    Parameters
+    ----------
+    step : callable
+        ``step(description, total=None, advance=0)`` reports progress.
+
+    Raises
+    ------
+    SettingError
+        If text, question and answer are longer than the model takes.
+    """
+    pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
+    tokens = pipeline.preprocess(context, list(questions), "", sys.maxsize)
+    input_ids, questions_ids = tokens["context_ids"], tokens["questions_ids"]
+    check_length(model, input_ids.shape[1], max((ids.shape[1] for ids in questions_ids), default=0), max_new_tokens)
+    step("prefill", total=model.config.get_text_config().num_hidden_layers)
+    started = time.perf_counter()
+    prefill = Prefill(model, input_ids, on_layer=partial(step, "prefill", advance=1))
+    seconds = time.perf_counter() - started
+    step("asking the full cache", total=max(1, len(questions)))
+    answers = answer_each(
+        pipeline,
+        prefill.compress(None),
+        questions_ids,
+        input_ids.shape[1],
+        max_new_tokens,
+        on_answer=partial(step, "asking the full cache", advance=1),
+    )
+    return Reading(pipeline, prefill, input_ids, questions, questions_ids, answers, max_new_tokens, seconds)
+
+
+def explore(reading: Reading, press: RecordingPress, step: Step) -> dict[str, Any]:
+    """
+    Compress a copy of what was read, ask it, and gather what the page shows.
+
+    Parameters
+    ----------
+    reading : Reading
+    press : RecordingPress
+        See :func:`make_press`.
+    step : callable
+        As in :func:`read`.
+
+    Raises
+    ------
+    UnsupportedInputError
+        If the press judged no layer.
+    """
+    pipeline, prefill = reading.pipeline, reading.prefill
+    step("compressing", total=1)
+    cache = prefill.compress(press)
+    if not press.records:
+        raise UnsupportedInputError("TEXT: no layer of this model was compressed, expected at least one to look at.")
+    step("asking the compressed cache", total=max(1, len(reading.questions)))
+    answers = answer_each(
+        pipeline,
+        cache,
+        reading.questions_ids,
+        reading.input_ids.shape[1],
+        reading.max_new_tokens,
+        on_answer=partial(step, "asking the compressed cache", advance=1),
+    )
+    step("writing the page", total=1)
+
+    def tokens_of(answer: str) -> list[str]:
+        return pieces(pipeline.tokenizer, pipeline.tokenizer.encode(answer, add_special_tokens=False))
+
+    marked = []
+    for question, full, compressed in zip(reading.questions, reading.answers, answers, strict=True):
+        in_full, in_compressed = compared(tokens_of(full), tokens_of(compressed))
+        marked.append({"question": question, "full": in_full, "compressed": in_compressed})
+    layers = len(press.records)
+    trained = press.routers.config.trained
+    return payload(
+        tokens=pieces(pipeline.tokenizer, reading.input_ids[0].tolist()),
+        records=dict(sorted(press.records.items())),
+        experts=list(press.expert_strategies.values()),
+        budget={"ratio": press.compression_ratio, "scope": press.scope, "min_share": press.min_share},
+        bound_to_ratio=press.bound_to_ratio(),
+        about={
+            "model": pipeline.model.config.name_or_path.rstrip("/").split("/")[-1],
+            "layers": f"{layers} of {len(prefill.cache.layers)} compressed",
+            "experts": f"top {press.top_k} of {press.num_experts} judge each token",
+            "routers": "trained" if trained else "untrained",
+            "prefill": f"{reading.seconds:.1f} s",
+            "full_mib": round(cache_bytes(prefill.cache) / 2**20, 2),
+            "compressed_mib": round(cache_bytes(cache) / 2**20, 2),
+        },
+        answers=marked,
+    )

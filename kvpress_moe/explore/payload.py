@@ -1,0 +1,96 @@
+"""What the page needs to know, as plain data: small enough for a page, exact where the budget rule needs it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpress_moe.explore.record import LayerRecord
+
+FORMAT = 1
+
+
+def arrays(records: Mapping[int, LayerRecord]) -> dict[str, Any]:
+    """
+    Records of all compressed layers, packed.
+
+    Returns
+    -------
+    dict
+        Little-endian arrays in base64, first index slowest:
+
+        - ``scores`` (L, H, S), float32, exact: the budget rule in the browser keeps what Python keeps;
+        - ``weights`` (L, S, E), uint16, in 1/65535; positive weights stay positive;
+        - ``moves`` (L, H, E, S), int8, in 1/127 of the head's ``move_scale``, the largest of them;
+        - ``mass`` (L, H, S), bfloat16.
+
+        And ``layers``, the layers' indices, ``heads`` and ``move_scale``, L lists of H numbers.
+    """
+    scores = torch.stack([record.scores for record in records.values()])
+    weights = torch.stack([record.weights for record in records.values()])
+    moves = torch.stack([record.moves for record in records.values()])
+    mass = torch.stack([record.mass for record in records.values()])
+    scale = moves.abs().amax((-1, -2)).clamp(min=torch.finfo(torch.float32).tiny)
+    return {
+        "layers": list(records),
+        "heads": scores.shape[1],
+        "scores": packed(scores),
+        "weights": packed(as_levels(weights).to(torch.uint16)),
+        "moves": packed((moves / scale[..., None, None] * 127).round().to(torch.int8)),
+        "move_scale": scale.tolist(),
+        "mass": packed(mass.to(torch.bfloat16).view(torch.int16)),
+    }
+
+
+def as_levels(weights: Tensor) -> Tensor:
+    """Weights in [0, 1] as whole numbers up to 65535; only a weight of 0 becomes 0."""
+    return (weights * 65535).round().clamp(min=1).masked_fill(weights == 0, 0)
+
+
+def packed(values: Tensor) -> str:
+    """A tensor's bytes in base64, little-endian."""
+    array = values.contiguous().numpy()
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()).decode()
+
+
+def payload(
+    tokens: Sequence[str],
+    records: Mapping[int, LayerRecord],
+    experts: Sequence[str],
+    budget: Mapping[str, Any],
+    bound_to_ratio: Sequence[str],
+    about: Mapping[str, Any],
+    answers: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """
+    The page's data, ready for JSON.
+
+    Parameters
+    ----------
+    tokens : sequence of S str
+        The text, piece by piece.
+    records : mapping of int -> LayerRecord
+    experts : sequence of E str
+    budget : mapping
+        ``ratio``, ``scope`` and ``min_share`` that the answers were given with.
+    bound_to_ratio : sequence of str
+        Experts that would give other scores at another ratio.
+    about : mapping of str -> str
+        Facts to print: the model, sizes.
+    answers : sequence of mapping
+        ``question``, and ``full`` and ``compressed`` as :func:`~kvpress_moe.explore.tokens.compared` marks them.
+    """
+    return {
+        "format": FORMAT,
+        "tokens": list(tokens),
+        "experts": list(experts),
+        "budget": dict(budget),
+        "bound_to_ratio": list(bound_to_ratio),
+        "about": dict(about),
+        "answers": [dict(answer) for answer in answers],
+        **arrays(records),
+    }

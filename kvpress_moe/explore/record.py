@@ -1,0 +1,116 @@
+"""RecordingPress: MoERouterPress that also writes down who judged which pair, how, and what was kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import kvpress
+import torch
+from torch import Tensor
+
+from kvpress_moe.experts import Expert
+from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.mixing import rank_within_head
+from kvpress_moe.press import MoERouterPress
+from kvpress_moe.shared_budget import Observation
+
+#: Scorers that judge otherwise when another ratio is asked for.
+READ_THE_RATIO = (kvpress.StreamingLLMPress, kvpress.CompactorPress, kvpress.CriticalKVPress)
+
+
+@dataclass
+class LayerRecord:
+    """
+    One layer's judgement of a prompt (batch 1), on the CPU.
+
+    Attributes
+    ----------
+    weights : Tensor, shape (S, E), float32
+        Routing weights of each token, summing to 1.
+    scores : Tensor, shape (H, S), float32
+        What the experts together made of each pair; higher = keep.
+    moves : Tensor, shape (H, E, S), float32
+        How far each expert moved a pair's score from what it gave the head's pairs on average. Over the experts they
+        sum to the score minus the head's mean score.
+    mass : Tensor, shape (H, S), float32
+        Attention that the prompt's last queries pay to each pair, as hit rates count it.
+    kept : Tensor, shape (H, S), bool
+        The pairs that stayed.
+    """
+
+    weights: Tensor
+    scores: Tensor
+    moves: Tensor
+    mass: Tensor | None = None
+    kept: Tensor | None = None
+
+
+class RememberingExpert(Expert):
+    """An expert that is asked once for the scores of a call, however often it is heard."""
+
+    def __init__(self, expert: Expert):
+        super().__init__(expert.name, expert.scorer, expert.keep, expert.registered)
+        self._expert = expert
+        self._keys: Tensor | None = None
+        self._scores: Tensor | None = None
+
+    def score(self, call: LayerCall, compression_ratio: float | None) -> Tensor:
+        if self._keys is not call.keys:
+            self._scores = self._expert.score(call, compression_ratio)
+            self._keys = call.keys
+        return self._scores
+
+
+class RecordingPress(MoERouterPress):
+    """
+    Compresses exactly as :class:`~kvpress_moe.MoERouterPress` with the same settings, and keeps a record of each layer.
+
+    Attributes
+    ----------
+    records : dict of int -> LayerRecord
+        By index of the layer; of the latest prompt, whose batch must be 1. Layers that are not compressed have none.
+    """
+
+    def __post_init__(self) -> None:
+        self.records: dict[int, LayerRecord] = {}
+        super().__post_init__()
+
+    def bound_to_ratio(self) -> list[str]:
+        """Experts whose scores hold at this press's ratio alone."""
+        return [expert.name for expert in self._experts if isinstance(expert.scorer, READ_THE_RATIO)]
+
+    def _make_expert(self, given: Any) -> Expert:
+        return RememberingExpert(super()._make_expert(given))
+
+    @torch.no_grad()
+    def mix(self, call: LayerCall) -> Tensor:
+        scores = super().mix(call)
+        self.records[call.layer_idx] = LayerRecord(
+            weights=call.weights[0].mean(0).float().cpu(),
+            scores=scores[0].float().cpu(),
+            moves=torch.stack([self._move(call, index) for index in range(self.num_experts)], dim=1),
+        )
+        return scores
+
+    def _move(self, call: LayerCall, index: int) -> Tensor:
+        """What one expert adds to the pairs' scores (H, S), less its mean over the head."""
+        active = call.routed.flatten(0, 2).any(0)
+        if not active[index]:
+            return torch.zeros(call.keys.shape[1:3])
+        if call.router.calibration is None and active.sum() > 1:  # ranks are mixed; a lone expert's scores would not be
+            part = rank_within_head(self._experts[index].score(call, self.compression_ratio))
+            part = part * call.weights[..., index]
+        else:  # a sum over experts: with the others' weights at zero, the one's term stays, and the head's offset
+            alone = torch.zeros_like(call.weights)
+            alone[..., index] = call.weights[..., index]
+            part = super().mix(replace(call, weights=alone))
+        part = part[0].double().cpu()
+        move = (part - part.mean(-1, keepdim=True)).nan_to_num(nan=0)  # where scores are infinite
+        largest = torch.finfo(torch.float32).max  # some scorers give it to pairs that have to stay
+        return move.clamp(-largest, largest).float()
+
+    def record(self, layer_idx: int, observation: Observation, kept: Tensor) -> None:
+        super().record(layer_idx, observation, kept)
+        self.records[layer_idx].mass = observation.mass[0].float().cpu()
+        self.records[layer_idx].kept = kept[0].cpu()

@@ -1,0 +1,76 @@
+"""NaN and infinity: where they would decide which pairs stay (``topk`` ranks NaN first), they are an error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress_moe.errors import NotFiniteError
+from kvpress_moe.layer_call import LayerCall
+
+
+def is_finite(states: Tensor) -> Tensor:
+    """Whether all of a tensor's numbers are finite: a bool scalar on its device. NaN and infinity survive extremes."""
+    return torch.stack((states.amax(), states.amin())).isfinite().all()
+
+
+def active_experts(call: LayerCall, logits: Tensor) -> list[int]:
+    """
+    Indices of the experts that judge any pair of a call.
+
+    The device is read once, for this and for whether keys, values and the router's logits (B, S, E) are finite. Hidden
+    states are seen through the logits, which a single NaN or infinity of a token turns into NaN or infinity.
+
+    Raises
+    ------
+    NotFiniteError
+    """
+    used = call.routed.flatten(0, 2).any(0)
+    finite = torch.stack([is_finite(states).to(used.device) for states in (logits, call.keys, call.values)])
+    *used, logits_are, keys_are, values_are = torch.cat((used, finite)).tolist()
+    if not (logits_are and keys_are and values_are):
+        dtype = call.keys.dtype
+        model = f"The model or its input is broken, or overflows in {dtype}: try bfloat16 or float32."
+        for what, states in (("hidden states", call.hidden_states), ("keys", call.keys), ("values", call.values)):
+            if not bool(is_finite(states)):
+                raise not_finite(what, call, states, model)
+        raise not_finite("router logits", call, logits, "The router's weights are broken; load or train it again.")
+    return [index for index, judges in enumerate(used) if judges]
+
+
+def check_finite(call: LayerCall, scores: Tensor | None = None, mass: Tensor | None = None) -> None:
+    """
+    Raise unless what decides over pairs, and what hit rates are made of, is finite; the device is read once.
+
+    Parameters
+    ----------
+    call : LayerCall
+    scores : Tensor, shape (B, H, S), optional
+        Mixed ones. Calibrated, they estimate a logarithm of attention and have to be finite; ranks always are, and
+        :meth:`kvpress_moe.experts.Expert.score` looks at what an expert says alone.
+    mass : Tensor, optional
+        Attention that was paid to the pairs.
+
+    Raises
+    ------
+    NotFiniteError
+    """
+    found = {}
+    if mass is not None:
+        found["attention"] = (mass, f"Queries or keys overflow in {call.keys.dtype}: try bfloat16 or float32.")
+    if scores is not None and call.router.calibration is not None:
+        found["mixed scores"] = (scores, "The router's weights are broken, or overflow; load or train it again.")
+    if found:
+        finite = torch.stack([is_finite(states) for states, _ in found.values()]).tolist()
+        for healthy, (what, (states, remedy)) in zip(finite, found.items(), strict=True):
+            if not healthy:
+                raise not_finite(what, call, states, remedy)
+
+
+def not_finite(what: str, call: LayerCall, states: Tensor, remedy: str) -> NotFiniteError:
+    """The error that says which stage of which layer it was."""
+    n_wrong = int((~states.isfinite()).sum())
+    return NotFiniteError(
+        f"{what}: got NaN or infinity on layer {call.layer_idx} ({n_wrong} of {states.numel()} numbers), expected "
+        f"finite numbers; nothing was evicted by them. {remedy}"
+    )

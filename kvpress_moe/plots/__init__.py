@@ -1,0 +1,29 @@
+"""
+Plots for notebooks and papers: statistics, caches, records or a training log in, a matplotlib ``Figure`` out.
+
+Nothing is shown and pyplot is left alone: a notebook displays the figure that a cell ends with,
+``figure.savefig("usage.pdf")`` writes it. Needs matplotlib (``pip install kvpress-moe[plots]``).
+"""
+
+try:
+    import matplotlib as _  # noqa: F401
+except ImportError as error:
+    raise ImportError("kvpress_moe.plots: matplotlib is missing. pip install kvpress-moe[plots]") from error
+
+from kvpress_moe.plots.kept import kept_positions as kept_positions
+from kvpress_moe.plots.kept import kept_share as kept_share
+from kvpress_moe.plots.ratios import over_ratio as over_ratio
+from kvpress_moe.plots.routing import expert_usage as expert_usage
+from kvpress_moe.plots.routing import hit_rates as hit_rates
+from kvpress_moe.plots.training import loss_by_layer as loss_by_layer
+from kvpress_moe.plots.training import training_curves as training_curves
+
+__all__ = [
+    "expert_usage",
+    "hit_rates",
+    "kept_positions",
+    "kept_share",
+    "loss_by_layer",
+    "over_ratio",
+    "training_curves",
+]

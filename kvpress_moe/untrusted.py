@@ -1,0 +1,145 @@
+"""Files that anybody may have written: JSON of bounded size, tensors that are looked at before they are used."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+# Parsed, JSON takes up to thirty times its size, and an entry of a safetensors header several times its own.
+MAX_JSON = 2**20  # bytes of one JSON text
+MAX_HEADER = 2**22  # bytes of the header of a safetensors file
+
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+
+
+def parse_json(text: str) -> Any:
+    """
+    What a JSON text says.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, too long, or nested too deeply.
+    """
+    if len(text) > MAX_JSON:
+        raise ValueError(f"JSON of {len(text)} characters, expected at most {MAX_JSON}")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON says; raises OSError and ValueError as :func:`parse_json`."""
+    check_is_file(path)
+    with path.open("rb") as file:
+        return parse_json(file.read(MAX_JSON + 1).decode())
+
+
+def check_is_file(path: Path) -> None:
+    """Raise OSError unless a path is a file: reading a pipe would wait for ever."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file")
+
+
+def is_whole(value: Any, low: int = 0) -> bool:
+    """Whether something parsed is a whole number, at least ``low``, of a size that lengths have."""
+    return type(value) is int and low <= value < 2**31
+
+
+def is_number(value: Any) -> bool:
+    """Whether something parsed is a number that a float holds; NaN and infinities are none."""
+    return type(value) in (int, float) and abs(value) <= 1e300
+
+
+def is_text(value: Any) -> bool:
+    """Whether something parsed is a text that can be written again: JSON may hold halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """
+    A safetensors file, open for reading.
+
+    Raises
+    ------
+    OSError
+        If there is none.
+    ValueError
+        If its header is too long, or safetensors has anything against it while it is open.
+    """
+    check_is_file(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER:
+        raise ValueError(f"a header of {length} bytes, expected at most {MAX_HEADER}")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"safetensors says: {str(error)[:200]}") from error
+
+
+def read_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
+    """
+    Shapes of all tensors in an open file, which are not read.
+
+    Raises
+    ------
+    ValueError
+        If there are none, or they are not all of the same floating-point dtype.
+    """
+    shapes, dtypes = {}, set()
+    for name in tensors.keys():  # noqa: SIM118 (no mapping)
+        found = tensors.get_slice(name)
+        shapes[name] = tuple(found.get_shape())
+        dtypes.add(found.get_dtype())
+    if len(dtypes) != 1 or not dtypes <= _FLOATS:
+        raise ValueError(f"tensors of dtypes {sorted(dtypes)}, expected one of {', '.join(sorted(_FLOATS))} for all")
+    return shapes
+
+
+def check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError for the first name that is missing, not expected, or of another shape."""
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(f"tensor {name[:80]!r} has shape {found.get(name)}, expected {expected.get(name)}")
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise ValueError if a tensor holds NaN or infinities; nothing of its size is allocated."""
+    if tensor.numel() and not all(math.isfinite(end.item()) for end in tensor.aminmax()):
+        raise ValueError(f"{name} holds NaN or infinite numbers")
+
+
+def fill(module: nn.Module, tensors: Any, may_be_nan: str = "hit_rate") -> None:
+    """
+    Copy the tensors of an open file into a module, one after the other.
+
+    Parameters
+    ----------
+    module : nn.Module
+    tensors
+        From :func:`open_tensors`.
+    may_be_nan : str, default="hit_rate"
+        Buffers of this name say NaN where nothing is known.
+
+    Raises
+    ------
+    ValueError
+        If names or shapes are others than the module's, or numbers are not finite in the module's dtype.
+    """
+    state = module.state_dict()
+    check_shapes(read_shapes(tensors), {name: tuple(own.shape) for name, own in state.items()})
+    for name, own in state.items():
+        tensor = tensors.get_tensor(name).to(own.dtype)
+        check_finite(tensor.nan_to_num(0.0, math.inf) if name.rpartition(".")[2] == may_be_nan else tensor, name)
+        own.copy_(tensor)
