@@ -60,7 +60,6 @@ EXPERT_SETS = {
 
 _KEYS_ONLY = (kvpress.StreamingLLMPress, kvpress.LagKVPress)  # their sinks are pairs, not hidden states
 _ATTENDING = (kvpress.SnapKVPress, kvpress.TOVAPress)  # compute the attention of the latest queries
-_PAIRS_ONLY = (kvpress.CURPress, kvpress.KeyDiffPress, kvpress.KnormPress)  # look at keys and values alone
 _UNSEEDED = (kvpress.LeverageScorePress, kvpress.CompactorPress)  # draw a random sketch in score
 
 
@@ -170,11 +169,13 @@ def known_attentions(scorer: ScorerPress, call: LayerCall) -> Tensor | None:
 
 def exact_pairs(scorer: ScorerPress, call: LayerCall) -> tuple[Tensor, Tensor]:
     """
-    Keys and values for a scorer: in float32 for those that judge by nothing else.
+    Keys and values for a scorer: in float32 for those that judge by nothing else and do not turn to it themselves.
 
     Real keys have much in common: with the 8 bits of a bfloat16, their cosines hardly tell them apart.
     """
-    if type(scorer) in _PAIRS_ONLY:
+    if type(scorer) is kvpress.KeyDiffPress:
+        return call.keys.float(), call.values
+    if type(scorer) is kvpress.CURPress:
         return call.keys.float(), call.values.float()
     return call.keys, call.values
 

@@ -47,6 +47,9 @@ SUPPORTED_MODELS = (
     Qwen3MoeForCausalLM,
 )
 
+#: Those whose norms of queries and keys kvpress's own presses leave out, see :mod:`kvpress_moe.attention_view`.
+UNKNOWN_NORMS = (OlmoeForCausalLM, Qwen3MoeForCausalLM)
+
 
 def language_model(model: PreTrainedModel) -> nn.Module:
     """The stack of decoder layers inside a causal or multimodal model."""
@@ -166,12 +169,12 @@ def check_still_there(cache: Cache, n_judged: dict[int, int]) -> None:
             )
 
 
-def is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: Any) -> bool:
     """Whether a module was compiled, by ``torch.compile(module)``, in place, or by its forward."""
     return (
         hasattr(module, "_orig_mod")
-        or module._compiled_call_impl is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
     )
 
 

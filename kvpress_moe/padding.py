@@ -37,7 +37,9 @@ def text_starts(mask: Tensor | None, position_ids: Tensor | None) -> list[int] |
             "padding on the left alone. Set tokenizer.padding_side = 'left'."
         )
     starts = (~shown).sum(-1).tolist()
-    if position_ids is None or any(int(row[start]) for row, start in zip(position_ids, starts, strict=True)):
+    if position_ids is None or any(
+        int(row[start]) for row, start in zip(position_ids.expand_as(mask), starts, strict=True)
+    ):
         raise UnsupportedInputError(
             "position_ids: got none that start from 0 at each row's first token, expected them with a padded batch. "
             "Call model.generate, or pass position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)."

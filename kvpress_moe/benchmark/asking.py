@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_moe.attention import apply_rope, causal_logits
+from kvpress_moe.attention_view import AttentionView
 from kvpress_moe.benchmark.judging import Judged, Kept
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.cache import RaggedCache, RaggedLayer
@@ -78,7 +79,8 @@ def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Ref
     peaks: list[Tensor] = []
 
     def observe(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
-        queries = get_prerope_query_states(module, kwargs["hidden_states"])
+        view = AttentionView(module, kwargs["hidden_states"])
+        queries = get_prerope_query_states(view, kwargs["hidden_states"])
         queries = apply_rope(queries, *kwargs["position_embeddings"])
         layer = cache.layers[module.layer_idx]
         attention = causal_logits(module, queries, layer.keys).softmax(-1)[..., :n_read]

@@ -99,13 +99,18 @@ class Evaluator:
     """
 
     def __init__(self, plan: Plan, loaded: tuple | None = None):
-        from kvpress_moe.model_support import check_model, slides
+        from kvpress_moe.model_support import UNKNOWN_NORMS, check_model, slides
         from kvpress_moe.models import load_model
 
         self.plan = plan
         self.methods: dict[str, Method] = find_methods(plan.methods) | find_methods(["full"])
         self.model, self.tokenizer = loaded or load_model(plan.model, plan.device)
         check_model(self.model)
+        if isinstance(self.model, UNKNOWN_NORMS):
+            raise UnsupportedModelError(
+                f"model: got {type(self.model).__name__}, whose norms of queries and keys kvpress does not know, "
+                "expected another. Its presses would compute wrong queries; MoERouterPress itself can serve the model."
+            )
         config = self.model.config.get_text_config(decoder=True)
         if any(slides(config, layer) for layer in range(config.num_hidden_layers)):
             raise UnsupportedModelError(

@@ -175,6 +175,9 @@ def test_contexts_longer_than_the_model_takes_and_models_without_a_template_are_
     assert not (tmp_path / "plain").exists()
     with pytest.raises(UnsupportedModelError, match="sliding"):
         Evaluator(PLAN, (tiny_model("gemma3"), chat_tokenizer))
+    for family in ("qwen3_moe", "olmoe"):
+        with pytest.raises(UnsupportedModelError, match="whose norms of queries and keys kvpress does not know"):
+            Evaluator(PLAN, (tiny_model(family), chat_tokenizer))
 
 
 def test_a_press_of_ones_own_takes_part(llama, chat_tokenizer, tmp_path):

@@ -122,7 +122,7 @@ def test_what_cannot_be_served_is_refused(model, change, settings, match):
 def test_a_padded_batch_without_positions_of_its_own_is_refused(llama):
     """The rows' tokens would stand elsewhere than alone, and experts that think of what comes next would err."""
     ids, mask = padded_tokens(LENGTHS)
-    for position_ids in (None, torch.arange(100).expand(4, -1)):
+    for position_ids in (None, torch.arange(100)[None], torch.arange(100).expand(4, -1)):
         with (
             pytest.raises(UnsupportedInputError, match=r"position_ids: .*Call model.generate"),
             MoERouterPress()(llama),
