@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 
 from kvpress_moe import MoERouterPress
@@ -70,6 +71,7 @@ def take(prompts: int, model: PreTrainedModel, presses: Sequence[MoERouterPress]
     gc.collect()
     objects = gc.get_objects()
     tensors = [thing for thing in objects if issubclass(type(thing), torch.Tensor)]
+    tensors = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]  # torch.compile's, without memory
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     numbers = sum(count_numbers(press.get_stats()) for press in presses)
