@@ -61,7 +61,13 @@ def is_number(value: Any) -> bool:
 
 def is_text(value: Any) -> bool:
     """Whether something parsed is a text that can be written again: JSON may hold halves of characters."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager

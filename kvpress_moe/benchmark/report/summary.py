@@ -141,7 +141,7 @@ def load(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> Results:
         for sample, values in cell.items():
             full = results.values.get(("full", 0.0), {}).get(sample, {})
             values["extra"] = values["nll"] - full.get("nll", np.nan)
-            values["share"] = values["pairs"] / full.get("pairs", np.nan)
+            values["share"] = values["pairs"] / (full.get("pairs") or np.nan)
     return results
 
 
@@ -157,7 +157,7 @@ def _add(results: Results, record: dict[str, Any]) -> None:
     for row in record["results"]:
         named = dict(zip(record["columns"], row, strict=True))
         values = {name: np.nan if named[name] is None else float(named[name]) for name in METRICS}
-        values["cost"] = values["seconds"] / record["prefill_s"] if record["prefill_s"] else np.nan
+        values["cost"] = values["seconds"] / (record.get("prefill_s") or np.nan)
         results.values.setdefault((named["method"], named["ratio"]), {})[sample] = values
 
 
