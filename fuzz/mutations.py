@@ -183,7 +183,7 @@ def mutate_lines(choices: Choices, data: bytes) -> bytes:
     if kind == 0:
         lines[number] = mutate_bytes(choices, lines[number])
     elif kind == 4:
-        lines += [lines[number]] * choices.pick((1, 2, 100))
+        lines += [lines[number]] * choices.pick((1, 2, 20))
     else:
         changed = dump(mutate_json(choices, json.loads(lines[number])))
         lines[number] = changed.encode("utf-8", "surrogatepass") + b"\n"
@@ -195,7 +195,7 @@ def mutate_gzip(choices: Choices, data: bytes, change: Callable[[Choices, bytes]
     data = gzip.decompress(data)
     kind = choices.below(32)
     if kind == 17:
-        size = choices.pick((2**19, 2**20, 2**21, 2**24 if choices.one_in(32) else 2**21))
+        size = choices.pick((2**16, 2**18, 2**20, 2**24 if choices.one_in(64) else 2**20))
         filling = choices.pick((b"[", b" ", b"\n", data.splitlines(keepends=True)[0]))
         return gzip.compress((filling * (size // len(filling)))[:size] + b"\n", 9)
     if kind >= 20:

@@ -138,7 +138,7 @@ def test_the_number_of_weights_that_a_configuration_asks_for_is_that_of_its_rout
 
 
 def test_loading_half_precision_routers_takes_twice_their_file_beside_the_file(tmp_path):
-    config = RouterConfig("base", ("knorm", "tova"), 4, 4096, bottleneck=512)
+    config = RouterConfig("base", ("knorm", "tova"), 32, 4096, bottleneck=64)
     save_routers(Routers(config), tmp_path, dtype=torch.float16)
     size = (tmp_path / "routers.safetensors").stat().st_size
     assert size > 16 * 2**20
@@ -191,6 +191,12 @@ def huge_batch(header, tensors, body):
         tensors[f"0.{name}"]["shape"] = [2**40, 2, 0, 8]
 
 
+def stride_overflow(header, tensors, body):
+    """Strides that torch cannot count."""
+    for name in ("new_keys", "new_values"):
+        tensors[f"0.{name}"]["shape"] = [1, 2, 0, 2**62]
+
+
 def not_a_number(header, tensors, body):
     return b"\0\0\xc0\x7f" + body[4:]
 
@@ -199,6 +205,7 @@ def not_a_number(header, tensors, body):
     "change",
     [
         huge_batch,
+        stride_overflow,
         not_a_number,
         lambda header, *_: header["layers"][0]["lengths"][0].reverse() or header["layers"][0]["lengths"].append([1, 1]),
         lambda header, *_: header["layers"][0]["lengths"][0].__setitem__(0, -1),
