@@ -19,11 +19,13 @@ bench-quick: setup  ## all tasks, all fast methods, two samples each: table and 
 	$(BIN)/kvpress-moe report runs/quick
 
 fuzz: setup  ## damaged and forged files through every loader: 204,000 inputs, about a quarter of an hour
+	-$(BIN)/python -m pip install -q -c constraints.txt atheris
 	$(BIN)/python -m fuzz
 
-check: setup  ## format and lint
+check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # An old .venv is used when it still runs and holds what this checkout asks for; otherwise it is mended or made anew.
 setup:

@@ -68,7 +68,8 @@ class Results:
         return sorted({ratio for method, ratio in self.values if method != "full"})
 
     def group(self, method: str) -> str:
-        return self.header["methods"].get(method, {}).get("group", "third-party")
+        group: str = self.header["methods"].get(method, {}).get("group", "third-party")
+        return group
 
     def counted(self, method: str) -> int:
         """Samples that have a record of the method at every ratio that it has."""
@@ -191,7 +192,7 @@ def best_single(results: Results, ratio: float, task: str | None = None) -> str 
         by_task = {task: by_task[task]} if task in by_task else {} if task else by_task
         if by_task:
             found[method] = np.mean([values.mean() for values in by_task.values()])
-    return min(found, key=found.get) if found else None
+    return min(found, key=lambda method: found[method]) if found else None
 
 
 def oracle_values(results: Results, ratio: float, metric: str) -> dict[str, np.ndarray]:
