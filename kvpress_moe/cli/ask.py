@@ -140,7 +140,7 @@ def run(
     for name, method in methods:
         started = time.perf_counter()
         cache = prefill.compress(method)
-        row = {"method": name, "compression_seconds": time.perf_counter() - started if method else 0.0}
+        row: dict[str, Any] = {"method": name, "compression_seconds": time.perf_counter() - started if method else 0.0}
         row |= {"mib": cache_bytes(cache) / 2**20, "kept_share": cache_bytes(cache) / full_bytes, "answers": []}
         lengths = [cache.get_seq_length(layer_idx) for layer_idx in range(len(cache))]
         started = time.perf_counter()
