@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+
+from kvpress_moe.model_support import Attention
 
 
 class AttentionView:
@@ -29,13 +31,13 @@ class AttentionView:
         What is known of them already, by the projection's name.
     """
 
-    def __init__(self, module: nn.Module, hidden_states: Tensor, projected: dict[str, Tensor] | None = None):
+    def __init__(self, module: Attention, hidden_states: Tensor, projected: dict[str, Tensor] | None = None):
         self._module = module
         self._hidden_states = hidden_states
         self._projected: dict[str, Tensor] = dict(projected or {})
 
-    @property
-    def __class__(self):  # kvpress asks isinstance(module, Qwen3Attention) to find QK norms
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # kvpress asks isinstance(module, Qwen3Attention) to find QK norms
         return type(self._module)
 
     def __getattr__(self, name: str) -> Any:
@@ -51,16 +53,20 @@ class AttentionView:
         return self._project("qkv_proj", hidden_states)
 
     def rotary_emb(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        module: Any = self._module
         if isinstance(self._module, Gemma3Attention):
-            return self._module.rotary_emb(states, position_ids, self._module.layer_type)
-        return self._module.rotary_emb(states, position_ids)
+            turned: tuple[Tensor, Tensor] = module.rotary_emb(states, position_ids, module.layer_type)
+        else:
+            turned = module.rotary_emb(states, position_ids)
+        return turned
 
     def _project(self, name: str, hidden_states: Tensor) -> Tensor:
         projection = getattr(self._module, name)
         start = slice_start(self._hidden_states, hidden_states)
         n_tokens, n_all = hidden_states.shape[1], self._hidden_states.shape[1]
         if start is None or (name not in self._projected and 2 * n_tokens < n_all):
-            return projection(hidden_states)
+            projected: Tensor = projection(hidden_states)
+            return projected
         if name not in self._projected:
             self._projected[name] = projection(self._hidden_states)
         return self._projected[name][:, start : start + n_tokens]

@@ -8,11 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from kvpress_moe.attention import window_attention_mass
 from kvpress_moe.attention_view import AttentionView, slice_start
+from kvpress_moe.model_support import Attention
 
 if TYPE_CHECKING:
     from kvpress_moe.routers import BaseMoERouter
@@ -52,20 +53,21 @@ class LayerCall:
         What the layer projected of the hidden states in its own forward, by the projection's name.
     """
 
-    module: nn.Module
+    module: Attention
     hidden_states: Tensor
     keys: Tensor
     values: Tensor
     attentions: Tensor | None
     kwargs: Mapping[str, Any]
-    weights: Tensor | None = None
-    router: BaseMoERouter | None = None
+    weights: Tensor = None  # type: ignore[assignment]  # known once the call has been routed
+    router: BaseMoERouter = None  # type: ignore[assignment]
     ranks: dict[int, Tensor] = field(default_factory=dict)
     projected: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def layer_idx(self) -> int:
-        return self.module.layer_idx
+        layer_idx: int = self.module.layer_idx
+        return layer_idx
 
     @property
     def cache(self) -> Cache | None:

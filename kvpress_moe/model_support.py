@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, Gemma3ForCausalLM, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -19,10 +19,13 @@ PADDED = (
     "would hide the wrong pairs. Run prompts of different lengths one by one."
 )
 
+#: An attention module of any family; torch says of a module's attributes no more than ``Tensor | Module``.
+Attention: TypeAlias = Any
+
 SUPPORTED_MODELS = (*KVPRESS_MODELS, Gemma3ForCausalLM)
 
 
-def language_model(model: PreTrainedModel) -> nn.Module:
+def language_model(model: PreTrainedModel) -> Any:
     """The stack of decoder layers inside a causal or multimodal model."""
     return getattr(model.model, "language_model", model.model)
 
@@ -31,7 +34,8 @@ def slides(config: Any, layer_idx: int) -> bool:
     """Whether a layer attends to a sliding window only (such a layer's cache is bounded anyway and is left alone)."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
-        return layer_types[layer_idx] == "sliding_attention"
+        layer_type: str = layer_types[layer_idx]
+        return layer_type == "sliding_attention"
     return getattr(config, "sliding_window", None) is not None
 
 
@@ -41,13 +45,13 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     return [layer_idx for layer_idx in range(config.num_hidden_layers) if not slides(config, layer_idx)]
 
 
-def first_to_compress(attention: nn.Module) -> bool:
+def first_to_compress(attention: Attention) -> bool:
     """Whether an attention layer is the first of its model that does not slide."""
     layer_idx = attention.layer_idx
     return not slides(attention.config, layer_idx) and all(slides(attention.config, i) for i in range(layer_idx))
 
 
-def last_to_compress(attention: nn.Module) -> bool:
+def last_to_compress(attention: Attention) -> bool:
     """Whether an attention layer is the last of its model that does not slide."""
     layer_idx, config = attention.layer_idx, attention.config
     return not slides(config, layer_idx) and all(
@@ -100,7 +104,7 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
-def check_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def check_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """
     Forward pre-hook of the model below its head: raise on inputs that would be compressed wrongly without a word.
 

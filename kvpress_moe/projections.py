@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from kvpress_moe.model_support import language_model
+from kvpress_moe.model_support import Attention, language_model
 
 NAMES = ("q_proj", "k_proj", "qkv_proj")
 
@@ -37,8 +38,8 @@ class Projections:
             if isinstance(getattr(layer.self_attn, name, None), nn.Module)
         ]
 
-    def _keeping(self, attention: nn.Module, name: str):
-        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _keeping(self, attention: Attention, name: str) -> Callable[..., None]:
+        def keep(module: Attention, args: tuple[Any, ...], output: Tensor) -> None:
             if self._layer is not attention:
                 self.clear()
                 self._layer = attention
@@ -46,7 +47,7 @@ class Projections:
 
         return keep
 
-    def of(self, attention: nn.Module, hidden_states: Tensor) -> dict[str, Tensor]:
+    def of(self, attention: Attention, hidden_states: Tensor) -> dict[str, Tensor]:
         """What this layer projected of exactly these hidden states, by the projection's name."""
         if self._layer is not attention:
             return {}

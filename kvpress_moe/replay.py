@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from kvpress import KVzipPress
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpress_moe.model_support import language_model
+from kvpress_moe.model_support import Attention, language_model
 
 
-class ReplayScores(KVzipPress):
+class ReplayScores(KVzipPress):  # type: ignore[misc]
     """
     KVzip's scores (arXiv 2505.23416) without its selection: the largest attention that a repetition of the context
     pays to each pair.
@@ -34,12 +34,13 @@ class ReplayScores(KVzipPress):
         self.scores = self.score_val.clone()
 
     def _compute_cross_attention(
-        self, module: nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
+        self, module: Attention, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         """KVzip's, with the layer's own scaling of logits, which is not that of the head's width in all families."""
         own_scaling = module.scaling * math.sqrt(module.head_dim)
         keys = keys if math.isclose(own_scaling, 1.0) else keys * own_scaling
-        return super()._compute_cross_attention(module, hidden_states, keys, kwargs)
+        attention: Tensor = super()._compute_cross_attention(module, hidden_states, keys, kwargs)
+        return attention
 
     @torch.no_grad()
     def of(
@@ -76,7 +77,8 @@ class ReplayScores(KVzipPress):
             self._perform_kvzip_compression(text, tokenizer)
         finally:
             self._reset_internal_parameters()
-        return self.scores[:, 0].float()
+        scores: Tensor = self.scores[:, 0].float()
+        return scores
 
 
 def chat_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -84,7 +86,8 @@ def chat_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         return "\n"
     words = "dummy context"
-    text = tokenizer.apply_chat_template(
+    text: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": words}], add_generation_prompt=True, tokenize=False, enable_thinking=False
     )
-    return text.split(words)[1]
+    suffix: str = text.split(words)[1]
+    return suffix

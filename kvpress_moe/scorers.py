@@ -50,4 +50,5 @@ def score_learned(call: LayerCall) -> Tensor:
     seen = (
         torch.cat([call.ranks[index] for index in sorted(call.ranks)], dim=1) if call.router.learned.num_seen else None
     )
-    return call.router.learned(call.hidden_states, seen if seen is None else seen.transpose(1, 2)).transpose(1, 2)
+    importance: Tensor = call.router.learned(call.hidden_states, seen if seen is None else seen.transpose(1, 2))
+    return importance.transpose(1, 2)

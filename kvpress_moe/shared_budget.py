@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class SharedBudget:
     def __init__(self) -> None:
         self._waiting: dict[int, tuple[Tensor, Observation]] = {}
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {"_waiting": {}}
 
     def clear(self) -> None:
