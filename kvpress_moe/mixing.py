@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -50,7 +51,7 @@ def mix(
     for expert in active:  # one expert at a time: no tensor of shape (B, H, S, E) is ever made
         ranks = rank_within_head(score_expert(expert)) * weights[..., expert]
         mixed = ranks if mixed is None else mixed.add_(ranks)
-    return mixed
+    return cast(Tensor, mixed)
 
 
 def mix_calibrated(

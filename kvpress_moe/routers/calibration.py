@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,7 +73,9 @@ class LearnedExpert(nn.Module):
     def forward(self, hidden_states: Tensor, ranks: Tensor | None = None) -> Tensor:
         """Log importance (…, H) of tokens with hidden states (…, C) and ranks (…, num_seen) in (0, 1)."""
         if self.num_seen:
-            seen = torch.cat((ranks - 0.5, torch.log1p(-ranks) + 1), dim=-1)  # both of mean zero
+            given = cast(Tensor, ranks)
+            seen = torch.cat((given - 0.5, torch.log1p(-given) + 1), dim=-1)  # both of mean zero
             hidden_states = torch.cat((hidden_states, seen.to(hidden_states.dtype)), dim=-1)
         hidden_states = hidden_states.to(self.down.weight.dtype)
-        return self.up(F.silu(self.down(hidden_states))).float()
+        importance: Tensor = self.up(F.silu(self.down(hidden_states))).float()
+        return importance

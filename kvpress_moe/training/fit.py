@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from kvpress_moe.gate import gate, load_balance
 from kvpress_moe.routers.base import BaseMoERouter
+from kvpress_moe.routers.calibration import Calibration, LearnedExpert
 from kvpress_moe.training.objective import budget_loss
 
 
@@ -53,14 +55,15 @@ def predict(
         Index of the learned expert.
     """
     num_experts = ranks.shape[-1]
+    calibration, expert = cast(Calibration, router.calibration), cast(LearnedExpert, router.learned)
     decision = gate(router.logits(hidden[None]), top_k, capacity_factor=float(num_experts))
-    terms = router.calibration.terms(ranks)
+    terms = calibration.terms(ranks)
     if learned is not None:
-        seen = torch.cat((ranks[..., :learned], ranks[..., learned + 1 :]), dim=-1)  # (N, H, E - 1)
-        seen = seen.transpose(1, 2).flatten(1) if router.learned.num_seen else None
-        own = router.calibration.slope[:, learned] * router.learned(hidden, seen)
+        others = torch.cat((ranks[..., :learned], ranks[..., learned + 1 :]), dim=-1)  # (N, H, E - 1)
+        seen = others.transpose(1, 2).flatten(1) if expert.num_seen else None
+        own = calibration.slope[:, learned] * expert(hidden, seen)
         terms = torch.cat((terms[..., :learned], own[..., None], terms[..., learned + 1 :]), dim=-1)
-    scores = num_experts * (decision.weights[0][:, None] * terms).sum(-1) + router.calibration.offset
+    scores = num_experts * (decision.weights[0][:, None] * terms).sum(-1) + calibration.offset
     return scores, load_balance(decision.probs, decision.chosen)
 
 
@@ -85,12 +88,13 @@ def fit_layer(
     mean, std = data.hidden.mean(0), data.hidden.std(0).clamp(min=1e-4)
     hidden = (data.hidden - mean) / std
     generator = torch.Generator().manual_seed(seed)
+    calibration = cast(Calibration, router.calibration)
     with torch.no_grad():
         weighted = data.weights.sum(0)
-        router.calibration.offset.copy_((data.targets * data.weights).sum(0) / weighted)
-        router.calibration.slope.fill_(1.0 / data.ranks.shape[-1])
+        calibration.offset.copy_((data.targets * data.weights).sum(0) / weighted)
+        calibration.slope.fill_(1.0 / data.ranks.shape[-1])
         if learned is not None:
-            router.calibration.slope[:, learned] = 1.0
+            calibration.slope[:, learned] = 1.0
     for parameter in (*router.up.parameters(), *router.down.parameters()):
         parameter.requires_grad_(train_gate)
     parameters = [parameter for parameter in router.parameters() if parameter.requires_grad]
@@ -115,7 +119,7 @@ def fit_layer(
     router.eval().requires_grad_(True)
     fold_scaling(router.down, mean, std)
     if learned is not None:
-        fold_scaling(router.learned.down, mean, std)
+        fold_scaling(cast(LearnedExpert, router.learned).down, mean, std)
     return total
 
 
