@@ -54,7 +54,7 @@ class AttentionView:
 
     def rotary_emb(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         module: Any = self._module
-        if isinstance(self._module, Gemma3Attention):
+        if isinstance(module, Gemma3Attention) and hasattr(module, "layer_type"):  # transformers 5
             turned: tuple[Tensor, Tensor] = module.rotary_emb(states, position_ids, module.layer_type)
         else:
             turned = module.rotary_emb(states, position_ids)
