@@ -122,7 +122,7 @@ def test_a_hit_rate_may_be_unknown_but_not_infinite(saved):
 )
 def test_sizes_that_are_only_declared_are_refused_before_anything_is_built(saved, config, monkeypatch):
     change_card(saved, **config)
-    monkeypatch.setattr("kvpress_moe.checkpoint.Routers", None)  # not even called
+    monkeypatch.setattr("kvpress_moe.checkpoint.Routers", lambda *_: pytest.fail("routers were built"))
     with pytest.raises(CheckpointError, match="router: "):
         load_routers(saved)
 
@@ -187,8 +187,8 @@ def forge(files, change):
 
 def huge_batch(header, tensors, body):
     """A batch of 2**40 rows without a pair, which takes no byte."""
-    for name in ("new_keys", "new_values"):
-        tensors[f"0.{name}"]["shape"] = [2**40, 2, 0, 8]
+    for name in ("0.new_keys", "0.new_values", "1.new_keys", "1.new_values"):
+        tensors[name]["shape"] = [2**40, 2, 0, 8]
 
 
 def stride_overflow(header, tensors, body):
