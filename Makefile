@@ -37,6 +37,7 @@ faults: setup  ## every exception at every call of every stage, Ctrl-C at every 
 check: setup  ## format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # An old .venv is used when it still runs and holds what this checkout asks for; otherwise it is mended or made anew.
 setup:

@@ -90,4 +90,5 @@ def window_attention_mass(call: LayerCall) -> Tensor:
 
 def per_kv_head(mass: Tensor, num_key_value_heads: int) -> Tensor:
     """Mean over the query heads that share a KV head: (B, num_heads, S) -> (B, H, S)."""
-    return mass.unflatten(1, (num_key_value_heads, -1)).mean(dim=2)
+    by_head: Tensor = mass.unflatten(1, (num_key_value_heads, -1))
+    return by_head.mean(dim=2)

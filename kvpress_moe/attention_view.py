@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -12,6 +12,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 #: Layers whose norms of queries and keys kvpress does not know, and the ones with the same norms that it knows.
 NORMED_ALIKE: dict[type[nn.Module], type[nn.Module]] = {Qwen3MoeAttention: Qwen3Attention}
+
+from kvpress_moe.model_support import Attention
 
 
 class AttentionView:
@@ -38,7 +40,7 @@ class AttentionView:
         What is known of them already, by the projection's name.
     """
 
-    def __init__(self, module: nn.Module, hidden_states: Tensor, projected: dict[str, Tensor] | None = None):
+    def __init__(self, module: Attention, hidden_states: Tensor, projected: dict[str, Tensor] | None = None):
         self._module = module
         self._hidden_states = hidden_states
         self._projected: dict[str, Tensor] = dict(projected or {})
@@ -60,9 +62,12 @@ class AttentionView:
         return self._project("qkv_proj", hidden_states)
 
     def rotary_emb(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self._module, Gemma3Attention):
-            return self._module.rotary_emb(states, position_ids, self._module.layer_type)
-        return self._module.rotary_emb(states, position_ids)
+        module: Any = self._module
+        if isinstance(module, Gemma3Attention) and hasattr(module, "layer_type"):  # transformers 5
+            turned: tuple[Tensor, Tensor] = module.rotary_emb(states, position_ids, module.layer_type)
+        else:
+            turned = module.rotary_emb(states, position_ids)
+        return turned
 
     def _project(self, name: str, hidden_states: Tensor) -> Tensor:
         projection = getattr(self._module, name)

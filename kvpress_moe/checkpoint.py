@@ -25,7 +25,7 @@ WEIGHTS = "routers.safetensors"
 CONFIG = "routers.json"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: a reader never sees half a file."""
     write_together({path: write})
 

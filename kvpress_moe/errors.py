@@ -14,6 +14,8 @@ KVPressMoEError
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class KVPressMoEError(Exception):
     """Root of all errors raised on purpose by this package."""
@@ -26,7 +28,7 @@ class SettingError(KVPressMoEError, ValueError):
         super().__init__(f"{field}: got {got!r}, expected {expected}. {remedy}")
         self._arguments = (field, got, expected, remedy)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments  # process pools send errors home
 
 

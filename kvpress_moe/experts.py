@@ -188,7 +188,7 @@ def fitting_settings(scorer: ScorerPress, call: LayerCall) -> dict[str, Any]:
         (("n_sink",), call.k_len if isinstance(scorer, _KEYS_ONLY) else min(call.k_len, call.q_len)),
         (("sink_size_start", "sink_size_end"), call.k_len),
     ):
-        lengths = [getattr(scorer, name, None) for name in names]
+        lengths: list[Any] = [getattr(scorer, name, None) for name in names]
         if all(isinstance(length, int) for length in lengths) and sum(lengths) >= available:
             settings.update(dict.fromkeys(names, available // (2 * len(names))))
     return settings
@@ -265,7 +265,7 @@ def make_expert(given: str | ScorerPress | ScoreFunction | Expert) -> Expert:
     )
 
 
-def expert_specs(experts: str | Iterable | None, num_experts: int) -> Sequence:
+def expert_specs(experts: str | Iterable[Any] | None, num_experts: int) -> Sequence[Any]:
     """What ``experts=`` stands for: a set's names, the given list, or the first ``num_experts`` of the table."""
     if experts is None:
         return NAMED_EXPERTS[:num_experts]

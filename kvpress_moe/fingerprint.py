@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpress_moe.errors import CheckpointError
-from kvpress_moe.model_support import language_model
+from kvpress_moe.model_support import Attention, language_model
 from kvpress_moe.untrusted import is_number, is_text, is_whole
 
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -38,7 +38,7 @@ def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     return fingerprint(attention.config, attention)
 
 
-def fingerprint(config: Any, first_attention: nn.Module) -> dict[str, Any]:
+def fingerprint(config: Any, first_attention: Attention) -> dict[str, Any]:
     """
     What identifies a model across dtypes, quantisations and fine-tunes.
 

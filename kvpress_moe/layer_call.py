@@ -8,11 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from kvpress_moe.attention import window_attention_mass
 from kvpress_moe.attention_view import AttentionView, slice_start
+from kvpress_moe.model_support import Attention
 
 if TYPE_CHECKING:
     from kvpress_moe.routers import BaseMoERouter
@@ -56,7 +57,7 @@ class LayerCall:
         Experts with a non-zero weight somewhere, once the call has been routed.
     """
 
-    module: nn.Module
+    module: Attention
     hidden_states: Tensor
     keys: Tensor
     values: Tensor
@@ -71,7 +72,8 @@ class LayerCall:
 
     @property
     def layer_idx(self) -> int:
-        return self.module.layer_idx
+        layer_idx: int = self.module.layer_idx
+        return layer_idx
 
     @property
     def cache(self) -> Cache | None:

@@ -21,7 +21,7 @@ class RoutingMemory:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref, Tensor]] = {}
+        self._entries: dict[int, tuple[weakref.ref[Any], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_entries": {}}  # caches cannot travel

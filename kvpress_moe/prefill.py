@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.cache.masks import fit_masks
-from kvpress_moe.model_support import language_model
+from kvpress_moe.model_support import Attention, language_model
 
 
 class Prefill:
@@ -40,7 +40,9 @@ class Prefill:
         self.cache = DynamicCache()
         self._calls: list[tuple[nn.Module, dict[str, Any], Tensor | None]] = []
 
-        def record(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+        def record(
+            attention: Attention, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]
+        ) -> None:
             self._calls.append((attention, kwargs, output[1]))
             on_layer()
 
@@ -73,7 +75,7 @@ class Prefill:
 
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of the keys and values in a cache, counted from its tensors."""
+    layers: list[Any] = cache.layers
     return sum(
-        layer.nbytes if isinstance(layer, RaggedLayer) else layer.keys.nbytes + layer.values.nbytes
-        for layer in cache.layers
+        layer.nbytes if isinstance(layer, RaggedLayer) else layer.keys.nbytes + layer.values.nbytes for layer in layers
     )

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from kvpress import ScorerPress
@@ -59,6 +59,7 @@ from kvpress_moe.router_setup import (
     warn_untrained,
 )
 from kvpress_moe.routers import RouterConfig, Routers
+from kvpress_moe.routers.calibration import LearnedExpert
 from kvpress_moe.selection import score_selection
 from kvpress_moe.settings import CHECKS, Default, check_number_of_experts, check_top_k_fits, check_tracking
 from kvpress_moe.shared_budget import Observation, SharedBudget
@@ -70,7 +71,7 @@ N_SINK = 4  # first tokens that hit rates leave out
 
 
 @dataclass
-class MoERouterPress(ScorerPress):
+class MoERouterPress(ScorerPress):  # type: ignore[misc]
     """
     A mixture-of-experts router over compression experts.
 
@@ -144,7 +145,7 @@ class MoERouterPress(ScorerPress):
     router_type: str = "pikv"
     cache_aware: bool = True
     aux_loss_weight: float = 0.01
-    experts: str | Iterable | None = None
+    experts: str | Iterable[Any] | None = None
     router: str | Path | Routers | None = None
     track_misses: bool = False
     budget: str | None = None
@@ -227,7 +228,7 @@ class MoERouterPress(ScorerPress):
     def _replace_expert(self, index: int, given: object) -> None:
         self.experts = [given if i == index else expert.spec for i, expert in enumerate(self._experts)]
 
-    def _set_experts(self, specs: Sequence) -> None:
+    def _set_experts(self, specs: Sequence[Any]) -> None:
         """Judge by other experts. Routers and counts belong to the old ones and start anew."""
         experts = self._make_experts(specs)
         check_top_k_fits(self.top_k, len(experts))
@@ -248,7 +249,7 @@ class MoERouterPress(ScorerPress):
         if self._open_top_k:
             self.__dict__["top_k"] = config.top_k if config is not None else DEFAULT_TOP_K
 
-    def _make_experts(self, specs: Sequence) -> list[Expert]:
+    def _make_experts(self, specs: Sequence[Any]) -> list[Expert]:
         if not specs:
             raise SettingError("experts", specs, "at least one expert", "None takes the guide's.")
         return [self._make_expert(spec) for spec in specs]
@@ -303,7 +304,7 @@ class MoERouterPress(ScorerPress):
             warn_untrained()
 
     @contextmanager
-    def __call__(self, model: PreTrainedModel) -> Generator:
+    def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
         """
         Compress every prompt that is prefilled inside the ``with`` block.
 
@@ -444,7 +445,9 @@ class MoERouterPress(ScorerPress):
         return "global" if calibrated and not self.track_misses and not self._eager else "uniform"
 
     def _check_routers(self, routers: Routers, attention: nn.Module) -> None:
-        check_routers(routers, self.router_type, list(self.expert_strategies.values()), attention, self.router)
+        check_routers(
+            routers, self.router_type, list(self.expert_strategies.values()), attention, cast(Any, self.router)
+        )
 
     def _apply_to_routers(self, name: str, value: Any) -> None:
         for router in self._routers.layers if self._routers is not None else ():
@@ -455,7 +458,9 @@ class MoERouterPress(ScorerPress):
 
     # ── the data flow ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def score(self, module, hidden_states, keys, values, attentions, kwargs) -> Tensor:
+    def score(
+        self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Tensor | None, kwargs: Any
+    ) -> Tensor:
         """Route, then mix the experts' scores: (B, H, S), higher = keep."""
         if self.compression_ratio is None:
             raise SettingError(
@@ -475,7 +480,9 @@ class MoERouterPress(ScorerPress):
         check_finite(call, scores)
         return scores.clone(memory_format=torch.contiguous_format)  # wrappers write into scores
 
-    def compress(self, module, hidden_states, keys, values, attentions, kwargs) -> tuple[Tensor, Tensor]:
+    def compress(
+        self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Tensor | None, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Score all pairs, keep the best within the budget in their original order, and record what that cost."""
         if self.compression_ratio == 0 or slides(module.config, module.layer_idx):
             return keys, values
@@ -573,7 +580,8 @@ class MoERouterPress(ScorerPress):
         equal length.
         """
         if self.compression_ratio is not None:
-            return compute_n_kept(call.k_len, self.compression_ratio)
+            n_kept: int = compute_n_kept(call.k_len, self.compression_ratio)
+            return n_kept
         if first_to_compress(call.module):
             keeps = [expert.keep_fraction(call.k_len) for expert in self._experts]
             self._keep_fractions[call.row] = mixed_keep_fraction(call.routed.sum((0, 1, 2)).tolist(), keeps)
@@ -614,9 +622,11 @@ class MoERouterPress(ScorerPress):
             self._memory.remember(call, indices)
 
     def _tell_router(self, layer_idx: int, hit: Tensor, mass: Tensor) -> None:
-        self._routers.layers[layer_idx].observe(hit / mass)  # 0 / 0: unknown, NaN
+        cast(Routers, self._routers).layers[layer_idx].observe(hit / mass)  # 0 / 0: unknown, NaN
 
-    def forward_hook(self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list) -> list:
+    def forward_hook(
+        self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list[Any]
+    ) -> list[Any]:
         """kvpress's hook; with ``track_misses`` it then counts what a decoding step hit and missed."""
         output = super().forward_hook(module, input, kwargs, output)
         self._projections.clear()

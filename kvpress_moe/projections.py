@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvpress_moe.model_support import language_model
+from kvpress_moe.model_support import Attention, language_model
 
 NAMES = ("q_proj", "k_proj", "qkv_proj")
 
@@ -36,8 +36,8 @@ class Projections:
                 if isinstance(projection, nn.Module):
                     leave.callback(projection.register_forward_hook(self._keeping(attention, name)).remove)
 
-    def _keeping(self, attention: nn.Module, name: str):
-        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _keeping(self, attention: Attention, name: str) -> Callable[..., None]:
+        def keep(module: Attention, args: tuple[Any, ...], output: Tensor) -> None:
             if self._layer is not attention:
                 self.clear()
                 self._layer = attention
@@ -45,7 +45,7 @@ class Projections:
 
         return keep
 
-    def of(self, attention: nn.Module, hidden_states: Tensor) -> dict[str, Tensor]:
+    def of(self, attention: Attention, hidden_states: Tensor) -> dict[str, Tensor]:
         """What this layer projected of exactly these hidden states, by the projection's name."""
         if self._layer is not attention:
             return {}

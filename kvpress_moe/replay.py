@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from kvpress import KVzipPress
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.attention_view import AttentionView
 from kvpress_moe.model_support import language_model
 
 
-class ReplayScores(KVzipPress):
+class ReplayScores(KVzipPress):  # type: ignore[misc]
     """
     KVzip's scores (arXiv 2505.23416) without its selection: the largest attention that a repetition of the context
     pays to each pair.
@@ -35,7 +35,7 @@ class ReplayScores(KVzipPress):
         self.scores = self.score_val.clone()
 
     def _compute_cross_attention(
-        self, module: nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
+        self, module: Attention, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         """KVzip's, with the layer's own norms and scaling of logits, not the head width's."""
         own_scaling = module.scaling * math.sqrt(module.head_dim)
@@ -77,7 +77,8 @@ class ReplayScores(KVzipPress):
             self._perform_kvzip_compression(text, tokenizer)
         finally:
             self._reset_internal_parameters()
-        return self.scores[:, 0].float()
+        scores: Tensor = self.scores[:, 0].float()
+        return scores
 
 
 def chat_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -85,7 +86,8 @@ def chat_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         return "\n"
     words = "dummy context"
-    text = tokenizer.apply_chat_template(
+    text: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": words}], add_generation_prompt=True, tokenize=False, enable_thinking=False
     )
-    return text.split(words)[1]
+    suffix: str = text.split(words)[1]
+    return suffix

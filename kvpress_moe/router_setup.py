@@ -8,11 +8,10 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
-from torch import nn
-
 from kvpress_moe.checkpoint import load_routers, read_fingerprint
 from kvpress_moe.errors import CheckpointError
 from kvpress_moe.fingerprint import check_fingerprint, fingerprint, sizes
+from kvpress_moe.model_support import Attention
 from kvpress_moe.routers import RouterConfig, Routers
 
 logger = logging.getLogger(__name__)
@@ -29,13 +28,13 @@ def warn_untrained() -> None:
     )
 
 
-def fits(routers: Routers, attention: nn.Module) -> bool:
+def fits(routers: Routers, attention: Attention) -> bool:
     """Whether routers have the size of the model that an attention layer belongs to."""
     config = attention.config
     return (routers.config.num_layers, routers.config.hidden_size) == (config.num_hidden_layers, config.hidden_size)
 
 
-def belong(routers: Routers, attention: nn.Module) -> bool:
+def belong(routers: Routers, attention: Attention) -> bool:
     """Whether routers were made for the very model whose first attention layer is given."""
     if not fits(routers, attention):
         return False
@@ -48,7 +47,7 @@ def belong(routers: Routers, attention: nn.Module) -> bool:
     return True
 
 
-def untrained_routers(router_type: str, experts: Sequence[str], dropout: float, attention: nn.Module) -> Routers:
+def untrained_routers(router_type: str, experts: Sequence[str], dropout: float, attention: Attention) -> Routers:
     """Routers that prefer no expert yet, for the model that an attention layer belongs to."""
     config = attention.config
     router_config = RouterConfig(router_type, tuple(experts), config.num_hidden_layers, config.hidden_size, dropout)
@@ -60,7 +59,7 @@ def trained_routers(router: str | Path | Routers) -> Routers:
     return deepcopy(router) if isinstance(router, Routers) else load_routers(router)
 
 
-def shipped_routers(attention: nn.Module) -> Routers | None:
+def shipped_routers(attention: Attention) -> Routers | None:
     """A copy of the routers that ship with the package for the model that an attention layer belongs to, if any."""
     config = attention.config
     for directory in sorted(SHIPPED.glob("*/")):
@@ -74,7 +73,7 @@ def shipped_routers(attention: nn.Module) -> Routers | None:
 
 
 def check_routers(
-    routers: Routers, router_type: str, experts: Sequence[str], attention: nn.Module, source: str | Path | Routers
+    routers: Routers, router_type: str, experts: Sequence[str], attention: Attention, source: str | Path | Routers
 ) -> None:
     """
     Raise unless routers are of this type, stand for these experts and belong to this model.

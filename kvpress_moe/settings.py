@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kvpress_moe.errors import SettingError
 from kvpress_moe.routers import ROUTERS, Routers
@@ -19,7 +19,8 @@ class Default(int):
 def _is_number(value: Any, low: float, high: float, closed_high: bool = False) -> bool:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         return False
-    return low <= value <= high if closed_high else low <= value < high
+    number = cast(float, value)
+    return low <= number <= high if closed_high else low <= number < high
 
 
 def _require(condition: bool, field: str, got: Any, expected: str, remedy: str) -> None:

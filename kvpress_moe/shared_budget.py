@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class SharedBudget:
     def __init__(self) -> None:
         self._waiting: dict[int, list[tuple[Tensor, Observation]]] = {}
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {"_waiting": {}}
 
     def clear(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 
 
-class ExpertStrategies(MutableMapping):
+class ExpertStrategies(MutableMapping[int, str]):
     """
     Index -> name of the expert. Assigning replaces the expert; the number of experts is fixed by ``num_experts``.
 

@@ -61,7 +61,13 @@ def is_number(value: Any) -> bool:
 
 def is_text(value: Any) -> bool:
     """Whether something parsed is a text that can be written again: JSON may hold halves of characters."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -102,6 +108,8 @@ def read_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
         found = tensors.get_slice(name)
         shapes[name] = tuple(found.get_shape())
         dtypes.add(found.get_dtype())
+        if math.prod(max(1, size) for size in shapes[name]) >= 2**48:  # without numbers it could be of any size
+            raise ValueError(f"tensor {name[:80]!r} declares shape {shapes[name]}")
     if len(dtypes) != 1 or not dtypes <= _FLOATS:
         raise ValueError(f"tensors of dtypes {sorted(dtypes)}, expected one of {', '.join(sorted(_FLOATS))} for all")
     return shapes

@@ -154,7 +154,10 @@ def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "</s>", "<pad>")])
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=4096, **special)
+    names = ["input_ids", "attention_mask"]  # transformers 4 would add token_type_ids
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=4096, model_input_names=names, **special
+    )
     wrapped.chat_template = CHAT if chat else None
     return wrapped
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from kvpress.utils import get_prerope_query_states
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_moe.attention import apply_rope, causal_logits
@@ -15,7 +16,7 @@ from kvpress_moe.attention_view import AttentionView
 from kvpress_moe.benchmark.judging import Judged, Kept
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.cache import RaggedCache, RaggedLayer
-from kvpress_moe.model_support import language_model
+from kvpress_moe.model_support import Attention, language_model
 
 BATCH_BYTES = 2**30  # of keys and values that are asked at once
 
@@ -120,7 +121,8 @@ def step(
         position_ids=position_ids if offsets is None else position_ids + offsets[:, None],
         logits_to_keep=n_logits,
     )
-    return output.logits
+    logits: Tensor = output.logits
+    return logits
 
 
 def batches(kept: Sequence[Kept], bytes_per_pair: int, limit: int = BATCH_BYTES) -> Iterator[list[int]]:
@@ -141,7 +143,8 @@ def batches(kept: Sequence[Kept], bytes_per_pair: int, limit: int = BATCH_BYTES)
 def stack(cache: DynamicCache, kept: Sequence[Kept]) -> RaggedCache:
     """One ragged cache whose rows are what each method kept of a prompt's full cache."""
     ragged = RaggedCache()
-    for layer_idx, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for layer_idx, layer in enumerate(layers):
         keys, values, lengths = [], [], []
         for one in kept:
             if one.altered is None:
@@ -184,7 +187,7 @@ def ask(
     ended : callable
         Whether tokens decoded so far are a whole answer: what followed would not count.
     """
-    layer = judged.cache.layers[0]
+    layer: Any = judged.cache.layers[0]
     bytes_per_pair = 2 * layer.keys.shape[-1] * layer.keys.element_size()
     log_reference = reference.logits.float().log_softmax(-1)
     right = prompt.answer[0].to(reference.logits.device)
@@ -212,8 +215,9 @@ def ask(
 
 def _row_bytes(cache: RaggedCache, row: int) -> int:
     """Bytes of one row's keys and values."""
-    per_pair = [2 * layer.flat_keys.shape[-1] * layer.flat_keys.element_size() for layer in cache.layers]
-    return sum(sum(layer.lengths[row]) * size for layer, size in zip(cache.layers, per_pair, strict=True))
+    layers: list[Any] = cache.layers
+    per_pair = [2 * layer.flat_keys.shape[-1] * layer.flat_keys.element_size() for layer in layers]
+    return sum(sum(layer.lengths[row]) * size for layer, size in zip(layers, per_pair, strict=True))
 
 
 def hit_rate(kept: Kept, mass: Tensor) -> float:

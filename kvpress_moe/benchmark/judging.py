@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import kvpress
 import torch
 from kvpress import ScorerPress
 from kvpress.presses.base_press import BasePress
 from kvpress.utils import compute_n_kept
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvpress_moe.benchmark.methods import Method
+from kvpress_moe.benchmark.methods import Budget, Method
 from kvpress_moe.benchmark.protection import protect
 from kvpress_moe.budget import share
 from kvpress_moe.eviction import best
 from kvpress_moe.experts import OwnExpert
-from kvpress_moe.model_support import language_model
+from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.model_support import Attention, language_model
 from kvpress_moe.press import MoERouterPress
 from kvpress_moe.selection import fingerprints
 
@@ -102,7 +103,7 @@ def set_ratio(press: BasePress, ratio: float) -> None:
 
 
 @contextmanager
-def seeded(seed: int):
+def seeded(seed: int) -> Iterator[None]:
     """Presses that draw random numbers draw the same ones whoever was judged before them."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed notes a traceback for a GPU that may never come
@@ -140,8 +141,8 @@ class _Memo:
     because what they draw depends on what was drawn before.
     """
 
-    def __init__(self):
-        self._scores: dict[tuple, Tensor] = {}
+    def __init__(self) -> None:
+        self._scores: dict[tuple[Any, ...], Tensor] = {}
 
     def clear(self) -> None:
         self._scores.clear()
@@ -155,7 +156,9 @@ class _Memo:
         score = scorer.score
 
         @wraps(score)
-        def remembered(module, hidden_states, keys, values, attentions, kwargs):
+        def remembered(
+            module: Attention, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Any, kwargs: Any
+        ) -> Any:
             inputs = kwargs["hidden_states"].untyped_storage().data_ptr()
             if hidden_states.untyped_storage().data_ptr() != inputs:  # gathered: nothing says which tokens these are
                 return score(module, hidden_states, keys, values, attentions, kwargs)
@@ -172,7 +175,7 @@ class _Memo:
         mix = press.mix
 
         @wraps(mix)
-        def remembered(call):
+        def remembered(call: LayerCall) -> Tensor:
             for expert in press._experts:  # may have changed since: a press chooses its experts when it sees a model
                 if isinstance(expert.scorer, ScorerPress):
                     self.remember(expert.scorer)
@@ -182,7 +185,7 @@ class _Memo:
         return press
 
 
-def _who(scorer: ScorerPress) -> tuple:
+def _who(scorer: ScorerPress) -> tuple[Any, ...]:
     """What two scorers have in common that score alike."""
     if isinstance(scorer, _DRAWING):
         return (id(scorer),)
@@ -199,7 +202,7 @@ class _Scores:
         self.layers: dict[float, list[Tensor]] = {ratio: [] for ratio in ratios}
         self.seconds = dict.fromkeys(ratios, 0.0)
 
-    def judge(self, module: nn.Module, arguments: tuple, clock: _Clock) -> None:
+    def judge(self, module: Attention, arguments: tuple[Any, ...], clock: _Clock) -> None:
         score = None
         for ratio in self.ratios:
             start = clock.now()
@@ -217,9 +220,9 @@ class _Selection:
 
     def __init__(self, press: BasePress, ratios: Sequence[float]):
         self.press, self.ratios = press, ratios
-        self.kept = {ratio: Kept([], []) for ratio in ratios}
+        self.kept: dict[float, Any] = {ratio: Kept([], []) for ratio in ratios}  # in the making
 
-    def judge(self, module: nn.Module, arguments: tuple, clock: _Clock) -> None:
+    def judge(self, module: Attention, arguments: tuple[Any, ...], clock: _Clock) -> None:
         hidden_states, keys, values, attentions, kwargs = arguments
         given = None
         for ratio in self.ratios:
@@ -231,7 +234,7 @@ class _Selection:
             kept = self.kept[ratio]
             kept.seconds += clock.now() - start
             masked = take_masked(module)
-            mask = torch.ones(keys.shape[1:3], dtype=torch.bool, device=keys.device)
+            mask: Any = torch.ones(keys.shape[1:3], dtype=torch.bool, device=keys.device)
             if masked is not None:
                 mask[masked[1].to(mask.device), masked[2].to(mask.device)] = False
             elif new_keys.shape[2] < keys.shape[2] or not torch.equal(new_keys, keys):
@@ -242,18 +245,19 @@ class _Selection:
 
     def result(self, ratio: float, cache: DynamicCache) -> Kept:
         kept = self.kept[ratio]
+        found: Kept = kept
         n_read = cache.get_seq_length()
         rerotated = isinstance(self.press, kvpress.KeyRerotationPress)
         kept.next_position = kept.altered[0][0][0].shape[0] if rerotated else n_read
         if all(mask is not None for mask in kept.mask):
             kept.altered = None
-            return kept
+            return found
         for layer_idx, mask in enumerate(kept.mask):
             if mask is not None:  # this layer came through unchanged
-                layer = cache.layers[layer_idx]
+                layer: Any = cache.layers[layer_idx]
                 kept.altered[layer_idx] = (pick(layer.keys[0], mask), pick(layer.values[0], mask))
         kept.mask = []
-        return kept
+        return found
 
 
 def pick(pairs: Tensor, mask: Tensor) -> list[Tensor]:
@@ -261,7 +265,7 @@ def pick(pairs: Tensor, mask: Tensor) -> list[Tensor]:
     return [head[kept] for head, kept in zip(pairs, mask, strict=True)]
 
 
-def take_masked(module: nn.Module) -> tuple[Tensor, ...] | None:
+def take_masked(module: Attention) -> tuple[Tensor, ...] | None:
     """The pairs that a head-wise press masked on an attention layer (batch, head, position); taken off again."""
     masked = getattr(module, "masked_key_indices", None)
     module.masked_key_indices = None
@@ -355,12 +359,12 @@ def judge(
             wanted = sorted({ratio for other in same for ratio in ratios[other]})
             if method.scorer not in scorers:
                 scorers[method.scorer] = _Scores(method.make(protecting), wanted)
-    judges = [*scorers.values(), *selections.values()]
+    judges: list[_Scores | _Selection] = [*scorers.values(), *selections.values()]
 
     clock = _Clock(model.device)
     cache = DynamicCache()
 
-    def pass_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+    def pass_layer(module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]) -> None:
         start = clock.now()
         memo.clear()
         layer = cache.layers[module.layer_idx]
@@ -390,7 +394,7 @@ def judge(
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, presses: Iterable[BasePress]):
+def prepared(model: PreTrainedModel, presses: Iterable[BasePress]) -> Iterator[None]:
     """What kvpress does before its hooks: presses see the model, attention layers their rotary embedding."""
     for press in presses:
         press.post_init_from_model(model)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import Any, Literal, cast
 
 import kvpress
 from kvpress import ScorerPress
@@ -22,6 +22,8 @@ from kvpress_moe.press import MoERouterPress
 
 Protect = Callable[[ScorerPress], ScorerPress]
 Group = Literal["reference", "baseline", "kvpress", "budget", "multi-pass", "ours", "third-party"]
+Budget = Literal["uniform", "layer", "global"]
+BUDGETS: tuple[Budget, ...] = ("uniform", "layer", "global")
 ENTRY_POINTS = "kvpress_moe.methods"
 
 
@@ -52,17 +54,21 @@ class Method:
     name: str
     group: Group
     make: Callable[[Protect], BasePress | None]
-    budget: Literal["uniform", "layer", "global"] | None = None
+    budget: Budget | None = None
     scorer: str = ""
     own_prefill: bool = False
     eager: bool = False
 
 
-def _scored(name: str, make: Callable[[], ScorerPress], group: Group, budget: str = "uniform", scorer: str = ""):
+def _scored(
+    name: str, make: Callable[[], ScorerPress], group: Group, budget: Budget = "uniform", scorer: str = ""
+) -> Method:
     return Method(name, group, lambda protect: protect(make()), budget, scorer or name)
 
 
-def _wrapped(name: str, wrap: Callable[[ScorerPress], BasePress], inner: Callable[[], ScorerPress], group: Group):
+def _wrapped(
+    name: str, wrap: Callable[[ScorerPress], BasePress], inner: Callable[[], ScorerPress], group: Group
+) -> Method:
     return Method(name, group, lambda protect: wrap(protect(inner())))
 
 
@@ -102,19 +108,19 @@ def _built_in() -> Iterator[Method]:
     for name, make in (strong | {"non_causal": singles["non_causal"], "tova": singles["tova"]}).items():
         yield _scored(f"{name}_layer", make, "budget", "layer", name)
         yield _scored(f"{name}_global", make, "budget", "global", name)
-    for budget in ("uniform", "layer", "global"):
+    for budget in BUDGETS:
         yield Method(f"kvzip_{budget}", "multi-pass", lambda p: kvpress.KVzipPress(), budget, "kvzip", own_prefill=True)
 
     yield from _ours()
 
 
 def _ours() -> Iterator[Method]:
-    sets = {"guide": {}, "guide8": {"num_experts": 8}, "strong": {"experts": "strong"}}
+    sets: dict[str, dict[str, Any]] = {"guide": {}, "guide8": {"num_experts": 8}, "strong": {"experts": "strong"}}
     for name, settings in sets.items():
         yield _scored(f"moe_{name}", partial(MoERouterPress, **settings), "ours")
     mixture = partial(MoERouterPress, experts="strong", top_k=4)
     yield _scored("uniform_mix", mixture, "ours")
-    for budget in ("uniform", "layer", "global"):  # the routers that ship with the package for this model
+    for budget in BUDGETS:  # the routers that ship with the package for this model
         yield _scored(f"moe_trained_{budget}", MoERouterPress, "ours", budget, "moe_trained")
     yield _wrapped("adakv_uniform_mix", kvpress.AdaKVPress, mixture, "ours")
     yield _wrapped("chunkkv_uniform_mix", kvpress.ChunkKVPress, mixture, "ours")
@@ -166,7 +172,7 @@ def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-p
     press = make()
     if isinstance(press, MoERouterPress):
         calibrated = press.router is not None  # what its scope will be once it has seen the model
-        budget = press.budget or ("global" if calibrated else "uniform")
+        budget = cast(Budget, press.budget or ("global" if calibrated else "uniform"))
         return Method(name, "ours", lambda protect: protect(make()), budget, name)
     if isinstance(press, ScorerPress):
         plain = type(press).compress is ScorerPress.compress
@@ -188,7 +194,7 @@ def _third_party(spec: str) -> Method:
     if match is None:
         raise SettingError("methods", spec, expected, "Arguments are Python literals.")
     try:
-        call = ast.parse(f"f{match['call'] or '()'}", mode="eval").body
+        call: Any = ast.parse(f"f{match['call'] or '()'}", mode="eval").body
         args = [ast.literal_eval(arg) for arg in call.args]
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
         factory = getattr(importlib.import_module(match["module"]), match["attribute"])

@@ -44,11 +44,11 @@ def answer_hooked(
 
     Random numbers are seeded layer by layer, as in the shared prefill.
     """
-    press = method.make(lambda scorer: protect(scorer, sinks, recent))
+    press: Any = method.make(lambda scorer: protect(scorer, sinks, recent))
     set_ratio(press, ratio)
     compress = press.compress
 
-    def compress_seeded(module, *args, **kwargs):
+    def compress_seeded(module: Any, *args: Any, **kwargs: Any) -> Any:
         with seeded(module.layer_idx):
             return compress(module, *args, **kwargs)
 
@@ -64,7 +64,8 @@ def answer_hooked(
     if len(lengths) > 1 or any(getattr(attention, "masked_key_indices", None) is not None for attention in attentions):
         # kvpress's own way fails here: masks need equal lengths, and keys that no query sees are not always found.
         cache = RaggedCache.from_masked(model, cache)
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             layer.n_read = n_read
     tokens = torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1).to(model.device)
     start = cache.get_seq_length() if isinstance(press, kvpress.KeyRerotationPress) else n_read

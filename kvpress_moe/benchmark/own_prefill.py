@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, cast
 
 import kvpress
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.judging import Cell, Judged, Kept, allocate, pick, seeded, set_ratio, take_masked
-from kvpress_moe.benchmark.methods import Method
+from kvpress_moe.benchmark.methods import Budget, Method
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.protection import protect
 from kvpress_moe.model_support import language_model
@@ -43,7 +44,7 @@ def judge_alone(
                 scores = ReplayScores().of(model, tokenizer, input_ids, judged.cache, prompt.n_prefix)
                 scores[..., :sinks] = scores[..., max(0, scores.shape[-1] - recent) :] = torch.inf
                 replay = list(scores), time.perf_counter() - start
-            masks = allocate(replay[0], ratio, method.budget, min_share)
+            masks = allocate(replay[0], ratio, cast(Budget, method.budget), min_share)
             judged.kept[name, ratio] = Kept(masks, None, input_ids.shape[1], replay[1])
         elif method.own_prefill:
             press = method.make(partial(protect, sinks=sinks, recent=recent))
@@ -61,7 +62,8 @@ def prefill_alone(
         model.model(input_ids=input_ids.to(model.device), past_key_values=cache)
     seconds = max(0.0, time.perf_counter() - start - judged.prefill_seconds)
     altered = []
-    for layer, block in zip(cache.layers, language_model(model).layers, strict=True):
+    layers: list[Any] = cache.layers
+    for layer, block in zip(layers, language_model(model).layers, strict=True):
         masked = take_masked(block.self_attn)
         block.self_attn._modules.pop("rotary_emb", None)
         mask = torch.ones(layer.keys.shape[1:3], dtype=torch.bool, device=layer.keys.device)

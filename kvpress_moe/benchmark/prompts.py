@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
                 "Take an instruction-tuned one, or only the tasks without a question: --tasks prose,code.",
             )
         mark = "\n" + "#" * 40 + "\n"
-        text = tokenizer.apply_chat_template(
+        text: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": sample.context + mark + sample.question}],
             add_generation_prompt=True,
             tokenize=False,
@@ -85,7 +86,7 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
     if ids[1].shape[1] == 0:  # nothing is asked: the context's last token stays outside
         ids[0], ids[1] = ids[0][:, :-1], ids[0][:, -1:]
     n_prefix = len(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix else 0
-    return Prompt(*ids, n_prefix)
+    return Prompt(ids[0], ids[1], ids[2], n_prefix)
 
 
 def check_fits(prompt: Prompt, sample: Sample, limit: int) -> None:

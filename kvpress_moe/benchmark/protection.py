@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from kvpress import ScorerPress
@@ -35,8 +35,8 @@ def protect(press: Press, sinks: int, recent: int) -> Press:
     score = getattr(press, name)
 
     @wraps(score)
-    def protected(*args, **kwargs) -> torch.Tensor:
-        scores = score(*args, **kwargs).clone()
+    def protected(*args: Any, **kwargs: Any) -> torch.Tensor:
+        scores: torch.Tensor = score(*args, **kwargs).clone()
         highest = torch.finfo(scores.dtype).max
         scores[..., :sinks] = highest
         scores[..., max(0, scores.shape[-1] - recent) :] = highest

@@ -96,7 +96,8 @@ def small_llama(n_tokens: int, device: str = "cpu", num_layers: int = 8, num_hea
             num_key_value_heads=num_heads // 4,
             max_position_embeddings=n_tokens + 1000,
         )
-        return LlamaForCausalLM(config).eval().to(device)
+        model: PreTrainedModel = LlamaForCausalLM(config).eval().to(device)
+        return model
 
 
 #: Models with random weights, by the name that the command knows them by.
@@ -256,7 +257,7 @@ def decode(model: PreTrainedModel, cache: DynamicCache, input_ids: Tensor, n_new
         position = torch.full_like(token, input_ids.shape[1] + step)
         model(token, past_key_values=cache, position_ids=position)
     for layer, length in zip(cache.layers, lengths, strict=True):
-        layer.crop(length)
+        layer.crop(length)  # type: ignore[attr-defined]
 
 
 def _row(

@@ -79,7 +79,7 @@ def evaluate(ray: Any, plan: Plan, work: Work, retries: int) -> Iterator[dict[st
     actor = ray.remote(Worker).options(**options)
     plan = replace(plan, device="cuda" if on_gpu else plan.device)
     waiting = [(item, 0) for item in reversed(work)]
-    running: dict[Any, tuple[Any, tuple, int]] = {}
+    running: dict[Any, tuple[Any, tuple[Any, ...], int]] = {}
 
     def start(worker: Any) -> None:
         item, attempt = waiting.pop()

@@ -20,7 +20,7 @@ from kvpress_moe.cache.ragged import RaggedLayer
 from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.errors import CheckpointError, UnsupportedInputError
 from kvpress_moe.fingerprint import check_fingerprint, check_form, fingerprint
-from kvpress_moe.model_support import language_model
+from kvpress_moe.model_support import Attention, language_model
 from kvpress_moe.untrusted import (
     MAX_JSON,
     check_finite,
@@ -96,7 +96,7 @@ def save_cache(
     layers = []
     for layer_idx, layer in enumerate(cache.layers):
         if isinstance(layer, RaggedLayer):
-            facts = {"kind": "ragged", "lengths": layer.lengths, "n_read": layer.n_read}
+            facts: dict[str, Any] = {"kind": "ragged", "lengths": layer.lengths, "n_read": layer.n_read}
         else:
             kind = next((kind for kind, layer_class in _DENSE.items() if type(layer) is layer_class), None)
             if kind is None:
@@ -181,10 +181,11 @@ def _check_layer(facts: dict[str, Any], tensors: dict[str, Tensor], per_pair: tu
     n_batch, _, n_dense, _ = next(reversed(tensors.values())).shape  # values or new_values, dense in all kinds
     if not n_batch or not (n_dense or facts["kind"] == "ragged"):
         raise ValueError("a layer without pairs")
-    expected = dict.fromkeys(tensors, (n_batch, n_heads, n_dense, head_dim))
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(tensors, (n_batch, n_heads, n_dense, head_dim))
     if facts["kind"] == "ragged":
         lengths, n_read = facts["lengths"], facts["n_read"]
-        if [len(heads) for heads in lengths] != [n_heads] * n_batch or not is_whole(n_read):
+        # a tensor without numbers may declare any batch: compared with what is there, not counted up to
+        if len(lengths) != n_batch or {len(heads) for heads in lengths} != {n_heads} or not is_whole(n_read):
             raise ValueError("lengths or n_read of other heads")
         if not all(is_whole(length) and length <= n_read for heads in lengths for length in heads):
             raise ValueError("lengths that are none")
@@ -199,10 +200,10 @@ def _restore(facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.de
     # Copies: what lies in the file is only mapped, and would change, or be gone, with the file.
     own = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
     if facts["kind"] == "ragged":
-        layer = RaggedLayer(own["flat_keys"], own["flat_values"], facts["lengths"], facts["n_read"])
-        layer.new_keys, layer.new_values = own["new_keys"], own["new_values"]
-        return layer
-    layer = _DENSE[facts["kind"]]()
+        ragged = RaggedLayer(own["flat_keys"], own["flat_values"], facts["lengths"], facts["n_read"])
+        ragged.new_keys, ragged.new_values = own["new_keys"], own["new_values"]
+        return ragged
+    layer = _DENSE[facts["kind"]]()  # type: ignore[no-untyped-call]
     layer.update(own["keys"], own["values"])
     return layer
 
@@ -214,7 +215,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _first_attention(model: PreTrainedModel) -> torch.nn.Module:
+def _first_attention(model: PreTrainedModel) -> Attention:
     return language_model(model).layers[0].self_attn
 
 
@@ -223,5 +224,5 @@ def _digest(header: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()) if tensor.numel() else b"")
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

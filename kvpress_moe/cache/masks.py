@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -49,7 +48,7 @@ def fit_masks(cache: Cache, config: Any) -> None:
             layer.__class__ = WholeSlidingLayer if slides(config, layer_idx) else ShortenedLayer
 
 
-def fit_masks_after_forward(model: nn.Module, args: tuple, output: Any) -> None:
+def fit_masks_after_forward(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the model below its head: layers that came after the last compressed one fit too."""
     cache = getattr(output, "past_key_values", None)
     if cache is not None and any(isinstance(layer, ShortenedLayer) for layer in cache.layers):

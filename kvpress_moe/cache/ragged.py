@@ -42,7 +42,7 @@ class RaggedLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self, flat_keys: Tensor, flat_values: Tensor, lengths: list[list[int]], n_read: int):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         register_ragged_attention()
         self.dtype, self.device = flat_keys.dtype, flat_keys.device
         self.is_initialized = True
@@ -60,7 +60,7 @@ class RaggedLayer(CacheLayerMixin):
 
     # ── what kvpress's pipeline does to a layer ──
 
-    @property
+    @property  # type: ignore[override]
     def keys(self) -> _Sliceable | None:
         return _Sliceable(self) if "flat_keys" in self.__dict__ else None
 
@@ -71,7 +71,7 @@ class RaggedLayer(CacheLayerMixin):
         elif sliced is not None:
             raise TypeError("a RaggedLayer holds heads of different lengths; its keys cannot be replaced by a tensor")
 
-    values = keys
+    values = keys  # type: ignore[assignment]
 
     # ── transformers' interface of a layer ──
 
@@ -85,7 +85,7 @@ class RaggedLayer(CacheLayerMixin):
         self.new_keys = torch.cat((self.new_keys, key_states), dim=2)
         self.new_values = torch.cat((self.new_values, value_states), dim=2)
         placeholder = torch.empty(*key_states.shape[:2], self.get_seq_length(), key_states.shape[3], device="meta")
-        placeholder.ragged_layer = self
+        placeholder.ragged_layer = self  # type: ignore[attr-defined]
         return placeholder, placeholder
 
     def get_seq_length(self) -> int:
@@ -227,7 +227,8 @@ class RaggedCache(DynamicCache):
             Layer index -> bool (B, H, S), or None for a layer to be copied whole (sliding windows).
         """
         ragged = cls()
-        for layer_idx, layer in enumerate(cache.layers):
+        layers: list[Any] = cache.layers
+        for layer_idx, layer in enumerate(layers):
             mask = kept(layer_idx)
             ragged.layers.append(layer if mask is None else RaggedLayer.from_dense(layer.keys, layer.values, mask))
         return ragged
@@ -235,7 +236,8 @@ class RaggedCache(DynamicCache):
     @classmethod
     def from_dynamic(cls, cache: Cache) -> RaggedCache:
         """All pairs of a dense cache, in ragged layers."""
-        return cls.from_kept(cache, lambda i: torch.ones_like(cache.layers[i].keys[..., 0], dtype=torch.bool))
+        layers: list[Any] = cache.layers
+        return cls.from_kept(cache, lambda i: torch.ones_like(layers[i].keys[..., 0], dtype=torch.bool))
 
     @classmethod
     def from_masked(cls, model: PreTrainedModel, cache: Cache) -> RaggedCache:
@@ -249,10 +251,11 @@ class RaggedCache(DynamicCache):
         cache : Cache
             The cache that was masked.
         """
+        layers: list[Any] = cache.layers
         attentions = [layer.self_attn for layer in language_model(model).layers]
 
         def kept(layer_idx: int) -> Tensor:
-            mask = torch.ones_like(cache.layers[layer_idx].keys[..., 0], dtype=torch.bool)
+            mask = torch.ones_like(layers[layer_idx].keys[..., 0], dtype=torch.bool)
             indices = getattr(attentions[layer_idx], "masked_key_indices", None)
             if indices is not None:
                 mask[tuple(index.to(mask.device) for index in indices)] = False

@@ -7,7 +7,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpress_moe.attention import bend, softcap
@@ -31,11 +31,11 @@ def register_ragged_attention() -> None:
             ALL_ATTENTION_FUNCTIONS[name] = recognising_ragged(function)
 
 
-def recognising_ragged(function: Callable) -> Callable:
+def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function that sends keys of a RaggedLayer to :func:`ragged_attention`."""
 
     @wraps(function)
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any):
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         layer = getattr(key, "ragged_layer", None)
         if layer is None:
             return function(module, query, key, value, attention_mask, **kwargs)
@@ -43,7 +43,7 @@ def recognising_ragged(function: Callable) -> Callable:
             raise UnsupportedInputError("dropout: attention over a RaggedCache is for inference; call model.eval().")
         return ragged_attention(query, layer, kwargs.get("scaling") or module.scaling, softcap(module)), None
 
-    attention.without_ragged = function
+    attention.without_ragged = function  # type: ignore[attr-defined]
     return attention
 
 

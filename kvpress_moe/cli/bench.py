@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -126,7 +126,7 @@ def split_names(names: str | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
 
 
-def numbers(field: str, text: str, kind: type) -> tuple:
+def numbers(field: str, text: str, kind: type) -> tuple[Any, ...]:
     """``"0.5,0.9"`` -> ``(0.5, 0.9)``."""
     try:
         return tuple(kind(part) for part in text.split(","))
@@ -134,7 +134,7 @@ def numbers(field: str, text: str, kind: type) -> tuple:
         raise SettingError(field, text, "numbers separated by commas", f"For example --{field} 0.5,0.9.") from error
 
 
-def show_all(console) -> None:
+def show_all(console: Any) -> None:
     """Print methods and tasks."""
     from kvpress_moe.benchmark.methods import SLOW, registered
     from kvpress_moe.benchmark.tasks import TASKS

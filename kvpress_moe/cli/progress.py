@@ -34,6 +34,7 @@ def timed_bar() -> Iterator[Step]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -48,7 +49,7 @@ def timed_bar() -> Iterator[Step]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def step(description: str, done: int, total: int, loss: float | None = None) -> None:
             if description not in tasks:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,7 +82,7 @@ def speed(
             {name: known[name] for name in names},
             lambda done, all: step("settings", done, all),
         )
-    about = {
+    about: dict[str, Any] = {
         "command": shlex.join(["kvpress-moe", *sys.argv[1:]]),
         "model": model or "SmolLM2-135M-Instruct",
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),

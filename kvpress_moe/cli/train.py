@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,7 +63,7 @@ def train(
     from kvpress_moe.cli.bench import split_names
     from kvpress_moe.training.trainer import Recipe
 
-    given = {
+    given: dict[str, Any] = {
         "experts": split_names(experts),
         "top_k": top_k,
         "samples": samples,

@@ -92,7 +92,8 @@ class BaseMoERouter(nn.Module):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Preference for every expert, shape (B, S, E), float32, from hidden states (B, S, C)."""
         hidden_states = hidden_states.to(self.down.weight.dtype)
-        return self.up(self.dropout(F.silu(self.down(hidden_states)))).float()
+        logits: Tensor = self.up(self.dropout(F.silu(self.down(hidden_states)))).float()
+        return logits
 
     def forward(self, hidden_states: Tensor, top_k: int, capacity_factor: float) -> RouterOutput:
         """

@@ -72,7 +72,7 @@ class RouterConfig:
         learned = self.learned * (inputs + 1) + self.num_heads * (self.learned + 1) if self.learned else 0
         return gate + feedback + calibration + learned
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"experts": list(self.experts)}
 
     @classmethod
@@ -120,7 +120,9 @@ class Routers(nn.Module):
         size.
     """
 
-    def __init__(self, config: RouterConfig, fingerprint: dict | None = None):
+    layers: Any  # one BaseMoERouter a layer; torch says of a ModuleList's members no more than that they are modules
+
+    def __init__(self, config: RouterConfig, fingerprint: dict[str, Any] | None = None):
         super().__init__()
         self.config = config
         self.fingerprint = fingerprint
@@ -142,7 +144,7 @@ class Routers(nn.Module):
 
     def place(self, layer_idx: int, device: torch.device, dtype: torch.dtype) -> BaseMoERouter:
         """The router of a layer, moved once to the layer's device and dtype (running averages stay float32)."""
-        router = self.layers[layer_idx]
+        router: BaseMoERouter = self.layers[layer_idx]
         weight = router.down.weight
         if weight.device != device or weight.dtype != dtype:
             with torch.inference_mode(False):

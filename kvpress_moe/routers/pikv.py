@@ -59,7 +59,8 @@ class PiKVMoERouter(BaseMoERouter):
     def feedback(self) -> Tensor:
         """What the hit rates add to the logits, shape (E,); zero for experts whose rate is unknown."""
         deviation = (self.hit_rate - self.hit_rate.nanmean()).nan_to_num(0.0)  # (E,)
-        return self.feedback_strength * deviation + self.adjust(deviation.to(self.adjust.weight.dtype)).float()
+        adjustment: Tensor = self.adjust(deviation.to(self.adjust.weight.dtype)).float()
+        return self.feedback_strength * deviation + adjustment
 
     @torch.inference_mode(False)  # the averages are to serve outside inference mode too
     @torch.no_grad()

@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.asking import ask_full
@@ -22,7 +23,7 @@ from kvpress_moe.errors import SettingError
 from kvpress_moe.experts import Expert
 from kvpress_moe.layer_call import LayerCall
 from kvpress_moe.mixing import rank_within_head
-from kvpress_moe.model_support import full_attention_layers, language_model
+from kvpress_moe.model_support import Attention, full_attention_layers, language_model
 from kvpress_moe.replay import ReplayScores
 from kvpress_moe.untrusted import check_finite, is_text, open_tensors, read_json, read_shapes
 
@@ -60,11 +61,11 @@ def capture(
     hidden, ranks, writes, stream = [], [], [], []
     cache = DynamicCache()
 
-    def record_stream(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def record_stream(module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         residual = args[0] if args else kwargs["hidden_states"]
         stream.append(residual.float().norm(dim=-1).log().mean())
 
-    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+    def record(module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]) -> None:
         layer = cache.layers[module.layer_idx]
         call = LayerCall(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
         hidden.append(call.hidden_states[0].half())
@@ -89,7 +90,7 @@ def capture(
     }
 
 
-def written_norm(module: nn.Module, values: Tensor) -> Tensor:
+def written_norm(module: Attention, values: Tensor) -> Tensor:
     """‖W_O v‖, what a value (B, H, S, D) writes into the residual stream: (B, H, S), largest of its query heads."""
     head_dim, n_heads = values.shape[-1], values.shape[1]
     by_head = module.o_proj.weight.unflatten(1, (n_heads, -1, head_dim))  # (C, H, G, D)
@@ -173,7 +174,7 @@ class Shards:
             progress(done, len(prompts))
             if not self.path(name).exists():
                 shard = capture_one(prompt)
-                write_atomically(self.path(name), lambda path, shard=shard: save_file(shard, path))
+                write_atomically(self.path(name), partial(save_file, shard))
         progress(len(prompts), len(prompts))
 
     def layer(self, number: int, names: Sequence[Path]) -> list[dict[str, Tensor]]:

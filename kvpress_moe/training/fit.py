@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from kvpress_moe.gate import gate, load_balance
 from kvpress_moe.mixing import mix_calibrated
 from kvpress_moe.routers.base import BaseMoERouter
+from kvpress_moe.routers.calibration import Calibration, LearnedExpert
 from kvpress_moe.training.objective import budget_loss
 
 
@@ -87,12 +89,13 @@ def fit_layer(
     mean, std = data.hidden.mean(0), data.hidden.std(0).clamp(min=1e-4)
     hidden = (data.hidden - mean) / std
     generator = torch.Generator().manual_seed(seed)
+    calibration = cast(Calibration, router.calibration)
     with torch.no_grad():
         weighted = data.weights.sum(0)
-        router.calibration.offset.copy_((data.targets * data.weights).sum(0) / weighted)
-        router.calibration.slope.fill_(1.0 / data.ranks.shape[-1])
+        calibration.offset.copy_((data.targets * data.weights).sum(0) / weighted)
+        calibration.slope.fill_(1.0 / data.ranks.shape[-1])
         if learned is not None:
-            router.calibration.slope[:, learned] = 1.0
+            calibration.slope[:, learned] = 1.0
     for parameter in (*router.up.parameters(), *router.down.parameters()):
         parameter.requires_grad_(train_gate)
     parameters = [parameter for parameter in router.parameters() if parameter.requires_grad]

@@ -228,7 +228,7 @@ def fit_routers(
     if missing:
         sizes = {"L": len(layers), "C": config.hidden_size, "H": config.num_key_value_heads, "E": len(captured)}
         shards.check(paths[0], sizes)
-    thresholds = kept_thresholds(shards, paths, len(layers), aim) if missing else None
+    thresholds = kept_thresholds(shards, paths, len(layers), aim) if missing else torch.empty(0)
     for layer_idx in missing:
         data = layer_data(shards.layer(layers.index(layer_idx), paths), columns, aim, thresholds)
         losses = fit_layer(
@@ -270,14 +270,14 @@ def layer_data(
     captured: Sequence[dict[str, Tensor]], columns: Sequence[int], aim: Aim, thresholds: Tensor
 ) -> LayerData:
     """Tokens of all prompts of one layer; those of a template's prefix, which the teacher cannot judge, left out."""
-    hidden, ranks, targets = [], [], []
+    hidden, ranks_of, targets_of = [], [], []
     for shard in captured:
         judged = shard["replay"].isfinite().any(0)
         hidden.append(shard["hidden"][judged].float())
-        ranks.append(shard["ranks"][columns].permute(2, 1, 0)[judged].float())  # (E, H, S) -> (S, H, E)
-        targets.append(aim(shard).T[judged])
-    targets = torch.cat(targets)
-    ranks = torch.cat(ranks).clamp(max=1 - 1e-4)  # half precision rounds the best rank of a long prompt to 1
+        ranks_of.append(shard["ranks"][columns].permute(2, 1, 0)[judged].float())  # (E, H, S) -> (S, H, E)
+        targets_of.append(aim(shard).T[judged])
+    targets = torch.cat(targets_of)
+    ranks = torch.cat(ranks_of).clamp(max=1 - 1e-4)  # half precision rounds the best rank of a long prompt to 1
     return LayerData(torch.cat(hidden), ranks, targets, tail_weights(targets, thresholds), thresholds)
 
 

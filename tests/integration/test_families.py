@@ -20,6 +20,7 @@ from kvpress_moe.projections import Projections
 from tests.tiny import FAMILIES, decoder, kept_positions, lengths, overlap, prefill, tiny_model, tokens
 
 PROMPT, QUESTION = 100, 5
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
 GEMMA = ("gemma2", "gemma3_text", "gemma3")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from kvpress_moe.benchmark.report.markdown import markdown, ranked, tables
@@ -66,7 +67,7 @@ def write_report(
         "report.html": page(results, found, plots, out, reference),
     }
     for name, text in texts.items():
-        write_atomically(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        write_atomically(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
     return [out / name for name in (*texts, *(name for _, name in plots))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
@@ -51,7 +52,8 @@ def _needles(results: Results, reference: str, out: Path) -> tuple[str, str] | N
     if not samples:
         return None
     methods = [method for method in dict.fromkeys((reference, best_single(results, ratio))) if method]
-    depths = sorted({round(results.depth_of[sample], 2) for sample in samples})
+    depth_of: dict[str, Any] = results.depth_of
+    depths = sorted({round(depth_of[sample], 2) for sample in samples})
     lengths = sorted({results.length_of[sample] for sample in samples})
     figure = Plot(4.6 * len(methods), 1.2 + 0.5 * len(lengths))
     axes = figure.subplots(1, len(methods), squeeze=False)
@@ -62,7 +64,7 @@ def _needles(results: Results, reference: str, out: Path) -> tuple[str, str] | N
                 scores = [
                     results.values[method, ratio][sample]["score"]
                     for sample in samples
-                    if (results.length_of[sample], round(results.depth_of[sample], 2)) == (length, depth)
+                    if (results.length_of[sample], round(depth_of[sample], 2)) == (length, depth)
                     and sample in results.values.get((method, ratio), {})
                 ]
                 grid[row, column] = np.mean(scores) if scores else np.nan

@@ -71,7 +71,8 @@ class Results:
         return sorted({ratio for method, ratio in self.values if method != "full"})
 
     def group(self, method: str) -> str:
-        return self.header["methods"].get(method, {}).get("group", "third-party")
+        group: str = self.header["methods"].get(method, {}).get("group", "third-party")
+        return group
 
     def counted(self, method: str) -> int:
         """Samples that have a record of the method at every ratio that it has."""
@@ -144,7 +145,7 @@ def load(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> Results:
         for sample, values in cell.items():
             full = results.values.get(("full", 0.0), {}).get(sample, {})
             values["extra"] = values["nll"] - full.get("nll", np.nan)
-            values["share"] = values["pairs"] / full.get("pairs", np.nan)
+            values["share"] = values["pairs"] / (full.get("pairs") or np.nan)
     return results
 
 
@@ -160,7 +161,7 @@ def _add(results: Results, record: dict[str, Any]) -> None:
     for row in record["results"]:
         named = dict(zip(record["columns"], row, strict=True))
         values = {name: np.nan if named[name] is None else float(named[name]) for name in METRICS}
-        values["cost"] = values["seconds"] / record["prefill_s"] if record["prefill_s"] else np.nan
+        values["cost"] = values["seconds"] / (record.get("prefill_s") or np.nan)
         results.values.setdefault((named["method"], named["ratio"]), {})[sample] = values
 
 
@@ -196,7 +197,7 @@ def best_single(
         by_task = {task: by_task[task]} if task in by_task else {} if task else by_task
         if by_task:
             found[method] = np.mean([values.mean() for values in by_task.values()])
-    return min(found, key=found.get) if found else None
+    return min(found, key=lambda method: found[method]) if found else None
 
 
 def oracle_values(

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from functools import partial
 from random import Random
+from typing import Any
 
 from kvpress_moe.benchmark.tasks.continuation import continuation, copying
 from kvpress_moe.benchmark.tasks.filling import CountTokens
@@ -21,7 +22,7 @@ from kvpress_moe.errors import SettingError
 __all__ = ["SPLITS", "TASKS", "Sample", "find_tasks", "make_sample"]
 
 #: Name -> generator ``f(random, count_tokens, length, index, split) -> fields of a Sample``.
-TASKS: dict[str, Callable[..., dict]] = {
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "needle_noise": partial(needle, noise=True),
     "needle_prose_1": needle,
     "needle_prose_4": partial(needle, n_keys=4),

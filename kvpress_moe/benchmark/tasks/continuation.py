@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room, cycle_sentences, fill, swept_depth
 from kvpress_moe.benchmark.tasks.texts import modules, running_text, sentences, source, topics
@@ -12,7 +14,7 @@ ANSWER_TOKENS = 48
 
 def continuation(
     random: Random, count_tokens: CountTokens, length: int, index: int, split: str, *, code: bool = False
-) -> dict:
+) -> dict[str, Any]:
     """A text cut in two: context, and what really comes next."""
     check_room("continuations", length, 64)
     texts = [source(module) for module in modules(split)] if code else list(topics(split).values())
@@ -44,12 +46,12 @@ def split_at(text: str, n_tokens: int, count_tokens: CountTokens) -> tuple[str, 
     return text[:cut], text[cut:]
 
 
-def copying(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict:
+def copying(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict[str, Any]:
     """Numbered passages of prose, one of which is to be repeated word for word."""
     check_room("copying", length, 256)
     prose = cycle_sentences(random, sentences(split))
 
-    def passages():
+    def passages() -> Iterator[str]:
         number = 0
         while True:
             number += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room
 from kvpress_moe.benchmark.tasks.needles import bullets
@@ -11,7 +12,7 @@ from kvpress_moe.benchmark.tasks.vocabulary import nouns
 _OPENING = "Below is a list of words. Memorize the words that appear most often.\n"
 
 
-def frequent_words(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict:
+def frequent_words(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict[str, Any]:
     """A list in random order: three words take up six tenths of it, in falling shares; the others come up rarely."""
     check_room("frequent words", length, 128)
     words = random.sample(nouns(split), min(len(nouns(split)), 23))

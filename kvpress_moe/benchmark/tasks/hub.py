@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from kvpress_moe.benchmark.tasks.filling import CountTokens
-from kvpress_moe.benchmark.tasks.sample import Sample
+from kvpress_moe.benchmark.tasks.sample import Metric, Sample
 from kvpress_moe.errors import SettingError
 
 _COLUMNS = ("context", "question", "answer_prefix", "task")
@@ -49,7 +49,7 @@ def load_hub_samples(name: str, count_tokens: CountTokens) -> list[Sample]:
     for row in rows:
         answers = row["answer"] if "answer" in rows.column_names else row["answers"]
         references = tuple(map(str, answers)) if isinstance(answers, (list, tuple)) else (str(answers),)
-        metric = "exact" if len(references) == 1 else "any" if _alternatives(name, row["task"]) else "f1"
+        metric: Metric = "exact" if len(references) == 1 else "any" if _alternatives(name, row["task"]) else "f1"
         task = f"{Path(name.partition(':')[0]).name}/{row['task']}"
         samples.append(
             Sample(

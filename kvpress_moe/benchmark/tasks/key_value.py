@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room, fill, swept_depth
 from kvpress_moe.benchmark.tasks.vocabulary import keys
@@ -10,12 +11,12 @@ from kvpress_moe.benchmark.tasks.vocabulary import keys
 _OPENING = "Below is a list of keys and their values. Make sure to memorize it. I will ask for a value afterwards.\n"
 
 
-def key_value(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict:
+def key_value(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict[str, Any]:
     """Lines ``"key": "value"`` that fill the context."""
     check_room("a key-value list", length, 128)
     names = random.sample(keys(split), min(len(keys(split)), length))
-    lines = (f'"{name}": "{random.randrange(10**4, 10**5)}"' for name in names)
-    lines = fill(lines, length - count_tokens(_OPENING) - 4, count_tokens, joint="\n")
+    made = (f'"{name}": "{random.randrange(10**4, 10**5)}"' for name in names)
+    lines = fill(made, length - count_tokens(_OPENING) - 4, count_tokens, joint="\n")
     depth = swept_depth(index)
     name, value = (part.strip('"') for part in lines[int(depth * len(lines))].split(": "))
     return {

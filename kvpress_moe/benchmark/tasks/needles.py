@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import cycle
 from random import Random
+from typing import Any
 
 from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room, cycle_sentences, fill, hide, swept_depth
 from kvpress_moe.benchmark.tasks.texts import sentences
@@ -33,7 +34,7 @@ def needle(
     n_keys: int = 1,
     n_values: int = 1,
     n_asked: int = 1,
-) -> dict:
+) -> dict[str, Any]:
     """
     Sentences that give ``n_keys`` names ``n_values`` numbers each; ``n_asked`` names are asked for.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room, fill, swept_depth
 from kvpress_moe.benchmark.tasks.vocabulary import cities, firms, people, professions
@@ -10,7 +11,9 @@ from kvpress_moe.benchmark.tasks.vocabulary import cities, firms, people, profes
 _OPENING = "Read the following notes. I will ask a question about them afterwards.\n\n"
 
 
-def question(random: Random, count_tokens: CountTokens, length: int, index: int, split: str, *, hops: int = 1) -> dict:
+def question(
+    random: Random, count_tokens: CountTokens, length: int, index: int, split: str, *, hops: int = 1
+) -> dict[str, Any]:
     """
     Notes on people (city, profession, firm) and on firms (city of the head office).
 

@@ -7,6 +7,7 @@ import re
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import cast
 
 from kvpress_moe.benchmark.tasks.vocabulary import bucket
 
@@ -82,7 +83,7 @@ def _source_path(module: str) -> Path | None:
 @cache
 def source(module: str) -> str:
     """Source text of a module."""
-    return _source_path(module).read_text(encoding="utf-8")
+    return cast(Path, _source_path(module)).read_text(encoding="utf-8")
 
 
 def running_text(random: Random, texts: list[str], n_characters: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import cycle, pairwise
 from random import Random
+from typing import Any
 
 from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room, fill, hide, swept_depth
 from kvpress_moe.benchmark.tasks.needles import NOISE, enumeration
@@ -19,7 +20,7 @@ _HOPS = 4
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def variable_tracking(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict:
+def variable_tracking(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict[str, Any]:
     """One chain of four hops (RULER's default), its links in order at random depths."""
     check_room("variable tracking", length, 320)
     names = ["".join(random.choices(_LETTERS, k=5)) for _ in range(_HOPS + 1)]
