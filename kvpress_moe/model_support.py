@@ -37,6 +37,9 @@ COMPILED = (
     "hooks that compress. Prefill with the model itself inside the block; decode with the compiled one after it."
 )
 
+#: An attention module of any family; torch says of a module's attributes no more than ``Tensor | Module``.
+Attention: TypeAlias = Any
+
 SUPPORTED_MODELS = (
     *KVPRESS_MODELS,
     Gemma2ForCausalLM,
