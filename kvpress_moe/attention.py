@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from kvpress.utils import get_prerope_query_states
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
+
+from kvpress_moe.model_support import Attention
 
 if TYPE_CHECKING:
     from kvpress_moe.layer_call import LayerCall
@@ -20,14 +22,15 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turning * cos + rotate_half(turning) * sin, fixed), dim=-1)
 
 
-def softcap(module: nn.Module) -> float | None:
+def softcap(module: Attention) -> float | None:
     """
     The bound that an attention layer bends its logits below (Gemma 2), None where it does not bend them.
 
     transformers' SDPA attention does not, whatever the configuration says.
     """
     config = module.config
-    return None if config._attn_implementation == "sdpa" else getattr(config, "attn_logit_softcapping", None)
+    cap: float | None = getattr(config, "attn_logit_softcapping", None)
+    return None if config._attn_implementation == "sdpa" else cap
 
 
 def bend(logits: Tensor, cap: float | None) -> Tensor:
@@ -35,7 +38,7 @@ def bend(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def layer_logits(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
+def layer_logits(module: Attention, queries: Tensor, keys: Tensor) -> Tensor:
     """
     A layer's logits of queries (B, num_heads, Q, D) over keys (B, H, S, D): (B, num_heads, Q, S), float32.
 
@@ -46,7 +49,7 @@ def layer_logits(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
     return bend(logits, softcap(module))
 
 
-def causal_logits(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
+def causal_logits(module: Attention, queries: Tensor, keys: Tensor) -> Tensor:
     """
     Logits of the newest Q tokens over all S, each seeing itself and what came before.
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
+from kvpress_moe.model_support import Attention
+
 #: Layers whose norms of queries and keys kvpress does not know, and the ones with the same norms that it knows.
 NORMED_ALIKE: dict[type[nn.Module], type[nn.Module]] = {Qwen3MoeAttention: Qwen3Attention}
-
-from kvpress_moe.model_support import Attention
 
 
 class AttentionView:
@@ -45,8 +45,8 @@ class AttentionView:
         self._hidden_states = hidden_states
         self._projected: dict[str, Tensor] = dict(projected or {})
 
-    @property
-    def __class__(self):  # kvpress asks isinstance(module, Qwen3Attention) to find QK norms
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # kvpress asks isinstance(module, Qwen3Attention) to find QK norms
         return NORMED_ALIKE.get(type(self._module), type(self._module))
 
     def __getattr__(self, name: str) -> Any:
@@ -62,11 +62,10 @@ class AttentionView:
         return self._project("qkv_proj", hidden_states)
 
     def rotary_emb(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        module: Any = self._module
-        if isinstance(module, Gemma3Attention) and hasattr(module, "layer_type"):  # transformers 5
-            turned: tuple[Tensor, Tensor] = module.rotary_emb(states, position_ids, module.layer_type)
-        else:
-            turned = module.rotary_emb(states, position_ids)
+        module = self._module
+        of_type = isinstance(module, Gemma3Attention) and hasattr(module, "layer_type")  # transformers 5
+        layer_type = (module.layer_type,) if of_type else ()
+        turned: tuple[Tensor, Tensor] = module.rotary_emb(states, position_ids, *layer_type)
         return turned
 
     def _project(self, name: str, hidden_states: Tensor) -> Tensor:
@@ -80,10 +79,11 @@ class AttentionView:
         return self._normed(name, self._projected[name][:, start : start + n_tokens])
 
     def _normed(self, name: str, projected: Tensor) -> Tensor:
-        if not isinstance(self._module, OlmoeAttention):
+        module = self._module
+        if not isinstance(module, OlmoeAttention):
             return projected
-        normed = {"q_proj": self._module.q_norm, "k_proj": self._module.k_norm}[name](projected)
-        limit = self._module.config.clip_qkv
+        normed: Tensor = (module.q_norm if name == "q_proj" else module.k_norm)(projected)
+        limit = module.config.clip_qkv
         return normed if limit is None else normed.clamp(-limit, limit)
 
 

@@ -30,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     write_together({path: write})
 
 
-def write_together(writes: Mapping[Path, Callable[[Path], None]]) -> None:
+def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
     """
     Write files that belong together: none of them is replaced before all of them have been written.
 
@@ -43,11 +43,11 @@ def write_together(writes: Mapping[Path, Callable[[Path], None]]) -> None:
     path = next(iter(writes))
     try:
         for path, write in writes.items():
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            temporaries[path] = Path(temporary)
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporaries[path] = Path(name)
             os.close(descriptor)
             write(temporaries[path])
-            os.chmod(temporary, 0o644)  # mkstemp's are for their owner alone
+            os.chmod(name, 0o644)  # mkstemp's are for their owner alone
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     except BaseException as error:

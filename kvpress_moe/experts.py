@@ -147,7 +147,9 @@ class Expert:
             settings["compression_ratio"] = compression_ratio
         with temporarily(self.scorer, settings), seeded(self.scorer, call):
             attentions, (keys, values) = known_attentions(self.scorer, call), exact_pairs(self.scorer, call)
-            return self.scorer.score(call.view, call.hidden_states, keys, values, attentions, call.expert_kwargs)
+            arguments = (call.view, call.hidden_states, keys, values, attentions, call.expert_kwargs)
+            scores: Tensor = self.scorer.score(*arguments)
+        return scores
 
 
 class OwnExpert(Expert):

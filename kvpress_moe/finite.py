@@ -27,7 +27,7 @@ def active_experts(call: LayerCall, logits: Tensor) -> list[int]:
     """
     used = call.routed.flatten(0, 2).any(0)
     finite = torch.stack([is_finite(states).to(used.device) for states in (logits, call.keys, call.values)])
-    *used, logits_are, keys_are, values_are = torch.cat((used, finite)).tolist()
+    *judging, logits_are, keys_are, values_are = torch.cat((used, finite)).tolist()
     if not (logits_are and keys_are and values_are):
         dtype = call.keys.dtype
         model = f"The model or its input is broken, or overflows in {dtype}: try bfloat16 or float32."
@@ -35,7 +35,7 @@ def active_experts(call: LayerCall, logits: Tensor) -> list[int]:
             if not bool(is_finite(states)):
                 raise not_finite(what, call, states, model)
         raise not_finite("router logits", call, logits, "The router's weights are broken; load or train it again.")
-    return [index for index, judges in enumerate(used) if judges]
+    return [index for index, judges in enumerate(judging) if judges]
 
 
 def check_finite(call: LayerCall, scores: Tensor | None = None, mass: Tensor | None = None) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvpress_moe.routers import BaseMoERouter
 
 WINDOW = 64  # the latest queries, as in SnapKV
+LATER: Any = None  # of a call that has not been routed yet
 
 
 @dataclass(eq=False)
@@ -63,9 +64,9 @@ class LayerCall:
     values: Tensor
     attentions: Tensor | None
     kwargs: Mapping[str, Any]
-    weights: Tensor | None = None
-    router: BaseMoERouter | None = None
-    ranks: Tensor | None = None
+    weights: Tensor = LATER
+    router: BaseMoERouter = LATER
+    ranks: Tensor = LATER
     projected: dict[str, Tensor] = field(default_factory=dict)
     row: int = 0
     active: Sequence[int] = ()

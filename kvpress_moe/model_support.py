@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
 from kvpress.presses.base_press import BasePress
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     Cache,
     DynamicCache,
@@ -36,6 +36,9 @@ COMPILED = (
     "model: got a model compiled by torch.compile, expected the model as it was loaded. Compiled code does not see the "
     "hooks that compress. Prefill with the model itself inside the block; decode with the compiled one after it."
 )
+
+#: An attention module of any family; torch says of a module's attributes no more than ``Tensor | Module``.
+Attention: TypeAlias = Any
 
 SUPPORTED_MODELS = (
     *KVPRESS_MODELS,
@@ -129,7 +132,7 @@ def check_can_serve_padding(cache: Cache | None, eager: bool, track_misses: bool
     )
 
 
-def check_unmasked(attention: nn.Module, press: BasePress) -> None:
+def check_unmasked(attention: Attention, press: BasePress) -> None:
     """
     Raise if another press that is hooked in masks pairs of a layer by their index, which an eviction would change.
 
@@ -214,14 +217,14 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
-def forward_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def forward_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model's forward pass by name, as a pre-hook gets them."""
     named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     named |= named.pop("kwargs", {})  # what forward takes as **kwargs
     return named
 
 
-def check_forward(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+def check_forward(model: Any, kwargs: dict[str, Any]) -> bool:
     """
     Raise on arguments of a forward pass below the head that would be compressed wrongly without a word.
 

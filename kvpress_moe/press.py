@@ -345,7 +345,7 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
         """What takes back all that is counted in the forward pass that begins now."""
         if not (is_prompt or self.track_misses):
             return lambda: None  # nothing is counted
-        routers, counted = self._routers, self._stats.snapshot()
+        routers, counted = cast(Routers, self._routers), self._stats.snapshot()
         feedback = list(routers.buffers())
 
         def take_back() -> None:
@@ -357,7 +357,7 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
 
         return take_back
 
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse what would be compressed wrongly without a word, and note where the text of padded rows begins."""
         arguments = forward_arguments(model, args, kwargs)
         self._text_starts = None
@@ -521,15 +521,15 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
         if self.scope == "global" and not last_to_compress(call.module):
             return
         layers = self._shared.decide(n_kept, 1.0 if self.scope == "uniform" else self.min_share)
-        check_still_there(call.cache, dict.fromkeys(layers, call.k_len))
+        cache: Any = call.cache
+        check_still_there(cache, dict.fromkeys(layers, call.k_len))
         for layer_idx, decided in layers.items():
             for kept, observation in decided:
                 self.record(layer_idx, observation, kept)
-            layer = call.cache.layers[layer_idx]
-            pair = (call.keys, call.values) if layer_idx == call.layer_idx else (layer.keys, layer.values)
+            dense: Any = call if layer_idx == call.layer_idx else cache.layers[layer_idx]
             kept = join_rows([kept for kept, _ in decided], call.k_len)
-            call.cache.layers[layer_idx] = RaggedLayer.from_dense(*pair, kept)
-        fit_masks(call.cache, call.module.config)
+            cache.layers[layer_idx] = RaggedLayer.from_dense(dense.keys, dense.values, kept)
+        fit_masks(cache, call.module.config)
 
     @torch.no_grad()
     def route(self, call: LayerCall) -> None:
@@ -560,7 +560,7 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
             return mix(score, call.active, call.weights)
 
         own = [index for index, expert in enumerate(self._experts) if expert.name == "learned"]
-        asked = range(self.num_experts) if own and call.router.learned.num_seen else call.active
+        asked = range(self.num_experts) if own and cast(LearnedExpert, call.router.learned).num_seen else call.active
         ranked = [index for index in asked if index not in own]
         terms: dict[int, Tensor] = {}
         if ranked:

@@ -31,7 +31,7 @@ class Reading:
         self._checkpoint = checkpoint
         self._under_way: dict[str, tuple[threading.Thread, Callable[[], None]]] = {}  # at most one, see `begin`
 
-    def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """
         Forward pre-hook of the model below its head.
 
@@ -44,7 +44,7 @@ class Reading:
         earlier = self._under_way.get("pass")
         if earlier is not None and earlier[0] is me:
             self._undo()  # Ctrl-C ended it and the caller went on
-        cache = forward_arguments(model, args, kwargs).get("past_key_values")
+        cache: Any = forward_arguments(model, args, kwargs).get("past_key_values")
         is_prompt = cache is None or cache.get_seq_length() == 0
         layers = [copy(layer) for layer in cache.layers] if cache is not None and is_prompt else None
         ours = (me, lambda: None)
@@ -63,7 +63,7 @@ class Reading:
 
         self._under_way["pass"] = (me, undo)
 
-    def end(self, model: nn.Module, args: tuple, output: Any) -> None:
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, also called where the pass failed; without an output then."""
         reader = self._under_way.get("pass")
         if reader is None or reader[0] is not threading.current_thread():

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.attention_view import AttentionView
-from kvpress_moe.model_support import language_model
+from kvpress_moe.model_support import Attention, language_model
 
 
 class ReplayScores(KVzipPress):  # type: ignore[misc]
@@ -40,7 +40,9 @@ class ReplayScores(KVzipPress):  # type: ignore[misc]
         """KVzip's, with the layer's own norms and scaling of logits, not the head width's."""
         own_scaling = module.scaling * math.sqrt(module.head_dim)
         keys = keys if math.isclose(own_scaling, 1.0) else keys * own_scaling
-        return super()._compute_cross_attention(AttentionView(module, hidden_states), hidden_states, keys, kwargs)
+        view = AttentionView(module, hidden_states)
+        attention: Tensor = super()._compute_cross_attention(view, hidden_states, keys, kwargs)
+        return attention
 
     @torch.no_grad()
     def of(

@@ -49,4 +49,5 @@ def score_learned(call: LayerCall) -> Tensor:
         )
     learned = call.router.learned
     seen = call.ranks.flatten(1, 2).transpose(1, 2) if learned.num_seen else None  # (B, S, E·H)
-    return learned(call.hidden_states, seen).transpose(1, 2)
+    importance: Tensor = learned(call.hidden_states, seen)
+    return importance.transpose(1, 2)

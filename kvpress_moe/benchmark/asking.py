@@ -79,7 +79,7 @@ def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Ref
     masses: list[Tensor] = []
     peaks: list[Tensor] = []
 
-    def observe(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+    def observe(module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]) -> None:
         view = AttentionView(module, kwargs["hidden_states"])
         queries = get_prerope_query_states(view, kwargs["hidden_states"])
         queries = apply_rope(queries, *kwargs["position_embeddings"])

@@ -387,7 +387,9 @@ def judge(
             elif name in shared:
                 scores = scorers[method.scorer]
                 start = clock.now()
-                masks = allocate(scores.layers[ratio], ratio, method.budget, min_share, method.group == "ours")
+                masks = allocate(
+                    scores.layers[ratio], ratio, cast(Budget, method.budget), min_share, method.group == "ours"
+                )
                 seconds = scores.seconds[ratio] + clock.now() - start
                 judged.kept[name, ratio] = Kept(masks, None, input_ids.shape[1], seconds)
     return judged

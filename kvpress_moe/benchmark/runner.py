@@ -98,7 +98,7 @@ class Evaluator:
         Model and tokenizer, where they are there already.
     """
 
-    def __init__(self, plan: Plan, loaded: tuple | None = None):
+    def __init__(self, plan: Plan, loaded: tuple[Any, ...] | None = None):
         from kvpress_moe.model_support import UNKNOWN_NORMS, check_model, slides
         from kvpress_moe.models import load_model
 

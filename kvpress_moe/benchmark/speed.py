@@ -362,7 +362,7 @@ def growth(rows: Sequence[Row], name: str) -> dict[str, tuple[float, float]]:
     Nothing with fewer than three lengths, or where there is nothing to measure.
     """
     of_name = [row for row in rows if row.what == "prefill" and row.name == name and row.batch == 1]
-    measured = {
+    measured: dict[str, list[tuple[int, float]]] = {
         "seconds": [(row.tokens, row.in_press or 0.0) for row in of_name],
         "bytes": [(row.tokens, row.extra_peak_bytes) for row in of_name],
     }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from kvpress_moe.cache.ragged import RaggedLayer
 from kvpress_moe.errors import UnsupportedInputError
@@ -46,7 +47,8 @@ def kept_pairs(full: Cache, compressed: Cache) -> dict[int, Tensor]:
             "Compress a copy of this very cache."
         )
     kept = {}
-    for layer_idx, (before, after) in enumerate(zip(full.layers, compressed.layers, strict=True)):
+    layers: list[Any] = full.layers
+    for layer_idx, (before, after) in enumerate(zip(layers, compressed.layers, strict=True)):
         if isinstance(before, RaggedLayer):
             raise UnsupportedInputError(f"full: layer {layer_idx} is a RaggedLayer, expected a cache never compressed.")
         if not before.is_sliding:
@@ -54,8 +56,8 @@ def kept_pairs(full: Cache, compressed: Cache) -> dict[int, Tensor]:
     return kept
 
 
-def _kept_in_layer(keys: Tensor, after: CacheLayerMixin, layer_idx: int) -> Tensor:
-    left = [[pair[0] for pair in row] for row in after.heads()] if isinstance(after, RaggedLayer) else after.keys
+def _kept_in_layer(keys: Tensor, after: Any, layer_idx: int) -> Tensor:
+    left: Any = [[pair[0] for pair in row] for row in after.heads()] if isinstance(after, RaggedLayer) else after.keys
     if (len(left), len(left[0])) != keys.shape[:2]:
         raise UnsupportedInputError(
             f"compressed: layer {layer_idx} has {len(left)} rows of {len(left[0])} heads, expected "

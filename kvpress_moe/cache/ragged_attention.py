@@ -86,7 +86,8 @@ def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: flo
     if new_logits[..., 0].numel() * (longest + n_new) <= LOGITS_AT_ONCE and not differentiable:  # it writes in place
         output = attend_padded(grouped, new_logits, new_values, keys, values, parts[0], longest, cap)
     else:
-        output = torch.cat([attend(*run, cap) for run in zip(*parts, keys, values, strict=True)])
+        runs = zip(*parts, keys, values, strict=True)
+        output = torch.cat([attend(some, logits, new, k, v, cap) for some, logits, new, k, v in runs])
     return output.view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
 
 

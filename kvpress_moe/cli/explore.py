@@ -53,7 +53,7 @@ def explore(
             raise SettingError(
                 "serve", True, "no TEXT, --question or --out beside it", "Paste the text in the browser."
             )
-        settings = {"ratio": ratio, "experts": experts, "budget": budget, "router": router}
+        settings: dict[str, Any] = {"ratio": ratio, "experts": experts, "budget": budget, "router": router}
         run_app(port, settings, model, device, max_new_tokens)
         return
     context = read_context(text)

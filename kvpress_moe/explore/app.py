@@ -140,7 +140,7 @@ def parse(body: bytes | bytearray) -> tuple[str, list[str], list[dict[str, Any]]
 def form_page(workshop: Workshop, defaults: Mapping[str, Any]) -> tuple[str, str]:
     """The form's text and its Content-Security-Policy."""
     style, program = assets("app.css"), assets("app.js")
-    config = workshop.model.config
+    config: Any = workshop.model.config
     data = {
         "defaults": dict(defaults),
         "experts": sorted({*EXPERT_SETS, *NAMED_EXPERTS, *KVPRESS_EXPERTS}),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from kvpress.pipeline import KVPressTextGenerationPipeline
 from torch import Tensor
@@ -20,6 +20,7 @@ from kvpress_moe.explore.payload import payload
 from kvpress_moe.explore.record import RecordingPress
 from kvpress_moe.explore.tokens import compared, pieces
 from kvpress_moe.prefill import Prefill, cache_bytes
+from kvpress_moe.routers import Routers
 
 Step = Callable[..., Any]
 
@@ -155,7 +156,7 @@ def explore(reading: Reading, press: RecordingPress, step: Step) -> dict[str, An
         in_full, in_compressed = compared(tokens_of(full), tokens_of(compressed))
         marked.append({"question": question, "full": in_full, "compressed": in_compressed})
     layers = len(press.records)
-    trained = press.routers.config.trained
+    trained = cast(Routers, press.routers).config.trained
     return payload(
         tokens=pieces(pipeline.tokenizer, reading.input_ids[0].tolist()),
         records=dict(sorted(press.records.items())),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def arrays(records: Mapping[int, LayerRecord]) -> dict[str, Any]:
     scores = torch.stack([record.scores for record in records.values()])
     weights = torch.stack([record.weights for record in records.values()])
     moves = torch.stack([record.moves for record in records.values()])
-    mass = torch.stack([record.mass for record in records.values()])
+    mass = torch.stack([cast(Tensor, record.mass) for record in records.values()])
     scale = moves.abs().amax((-1, -2)).clamp(min=torch.finfo(torch.float32).tiny)
     return {
         "layers": list(records),

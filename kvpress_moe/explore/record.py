@@ -52,14 +52,12 @@ class RememberingExpert(Expert):
     def __init__(self, expert: Expert):
         super().__init__(expert.name, expert.scorer, expert.keep, expert.registered)
         self._expert = expert
-        self._keys: Tensor | None = None
-        self._scores: Tensor | None = None
+        self._heard: tuple[Tensor, Tensor] | None = None  # keys and their scores
 
     def score(self, call: LayerCall, compression_ratio: float | None) -> Tensor:
-        if self._keys is not call.keys:
-            self._scores = self._expert.score(call, compression_ratio)
-            self._keys = call.keys
-        return self._scores
+        if self._heard is None or self._heard[0] is not call.keys:
+            self._heard = (call.keys, self._expert.score(call, compression_ratio))
+        return self._heard[1]
 
 
 class RecordingPress(MoERouterPress):

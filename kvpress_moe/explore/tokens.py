@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +22,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     context, start = 0, 0  # what is decoded along, and the first token whose text is not out yet
 
     def decode(first: int, last: int) -> str:
-        return tokenizer.decode(ids[first:last], clean_up_tokenization_spaces=False)
+        return cast(str, tokenizer.decode(ids[first:last], clean_up_tokenization_spaces=False))
 
     for end in range(1, len(ids) + 1):
         before, now = decode(context, start), decode(context, end)
@@ -33,10 +34,10 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def compared(ours: Sequence[str], other: Sequence[str]) -> tuple[list[list], list[list]]:
+def compared(ours: Sequence[str], other: Sequence[str]) -> tuple[list[list[Any]], list[list[Any]]]:
     """Each answer's pieces as [text, whether the other answer has it at the same place]; the longest matches align."""
-    marked = tuple([[piece, 0] for piece in answer] for answer in (ours, other))
+    marked: list[list[list[Any]]] = [[[piece, 0] for piece in answer] for answer in (ours, other)]
     for block in SequenceMatcher(a=ours, b=other, autojunk=False).get_matching_blocks():
         for offset in range(block.size):
             marked[0][block.a + offset][1] = marked[1][block.b + offset][1] = 1
-    return marked
+    return marked[0], marked[1]

@@ -98,8 +98,8 @@ def _panel(axis: Axes, results: Results, metric: str, named: Sequence[str], task
     ratios = np.array(results.ratios)
     for method in results.methods:
         if method not in named and method != "full":
-            means = [_estimate(results, method, ratio, metric, tasks, resample=False).mean for ratio in ratios]
-            axis.plot(ratios, means, color=OTHERS, linewidth=0.6, zorder=1)
+            line = [_estimate(results, method, ratio, metric, tasks, resample=False).mean for ratio in ratios]
+            axis.plot(ratios, line, color=OTHERS, linewidth=0.6, zorder=1)
     full = _estimate(results, "full", 0.0, metric, tasks, resample=False).mean
     if metric in _FULL_IS_A_LINE and np.isfinite(full):
         axis.axhline(full, color=REFERENCE, linestyle="--", linewidth=1, label="full cache", zorder=2)

@@ -73,7 +73,7 @@ def heat_map(
 
 
 def _bright(image: AxesImage, value: float) -> bool:
-    red, green, blue, _ = image.cmap(image.norm(value))
+    red, green, blue, _ = image.cmap(image.norm(np.asarray(value)))
     return 0.299 * red + 0.587 * green + 0.114 * blue > 0.46  # where black and white contrast alike
 
 

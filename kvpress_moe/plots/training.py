@@ -37,8 +37,8 @@ def training_curves(log: Mapping[str, Any] | str | Path) -> Figure:
     figure, axis = line_axis("epoch", LOSS)
     epochs = np.arange(1, curves.shape[1] + 1)
     shades = ScalarMappable(Normalize(0, max(1, len(curves) - 1)), colormaps["cividis"])
-    for number, curve in enumerate(curves):
-        axis.plot(epochs, curve, color=shades.to_rgba(number), linewidth=0.8, zorder=2)
+    for curve, shade in zip(curves, shades.to_rgba(np.arange(len(curves))), strict=True):
+        axis.plot(epochs, curve, color=shade, linewidth=0.8, zorder=2)
     axis.plot(epochs, curves.mean(0), color=COLOURS[0], linewidth=2, marker="o", markersize=4, label="mean", zorder=3)
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=SMALL)
@@ -62,9 +62,10 @@ def loss_by_layer(log: Mapping[str, Any] | str | Path) -> Figure:
     return figure
 
 
-def _read(log: Mapping[str, Any] | str | Path, name: str) -> list:
-    metrics = log
-    if not isinstance(log, Mapping):
+def _read(log: Mapping[str, Any] | str | Path, name: str) -> list[Any]:
+    if isinstance(log, Mapping):
+        metrics: Any = log
+    else:
         path = Path(log) / "routers.json"
         try:
             metrics = read_json(path).get("metrics", {})
@@ -73,4 +74,5 @@ def _read(log: Mapping[str, Any] | str | Path, name: str) -> list:
     if not metrics.get(name):
         remedy = "loss_by_layer draws what older logs hold." if name == "loss_by_epoch" else "Train with this package."
         raise SettingError("log", sorted(metrics), f"metrics with {name}", remedy)
-    return metrics[name]
+    values: list[Any] = metrics[name]
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,8 @@ class LearnedExpert(nn.Module):
         width = hidden_states.shape[-1]
         inside = F.linear(hidden_states.to(weight.dtype), weight[:, :width], self.down.bias)
         if self.num_seen:  # a sum of two maps, so that hidden states need not be copied beside the ranks
-            seen = torch.cat((ranks - 0.5, torch.log1p(-ranks) + 1), dim=-1)  # both of mean zero
+            given = cast(Tensor, ranks)
+            seen = torch.cat((given - 0.5, torch.log1p(-given) + 1), dim=-1)  # both of mean zero
             inside = inside + F.linear(seen.to(weight.dtype), weight[:, width:])
-        return self.up(F.silu(inside)).float()
+        importance: Tensor = self.up(F.silu(inside)).float()
+        return importance

@@ -57,14 +57,15 @@ def predict(
     """
     num_experts = ranks.shape[-1]
     everyone = range(num_experts)
+    calibration, expert = cast(Calibration, router.calibration), cast(LearnedExpert, router.learned)
     decision = gate(router.logits(hidden[None]), top_k, capacity_factor=float(num_experts))
-    terms = router.calibration.terms(ranks.permute(2, 1, 0)[None], everyone)  # (1, E, H, N)
+    terms = calibration.terms(ranks.permute(2, 1, 0)[None], everyone)  # (1, E, H, N)
     if learned is not None:
-        seen = torch.cat((ranks[..., :learned], ranks[..., learned + 1 :]), dim=-1)  # (N, H, E - 1)
-        seen = seen.transpose(1, 2).flatten(1) if router.learned.num_seen else None
-        own = router.calibration.slope[:, learned, None] * router.learned(hidden, seen).T
+        others = torch.cat((ranks[..., :learned], ranks[..., learned + 1 :]), dim=-1)  # (N, H, E - 1)
+        seen = others.transpose(1, 2).flatten(1) if expert.num_seen else None
+        own = calibration.slope[:, learned, None] * expert(hidden, seen).T
         terms = torch.cat((terms[:, :learned], own[None, None], terms[:, learned + 1 :]), dim=1)
-    scores = mix_calibrated(terms, everyone, decision.weights[:, None], router.calibration.offset)
+    scores = mix_calibrated(terms, everyone, decision.weights[:, None], calibration.offset)
     return scores[0].T, load_balance(decision.probs, decision.chosen)
 
 
@@ -122,7 +123,7 @@ def fit_layer(
     router.eval().requires_grad_(True)
     fold_scaling(router.down, mean, std)
     if learned is not None:
-        fold_scaling(router.learned.down, mean, std)
+        fold_scaling(cast(LearnedExpert, router.learned).down, mean, std)
     return losses
 
 
