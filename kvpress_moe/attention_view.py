@@ -53,11 +53,10 @@ class AttentionView:
         return self._project("qkv_proj", hidden_states)
 
     def rotary_emb(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        module: Any = self._module
-        if isinstance(module, Gemma3Attention) and hasattr(module, "layer_type"):  # transformers 5
-            turned: tuple[Tensor, Tensor] = module.rotary_emb(states, position_ids, module.layer_type)
-        else:
-            turned = module.rotary_emb(states, position_ids)
+        module = self._module
+        of_type = isinstance(module, Gemma3Attention) and hasattr(module, "layer_type")  # transformers 5
+        layer_type = (module.layer_type,) if of_type else ()
+        turned: tuple[Tensor, Tensor] = module.rotary_emb(states, position_ids, *layer_type)
         return turned
 
     def _project(self, name: str, hidden_states: Tensor) -> Tensor:
