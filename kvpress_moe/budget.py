@@ -54,6 +54,6 @@ def share(scores: Float[Tensor, "B U S"], n_kept: int, min_share: float) -> Bool
         The pairs that stay; of equal scores those of the first unit, then those that come first.
     """
     floor = max(1, int(n_kept * min_share))
-    scores = scores.float()
-    scores = scores.masked_fill(best(scores, floor), torch.inf)
+    scores = scores.float().clamp(max=torch.finfo(torch.float32).max)  # infinity is for the floor
+    scores.masked_fill_(best(scores, floor), torch.inf)
     return best(scores.flatten(1), scores.shape[1] * n_kept).view_as(scores)

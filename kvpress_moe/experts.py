@@ -60,7 +60,7 @@ EXPERT_SETS = {
 
 _KEYS_ONLY = (kvpress.StreamingLLMPress, kvpress.LagKVPress)  # their sinks are pairs, not hidden states
 _ATTENDING = (kvpress.SnapKVPress, kvpress.TOVAPress)  # compute the attention of the latest queries
-_UNSEEDED = (kvpress.LeverageScorePress, kvpress.CompactorPress)  # draw a random sketch in score
+_UNSEEDED = (kvpress.LeverageScorePress, kvpress.CompactorPress, kvpress.CURPress)  # may draw numbers in score
 
 
 @dataclass(eq=False)

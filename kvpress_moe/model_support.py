@@ -104,8 +104,15 @@ def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: b
             "'uniform' inside a kvpress wrapper, which stores layers of equal heads",
             "Use MoERouterPress without a wrapper.",
         )
-    if cache is None or isinstance(cache, QuantizedCache) or not isinstance(cache.layers[layer_idx], DynamicLayer):
+    offloading = getattr(cache, "offloading", False)
+    if (
+        cache is None
+        or offloading
+        or isinstance(cache, QuantizedCache)
+        or not isinstance(cache.layers[layer_idx], DynamicLayer)
+    ):
         got = "no cache" if cache is None else type(cache.layers[layer_idx]).__name__
+        got = "an offloaded cache" if offloading else got
         raise SettingError("budget", "layer or global", f"a DynamicCache, not {got}", "Use budget='uniform'.")
 
 
@@ -288,8 +295,11 @@ def check_mask(mask: Tensor | None) -> None:
     UnsupportedInputError
         For padding.
     """
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != mask.shape[-2]:
-        return
-    newest = mask[:, 0, -1]
-    if not bool((newest if newest.dtype == torch.bool else newest == 0).all()):
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] and hides_tokens(mask):
         raise UnsupportedInputError(PADDED)
+
+
+def hides_tokens(mask: Tensor) -> bool:
+    """Whether a mask (B, 1, Q, S), bool or additive, hides any of the S tokens from the newest one, as padding does."""
+    newest = mask[:, 0, -1]
+    return not bool((newest if newest.dtype == torch.bool else newest == 0).all())

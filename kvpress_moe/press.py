@@ -106,8 +106,9 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
         ``"guide"``, ``"strong"``, or a list of names, kvpress scorers and functions with the signature of ``score``.
     router : path, str or Routers, optional
         Trained routers: a directory, a hub id, or the object. ``None`` takes those that ship with the package for this
-        very model, if there are any and no experts are named; else untrained ones, which weigh all experts alike until
-        cache feedback moves them. Where no experts are named, they are the ones that the trained routers know.
+        very model, if there are any and neither ``experts`` nor ``num_experts`` was named; else untrained ones, which
+        weigh all experts alike until cache feedback moves them. Where no experts are named, they are the ones that the
+        trained routers know.
 
     track_misses : bool, default=False
         Keep evicted keys on the CPU, and count hit rates with every generated token too, not only with the prompt's
@@ -328,8 +329,8 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
                 if not hasattr(layer.self_attn, "rotary_emb"):
                     leave.callback(layer.self_attn._modules.pop, "rotary_emb", None)
             leave.enter_context(super().__call__(model))
-            for hook in (reading.begin, self._before_forward):
-                leave.callback(model.model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            before = partial(self._before_forward, reading)
+            leave.callback(model.model.register_forward_pre_hook(before, with_kwargs=True).remove)
             leave.callback(model.model.register_forward_hook(fit_masks_after_forward).remove)
             leave.callback(model.model.register_forward_hook(reading.end, always_call=True).remove)
             leave.callback(reading.close)
@@ -345,21 +346,27 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
         """What takes back all that is counted in the forward pass that begins now."""
         if not (is_prompt or self.track_misses):
             return lambda: None  # nothing is counted
-        routers, counted = cast(Routers, self._routers), self._stats.snapshot()
-        feedback = list(routers.buffers())
+        routers, counted = self._routers, self._stats.snapshot()
+        feedback = [] if routers is None else list(routers.buffers())
 
         def take_back() -> None:
             self._stats.restore(counted)
-            for rates, before in zip(routers.buffers(), feedback, strict=True):
-                rates.copy_(before)
+            if routers is None:  # they had been dropped, and were built anew in this pass
+                self._routers = None
+            else:
+                for rates, before in zip(routers.buffers(), feedback, strict=True):
+                    rates.copy_(before)
             self._shared.clear()
             self._projections.clear()
 
         return take_back
 
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(
+        self, reading: Reading, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Refuse what would be compressed wrongly without a word, and note where the text of padded rows begins."""
         arguments = forward_arguments(model, args, kwargs)
+        reading.begin(arguments)
         self._text_starts = None
         if check_forward(model, arguments) and self.compression_ratio != 0:
             self._text_starts = text_starts(arguments.get("attention_mask"), arguments.get("position_ids"))
@@ -444,6 +451,12 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
         calibrated = self._routers is not None and bool(self._routers.config.num_heads)
         return "global" if calibrated and not self.track_misses and not self._eager else "uniform"
 
+    @property
+    def _turns_ragged(self) -> bool:
+        """Whether layers turn ragged; inside a wrapper, which stores equal heads, only if ``budget`` asks for it."""
+        shares = self.scope != "uniform" and (self._at_work or self.budget is not None)
+        return shares or self._text_starts is not None
+
     def _check_routers(self, routers: Routers, attention: nn.Module) -> None:
         check_routers(
             routers, self.router_type, list(self.expert_strategies.values()), attention, cast(Any, self.router)
@@ -498,7 +511,7 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
         for part, (scores, observation) in zip(parts, judged, strict=True):
             check_finite(part, scores, observation.mass)
         n_kept = [self.n_kept(part) for part in parts]
-        if self.scope != "uniform" or self._text_starts is not None:
+        if self._turns_ragged:
             self.compress_ragged(call, judged, n_kept)
             return keys, values  # kvpress's hook stores them in the layer that was just replaced
         indices = select(scores, *n_kept)
@@ -534,8 +547,8 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
     @torch.no_grad()
     def route(self, call: LayerCall) -> None:
         """Decide who judges which pair: sets ``call.weights``, shape (B, 1 or H, S, E), and ``call.active``."""
-        if not self._at_work and first_to_compress(call.module):
-            check_mask(call.kwargs.get("attention_mask"))  # inside a wrapper nobody has looked at it yet
+        if first_to_compress(call.module):
+            check_mask(call.kwargs.get("attention_mask"))  # a wrapper's, or one that was made by hand
         hidden_states = call.hidden_states
         router = self._routers_for(call.module).place(call.layer_idx, hidden_states.device, hidden_states.dtype)
         call.router = router
@@ -560,7 +573,8 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
             return mix(score, call.active, call.weights)
 
         own = [index for index, expert in enumerate(self._experts) if expert.name == "learned"]
-        asked = range(self.num_experts) if own and cast(LearnedExpert, call.router.learned).num_seen else call.active
+        listens = set(own) & set(call.active) and cast(LearnedExpert, call.router.learned).num_seen
+        asked = range(self.num_experts) if listens else call.active
         ranked = [index for index in asked if index not in own]
         terms: dict[int, Tensor] = {}
         if ranked:

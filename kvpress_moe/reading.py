@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from kvpress_moe.errors import UnsupportedInputError
-from kvpress_moe.model_support import forward_arguments
 
 
 class Reading:
@@ -31,9 +30,14 @@ class Reading:
         self._checkpoint = checkpoint
         self._under_way: dict[str, tuple[threading.Thread, Callable[[], None]]] = {}  # at most one, see `begin`
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, arguments: dict[str, Any]) -> None:
         """
-        Forward pre-hook of the model below its head.
+        A forward pass begins.
+
+        Parameters
+        ----------
+        arguments : dict
+            Of the forward of the model below its head, by name.
 
         Raises
         ------
@@ -44,7 +48,7 @@ class Reading:
         earlier = self._under_way.get("pass")
         if earlier is not None and earlier[0] is me:
             self._undo()  # Ctrl-C ended it and the caller went on
-        cache: Any = forward_arguments(model, args, kwargs).get("past_key_values")
+        cache: Any = arguments.get("past_key_values")
         is_prompt = cache is None or cache.get_seq_length() == 0
         layers = [copy(layer) for layer in cache.layers] if cache is not None and is_prompt else None
         ours = (me, lambda: None)

@@ -118,7 +118,7 @@ def check_router(value: Any) -> None:
         "router",
         value,
         "a directory, a hub id, a Routers object or None",
-        "None starts untrained routers.",
+        "None takes those that ship for the model, else untrained ones.",
     )
 
 

@@ -56,7 +56,7 @@ class SharedBudget:
         The pairs (B, H, S) that stay in each waiting layer, part by part; ``n_kept`` of the part per head on average,
         exact in total.
 
-        Memory: one float32 copy of all scores, H · S per layer, on the device of the first layer.
+        Memory: two float32 copies of all scores and one int64, H · S per layer, on the device of the first layer.
         """
         decided: dict[int, list[tuple[Tensor, Observation]]] = {layer_idx: [] for layer_idx in self._waiting}
         for n_kept_of_part, *layers in zip(n_kept, *self._waiting.values(), strict=True):

@@ -22,7 +22,7 @@ PROMPT, FAILING, NEXT = tokens(30, seed=1), tokens(40, seed=2), tokens(36, seed=
 
 #: What a prompt goes through, first to last. The last ones are reached with a shared or a uniform budget only.
 STAGES = (
-    "kvpress_moe.reading.forward_arguments",
+    "kvpress_moe.press.forward_arguments",
     "kvpress_moe.press.MoERouterPress._checkpoint",
     "kvpress_moe.press.check_forward",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward",

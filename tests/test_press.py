@@ -15,7 +15,7 @@ from kvpress_moe import MoERouterPress
 from kvpress_moe.experts import KVPRESS_EXPERTS, NAMED_EXPERTS, named_expert
 from kvpress_moe.mixing import rank_within_head
 from kvpress_moe.prefill import Prefill
-from tests.tiny import tiny_model
+from tests.tiny import lengths, tiny_model
 
 RATIOS = [0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95]
 LENGTHS = [1, 2, 7, 64, 500, 2048]
@@ -340,3 +340,14 @@ def test_settings_stay_settable(llama):
 
 def test_named_experts_are_fresh_objects():
     assert named_expert("knorm").scorer is not named_expert("knorm").scorer
+
+
+@pytest.mark.parametrize("change", ["del press.routers", "press.num_experts = 2", "press.router_type = 'base'"])
+def test_routers_that_are_dropped_inside_the_block_are_built_anew_for_the_next_prompt(llama, change):
+    press = MoERouterPress(0.5)
+    with press(llama), torch.no_grad():
+        exec(change)
+        cache = DynamicCache()
+        llama.model(input_ids=prompt(40), past_key_values=cache)
+    assert lengths(cache) == [20, 20]
+    assert press.get_stats()["forward_count"] == 1

@@ -81,3 +81,10 @@ def test_a_returned_key_that_was_not_given_is_an_error():
     keys = torch.randn(1, 1, 5, 4)
     with pytest.raises(ExpertError, match="mine"):
         score_selection(keys[:, :, :2] * 1.001, keys, "mine")
+
+
+def test_every_unit_keeps_its_floor_though_others_score_infinity_beyond_the_budget():
+    scores = torch.zeros(1, 3, 10)
+    scores[:, 0] = torch.inf
+    scores[:, 1, 3] = torch.inf
+    assert share(scores, 4, 0.5).sum(-1).tolist() == [[8, 2, 2]]

@@ -45,7 +45,7 @@ _RATIO_FREE = (
 )
 
 #: Those of them that draw random numbers.
-_DRAWING = (kvpress.RandomPress, kvpress.LeverageScorePress, kvpress.CapPress)
+_DRAWING = (kvpress.RandomPress, kvpress.LeverageScorePress)
 
 
 @dataclass
@@ -187,7 +187,7 @@ class _Memo:
 
 def _who(scorer: ScorerPress) -> tuple[Any, ...]:
     """What two scorers have in common that score alike."""
-    if isinstance(scorer, _DRAWING):
+    if isinstance(scorer, _DRAWING) or getattr(scorer, "use_random_leverage", False):  # CURPress
         return (id(scorer),)
     settings = ((f.name, getattr(scorer, f.name)) for f in fields(scorer) if f.name != "compression_ratio")
     return (type(scorer), repr(sorted(settings)))

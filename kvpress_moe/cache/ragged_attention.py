@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpress_moe.attention import bend, softcap
 from kvpress_moe.errors import UnsupportedInputError
+from kvpress_moe.model_support import hides_tokens
 
 if TYPE_CHECKING:
     from kvpress_moe.cache.ragged import RaggedLayer
@@ -41,6 +42,11 @@ def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("dropout"):
             raise UnsupportedInputError("dropout: attention over a RaggedCache is for inference; call model.eval().")
+        if query.shape[2] > 1 and isinstance(attention_mask, Tensor) and hides_tokens(attention_mask):
+            raise UnsupportedInputError(
+                "attention_mask: got padding among the tokens that meet a compressed cache, expected questions of "
+                "equal length. Ask them one by one, or group those of one length."
+            )
         return ragged_attention(query, layer, kwargs.get("scaling") or module.scaling, softcap(module)), None
 
     attention.without_ragged = function  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The explorer as a web app for the person at this machine: loopback only, no request to or from elsewhere."""
+"""The explorer as a web app for the person at this machine: loopback only; it asks the hub for a router named by id."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def parse(body: bytes | bytearray) -> tuple[str, list[str], list[dict[str, Any]]
             }
             for setting in settings
         ]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise SettingError(
             "request", f"{type(error).__name__}: {error}", "text, question and settings as JSON", "Use the form."
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -263,7 +263,7 @@ def kept_thresholds(shards: Shards, paths: Sequence[Path], num_layers: int, aim:
         values = torch.cat([aim(shard).flatten() for shard in shards.layer(number, paths)])
         sampled.append(values[:: max(1, len(values) // 20_000)])
     pooled = torch.cat(sampled)
-    return torch.stack([pooled.quantile(1 - share) for share in KEPT_SHARES]) if len(pooled) < 2**24 else pooled
+    return torch.stack([pooled.quantile(1 - share) for share in KEPT_SHARES])
 
 
 def layer_data(
@@ -279,8 +279,3 @@ def layer_data(
     targets = torch.cat(targets_of)
     ranks = torch.cat(ranks_of).clamp(max=1 - 1e-4)  # half precision rounds the best rank of a long prompt to 1
     return LayerData(torch.cat(hidden), ranks, targets, tail_weights(targets, thresholds), thresholds)
-
-
-def with_experts(recipe: Recipe, experts: Sequence[str], top_k: int | None = None) -> Recipe:
-    """The same recipe for other experts."""
-    return replace(recipe, experts=tuple(experts), top_k=min(top_k or len(experts), len(experts)))

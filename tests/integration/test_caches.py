@@ -10,7 +10,8 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.errors import UnsupportedInputError
+from kvpress_moe.errors import SettingError, UnsupportedInputError
+from kvpress_moe.model_support import check_can_turn_ragged
 from tests.tiny import FAMILIES, greedy, lengths, prefill, tiny_model, tokens
 
 PROMPT, QUESTION = 100, 5
@@ -184,3 +185,10 @@ def test_a_prompt_prefilled_in_pieces_is_warned_of(llama):
 def test_decoding_inside_the_block_does_not_warn(llama):
     with MoERouterPress()(llama):
         llama.generate(tokens(PROMPT), max_new_tokens=4, do_sample=False)
+
+
+def test_an_offloaded_cache_cannot_turn_ragged():
+    cache = DynamicCache()
+    cache.offloading = True
+    with pytest.raises(SettingError, match="^budget: .*not an offloaded cache. Use budget='uniform'"):
+        check_can_turn_ragged(cache, 0, inside_wrapper=False)

@@ -8,7 +8,7 @@ from transformers import DynamicCache, QuantizedCache
 from kvpress_moe import MoERouterPress
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.errors import UnsupportedInputError
-from tests.tiny import FAMILIES, padded_tokens, tiny_model, tokens
+from tests.tiny import FAMILIES, padded_tokens, prefill, tiny_model, tokens
 
 LENGTHS = (100, 77, 93, 9)
 N_NEW = 6
@@ -149,3 +149,22 @@ def test_caches_that_cannot_turn_ragged_are_refused(llama, cache):
     )
     with refusal, MoERouterPress()(llama):
         llama(ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache)
+
+
+def test_a_mask_of_four_dimensions_that_hides_tokens_is_refused(llama):
+    ids, mask = padded_tokens(LENGTHS)
+    causal = torch.ones(100, 100, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool()
+    with pytest.raises(UnsupportedInputError, match="padded batch"), MoERouterPress()(llama):
+        llama(ids, attention_mask=causal)
+
+
+def test_questions_padded_to_one_length_are_refused_over_a_compressed_cache(llama):
+    cache = prefill(llama, tokens(60, 2), MoERouterPress(0.5, experts=["expected_attention"], budget="global"))
+    mask = torch.ones(2, 65, dtype=torch.long)
+    questions = {"input_ids": tokens(5, 2), "past_key_values": cache, "position_ids": torch.arange(60, 65)[None]}
+    with torch.no_grad():
+        llama(**questions, attention_mask=mask)
+        cache.crop(60)
+        mask[0, 60:62] = 0
+        with pytest.raises(UnsupportedInputError, match="questions of equal length"):
+            llama(**questions, attention_mask=mask)

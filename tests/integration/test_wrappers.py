@@ -28,8 +28,18 @@ from kvpress.utils import compute_n_kept
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
+from kvpress_moe.errors import SettingError
 from kvpress_moe.experts import KVPRESS_EXPERTS, NAMED_EXPERTS
-from tests.tiny import distinct_tokens, kept_positions, lengths, overlap, prefill, tiny_model, tokens
+from tests.tiny import (
+    calibrated_routers,
+    distinct_tokens,
+    kept_positions,
+    lengths,
+    overlap,
+    prefill,
+    tiny_model,
+    tokens,
+)
 
 PROMPT = 128
 TARGET, INTERVAL = 48, 3
@@ -371,3 +381,20 @@ def test_dms_masks_while_decoding(model):
     press = DMSPress(MoERouterPress(), threshold=0.3, sliding_window_size=32, decoding=True)
     assert lengths(decode(model, press)) == [PROMPT + 29] * 2
     assert 0 < press.compression_ratio < 1
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda press: ComposedPress([press]),
+        lambda press: PrefillDecodingPress(press, DecodingPress(KnormPress())),
+    ],
+    ids=["composed", "prefill and decoding"],
+)
+def test_trained_routers_keep_equal_heads_in_wrappers_that_store_the_result(llama, wrap):
+    """Their budget is global where the press itself is at work; nobody asked for that here."""
+    press = MoERouterPress(0.5, router=calibrated_routers(llama))
+    assert lengths(prefill(llama, tokens(PROMPT), wrap(press))) == [PROMPT // 2] * 2
+    shared = MoERouterPress(0.5, router=calibrated_routers(llama), budget="global")
+    with pytest.raises(SettingError, match="^budget: got .*inside a kvpress wrapper"):
+        prefill(llama, tokens(PROMPT), wrap(shared))
