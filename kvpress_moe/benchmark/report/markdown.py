@@ -136,7 +136,7 @@ def versus(results: Results, reference: str) -> Table:
         for ratio in results.ratios:
             estimate = mean_over_tasks(results.paired((method, ratio), (reference, ratio), "kl"))
             sign = "" if not np.isfinite(estimate.mean) else " *" if estimate.low > 0 or estimate.high < 0 else ""
-            cells.append(f"{estimate:+.3f}{sign}")
+            cells.append(f"{estimate:+.4f}{sign}")
         rows.append([method, *cells])
     note = f"KL minus that of `{reference}` on the same samples; * where the 95 % interval leaves out zero."
     return Table(f"Paired differences from {reference}", note, head, rows)
