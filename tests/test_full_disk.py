@@ -12,7 +12,8 @@ from kvpress_moe import SettingError, WriteError, save_cache, save_routers
 from kvpress_moe.benchmark.records import Records
 from kvpress_moe.benchmark.report import write_report
 from kvpress_moe.benchmark.runner import Evaluator, Plan, run
-from kvpress_moe.benchmark.speed import Row, draw
+from kvpress_moe.benchmark.speed import Row
+from kvpress_moe.benchmark.speed_report import draw
 from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.cli import main
 from kvpress_moe.training.trainer import Recipe, train

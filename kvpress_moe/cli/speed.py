@@ -47,17 +47,8 @@ def speed(
     import torch
 
     from kvpress_moe import load_model
-    from kvpress_moe.benchmark.speed import (
-        OURS,
-        RANDOM_MODELS,
-        THEIRS,
-        SpeedPlan,
-        as_json,
-        draw,
-        growth,
-        markdown,
-        measure,
-    )
+    from kvpress_moe.benchmark.speed import OURS, RANDOM_MODELS, THEIRS, SpeedPlan, measure
+    from kvpress_moe.benchmark.speed_report import as_json, draw, growth, markdown
     from kvpress_moe.checkpoint import write_atomically
     from kvpress_moe.cli.bench import numbers, split_names
     from kvpress_moe.errors import SettingError

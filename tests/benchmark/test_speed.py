@@ -17,11 +17,10 @@ from kvpress_moe.benchmark.speed import (
     Row,
     SpeedPlan,
     decode,
-    growth,
-    markdown,
     measure,
     peak_bytes,
 )
+from kvpress_moe.benchmark.speed_report import growth, markdown
 from kvpress_moe.cli import app
 from kvpress_moe.errors import SettingError
 from kvpress_moe.press import MoERouterPress
