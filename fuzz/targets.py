@@ -233,7 +233,7 @@ class FittedTarget(Target):
     def make_seeds(self) -> list[Files]:
         self.directory.mkdir(parents=True, exist_ok=True)
         fitted = Fitted(self.directory, {"recipe": 1})
-        fitted.save(0, Routers(CONFIG).layers[0], 0.5)
+        fitted.save(0, Routers(CONFIG).layers[0], [0.7, 0.5])
         self.file = fitted.path(0).relative_to(self.directory)
         self.fitted = fitted
         self.router = Routers(replace(CONFIG, num_layers=1)).layers[0]

@@ -111,8 +111,8 @@ def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: b
         or isinstance(cache, QuantizedCache)
         or not isinstance(cache.layers[layer_idx], DynamicLayer)
     ):
-        got = "no cache" if cache is None else type(cache.layers[layer_idx]).__name__
-        got = "an offloaded cache" if offloading else got
+        got = "an offloaded cache" if offloading else "no cache"
+        got = got if cache is None or offloading else type(cache.layers[layer_idx]).__name__
         raise SettingError("budget", "layer or global", f"a DynamicCache, not {got}", "Use budget='uniform'.")
 
 
