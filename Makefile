@@ -15,7 +15,7 @@ test: setup  ## install, run the whole suite
 	$(BIN)/python -m pytest
 
 bench-quick: setup  ## all tasks, all fast methods, two samples each: table and page in runs/quick
-	$(BIN)/kvpress-moe bench --out runs/quick --lengths 512 --ratios 0.5,0.75 --limit 2
+	$(BIN)/kvpress-moe bench --out runs/quick --lengths 384 --ratios 0.5,0.75 --limit 2
 	$(BIN)/kvpress-moe report runs/quick
 
 screenshots: setup  ## the pictures in docs/images; needs Debian's chromium
