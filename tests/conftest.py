@@ -22,14 +22,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+N_THREADS = torch.get_num_threads()
+torch.set_num_threads(1)  # here, so that fixtures of all scopes compute the same to the last bit
+
+
 @pytest.fixture(autouse=True)
-def _one_thread(request):
+def _threads(request):
     """Tiny models gain nothing from a second thread; on a busy CPU it costs ten times the time in waiting."""
-    before = torch.get_num_threads()
-    if not request.node.get_closest_marker("embedded"):
-        torch.set_num_threads(1)
+    torch.set_num_threads(N_THREADS if request.node.get_closest_marker("embedded") else 1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
