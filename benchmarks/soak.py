@@ -26,7 +26,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 
 from kvpress_moe import MoERouterPress
@@ -71,12 +70,19 @@ def take(prompts: int, model: PreTrainedModel, presses: Sequence[MoERouterPress]
     gc.collect()
     objects = gc.get_objects()
     tensors = [thing for thing in objects if issubclass(type(thing), torch.Tensor)]
-    tensors = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]  # torch.compile's, without memory
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = dict(filter(None, map(storage, tensors)))
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     numbers = sum(count_numbers(press.get_stats()) for press in presses)
     rss = psutil.Process().memory_info().rss / 2**20
     return Figures(prompts, rss, len(objects), len(tensors), sum(storages.values()), hooks, numbers)
+
+
+def storage(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Address and bytes of a tensor's memory; None for those that torch.compile or vmap only imagines."""
+    try:
+        return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+    except RuntimeError:  # also NotImplementedError
+        return None
 
 
 def count_numbers(stats: Any) -> int:

@@ -7,6 +7,7 @@ import warnings
 from typing import Any, TypeAlias
 
 import torch
+import transformers
 from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
 from kvpress.presses.base_press import BasePress
 from torch import Tensor
@@ -210,6 +211,11 @@ def check_model(model: PreTrainedModel) -> None:
     stack = language_model(model)
     if any(map(is_compiled, (model.model, stack, *stack.layers, *(layer.self_attn for layer in stack.layers)))):
         raise UnsupportedModelError(COMPILED)
+    if not hasattr(stack.layers[0].self_attn, "scaling"):
+        raise UnsupportedModelError(
+            f"model: got {type(model).__name__} of transformers {transformers.__version__}, whose attention is of an "
+            "older make that cannot read ragged layers, expected a newer one. Install transformers 5.2."
+        )
     if model.config._attn_implementation == "flex_attention":
         raise UnsupportedModelError(
             "model: got attn_implementation='flex_attention', which fails once kvpress 0.5.5 is imported (it "

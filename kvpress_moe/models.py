@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -85,7 +86,8 @@ def find_model(name: str | None = None) -> str:
     if spec is None or spec.origin is None:
         return DEFAULT_MODEL
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    return str(convert_gguf(gguf, cache_directory() / f"{gguf.stem}-{gguf.stat().st_size}"))
+    old = "-transformers-4" if transformers.__version__ < "5" else ""  # cannot read a tokenizer that 5 wrote
+    return str(convert_gguf(gguf, cache_directory() / f"{gguf.stem}-{gguf.stat().st_size}{old}"))
 
 
 def convert_gguf(gguf: Path, directory: Path) -> Path:

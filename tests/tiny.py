@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -95,6 +96,8 @@ _CLASSES = {
 
 #: Every family that the press serves. ``gemma3`` is the multimodal class, ``gemma3_text`` the text-only one.
 FAMILIES = (*_CLASSES, "gemma3")
+OLD_MAKE = ("qwen2_moe", "olmoe") if transformers.__version__.startswith("4.56") else ()  # refused there
+FAMILIES = tuple(family for family in FAMILIES if family not in OLD_MAKE)
 
 
 def tiny_config(family: str, **overrides: Any):
