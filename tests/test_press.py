@@ -12,10 +12,10 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.experts import KVPRESS_EXPERTS, NAMED_EXPERTS, named_expert
+from kvpress_moe.experts import KVPRESS_EXPERTS, NAMED_EXPERTS, Expert, named_expert
 from kvpress_moe.mixing import rank_within_head
 from kvpress_moe.prefill import Prefill
-from tests.tiny import lengths, tiny_model
+from tests.tiny import calibrated_routers, lengths, tiny_model
 
 RATIOS = [0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95]
 LENGTHS = [1, 2, 7, 64, 500, 2048]
@@ -351,3 +351,15 @@ def test_routers_that_are_dropped_inside_the_block_are_built_anew_for_the_next_p
         llama.model(input_ids=prompt(40), past_key_values=cache)
     assert lengths(cache) == [20, 20]
     assert press.get_stats()["forward_count"] == 1
+
+
+def test_experts_are_not_asked_on_behalf_of_a_learned_one_that_no_token_chose(llama, monkeypatch):
+    routers = calibrated_routers(llama)  # learned, keydiff, cur
+    with torch.no_grad():
+        for router in routers.layers:
+            router.up.weight.zero_()
+            router.up.bias.copy_(torch.tensor([-100.0, 100.0, -100.0]))
+    asked, score = set(), Expert.score
+    monkeypatch.setattr(Expert, "score", lambda self, *args: (asked.add(self.name), score(self, *args))[1])
+    prefill(llama, MoERouterPress(0.5, router=routers, top_k=1, capacity_factor=3.0), prompt(40))
+    assert asked == {"keydiff"}
