@@ -257,3 +257,12 @@ def test_a_press_inside_its_own_block_is_refused_and_the_outer_block_goes_on(lla
             llama(tokens(40), past_key_values=cache)
     assert [layer.keys.shape[2] for layer in cache.layers] == [20, 20]
     prefill(llama, tokens(40), press)  # and it can be entered again
+
+
+def test_attention_of_an_older_make_is_refused_by_name():
+    """As Qwen2-MoE's and OLMoE's is in transformers 4.56: it does not pass through the attention interface."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        del layer.self_attn.scaling
+    with pytest.raises(UnsupportedModelError, match="older make.*Install transformers 5.2"), MoERouterPress()(model):
+        pass
