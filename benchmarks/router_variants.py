@@ -2,12 +2,14 @@
 What each part of a recipe is worth: routers trained with one thing changed, compared on the tune split.
 
     python benchmarks/router_variants.py --shards runs/shards                     all variants, three samples a task
+    python benchmarks/router_variants.py --shards runs/shards --end-to-end 3      all of them tuned end to end as well
     python benchmarks/router_variants.py --shards runs/shards --variants default "top 2" "learned alone"
     python benchmarks/router_variants.py --shards runs/shards --prompts 48 --epochs 4     smaller, for a first look
 
-Captured prompts stay in --shards, so that only the first variant pays for them (about ten minutes for SmolLM2 on two
-cores); fits stay there too. Every variant judges the same prefills under the same global budget. Prints a table; the
-last line is one JSON document.
+Layers are fitted one by one unless --end-to-end says how many epochs of tuning follow (ten minutes a variant on one
+core), or a variant's name does. Captured prompts stay in --shards, so that only the first variant pays for them (about
+ten minutes for SmolLM2 on two cores); fits stay there too. Every variant judges the same prefills under the same global
+budget. Prints a table; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ VARIANTS = {
     "top 2, aux loss 0.001": {"top_k": 2, "aux_loss_weight": 0.001},
     "top 2, aux loss 0.1": {"top_k": 2, "aux_loss_weight": 0.1},
     "top 2, aux loss 1": {"top_k": 2, "aux_loss_weight": 1.0},
+    "end to end": {"end_to_end": Recipe().end_to_end},
+    "end to end, answers alone": {"end_to_end": Recipe().end_to_end, "replay_weight": 0.0},
+    "end to end, replay weight 0.2": {"end_to_end": Recipe().end_to_end, "replay_weight": 0.2},
 }
 
 
@@ -78,6 +83,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--prompts", type=int, default=Recipe().samples, help="to train on")
     parser.add_argument("--epochs", type=int, default=Recipe().epochs)
+    parser.add_argument("--end-to-end", type=int, default=0, help="epochs")
     parser.add_argument("--out", type=Path, help="keep the trained routers here, a directory for each variant")
     parser.add_argument("--samples", type=int, default=3, help="a task")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9])
@@ -87,7 +93,8 @@ def main() -> None:
     model, tokenizer = load_model()
     trained = {}
     for name in names:
-        recipe = replace(Recipe(samples=args.prompts, epochs=args.epochs), **VARIANTS[name])
+        plain = Recipe(samples=args.prompts, epochs=args.epochs, end_to_end=args.end_to_end)
+        recipe = replace(plain, **VARIANTS[name])
         trained[name], metrics = train(model, tokenizer, recipe, args.shards)
         if args.out:
             save_routers(trained[name], args.out / name.replace(" ", "-"), metrics)

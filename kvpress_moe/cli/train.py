@@ -48,6 +48,12 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the captured tokens.")] = None,
     aux_loss_weight: Annotated[float | None, typer.Option(help="Of the load-balancing loss.")] = None,
     budget_weight: Annotated[float | None, typer.Option(help="Of the loss at the budgets' thresholds.")] = None,
+    end_to_end: Annotated[
+        int | None, typer.Option(help="Epochs of tuning by the model's answers, all layers together; 0: none.")
+    ] = None,
+    replay_weight: Annotated[
+        float | None, typer.Option(help="Of repeating the context, beside the answers, while tuning.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts and fit.")] = None,
     shards: Annotated[
         Path | None, typer.Option(help="Keep captured prompts here; a run that was interrupted goes on from them.")
@@ -76,6 +82,8 @@ def train(
         "epochs": epochs,
         "aux_loss_weight": aux_loss_weight,
         "budget_weight": budget_weight,
+        "end_to_end": end_to_end,
+        "replay_weight": replay_weight,
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}

@@ -197,6 +197,21 @@ class Shards:
                     check_finite(tensor if key in ("hidden", "ranks") else tensor.clamp(min=-1e4), key)
         return prompts
 
+    def prompt(self, name: Path) -> dict[str, Tensor]:
+        """
+        All that was captured of one prompt, all layers.
+
+        Raises
+        ------
+        SettingError
+            If the file is no shard.
+        """
+        with _open_shard(name) as (shard, _):
+            captured: dict[str, Tensor] = {key: shard.get_tensor(key) for key in _AXES}
+            for key in ("hidden", "ranks"):
+                check_finite(captured[key], key)
+        return captured
+
     def check(self, name: Path, sizes: dict[str, int]) -> None:
         """Raise SettingError unless a shard has these sizes: L, C, H of the model and E experts."""
         with _open_shard(name) as (_, found):

@@ -133,3 +133,11 @@ def fold_scaling(linear: nn.Linear, mean: Tensor, std: Tensor) -> None:
     weight = linear.weight[:, : len(std)]
     weight.div_(std)
     linear.bias.sub_(weight @ mean)
+
+
+@torch.no_grad()
+def unfold_scaling(linear: nn.Linear, mean: Tensor, std: Tensor) -> None:
+    """Undo :func:`fold_scaling`: make a map of raw inputs one whose first C inputs are standardised."""
+    weight = linear.weight[:, : len(std)]
+    linear.bias.add_(weight @ mean)
+    weight.mul_(std)

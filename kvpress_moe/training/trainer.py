@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from kvpress_moe.model_support import check_model, full_attention_layers
 from kvpress_moe.routers import RouterConfig, Routers
 from kvpress_moe.training.capture import FORMAT, Shards, capture
 from kvpress_moe.training.crew import Crew
+from kvpress_moe.training.end_to_end import Captured, EndToEnd, Lesson
 from kvpress_moe.training.fit import LayerData, fit_layer
 from kvpress_moe.training.fitted import Fitted
 from kvpress_moe.training.objective import TEACHERS, tail_weights, target
@@ -30,6 +32,8 @@ from kvpress_moe.training.objective import TEACHERS, tail_weights, target
 #: Task kinds that training never sees, so that the benchmark can tell learning from memorising.
 HELD_OUT = ("variable_tracking", "code")
 KEPT_SHARES = (0.5, 0.25, 0.1)
+
+_END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight")  # fields of what follows the fit of single layers
 
 Aim = Callable[[dict[str, Tensor]], Tensor]  # a layer of a shard -> what its pairs should score, (H, S)
 
@@ -64,6 +68,10 @@ class Recipe:
     dropout, aux_loss_weight, budget_weight, learning_rate : float
         ``budget_weight`` is that of :func:`kvpress_moe.training.objective.budget_loss`, beside the squared error's 1.
     epochs, seed : int
+    end_to_end : int
+        Epochs of :class:`kvpress_moe.training.end_to_end.EndToEnd` that follow; 0: none.
+    end_to_end_rate, replay_weight : float
+        Its highest learning rate, and the weight of repetitions beside answers.
     """
 
     experts: tuple[str, ...] = ("learned", "keydiff", "leverage", "cur", "tova")
@@ -84,6 +92,9 @@ class Recipe:
     epochs: int = 8
     learning_rate: float = 3e-3
     seed: int = 0
+    end_to_end: int = 3
+    end_to_end_rate: float = 1e-3
+    replay_weight: float = 1.0
 
     def check(self) -> None:
         """Raise SettingError for the first field that is wrong; before anything is loaded."""
@@ -101,6 +112,9 @@ class Recipe:
         for field in ("samples", "epochs", "bottleneck", "learned_width"):
             if getattr(self, field) < 1:
                 raise SettingError(field, getattr(self, field), "at least 1", "")
+        for field in ("end_to_end", "replay_weight"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise SettingError(field, getattr(self, field), "0 or more", "0 leaves it out.")
         if self.length < 256:
             raise SettingError("length", self.length, "at least 256 tokens", "")
 
@@ -108,6 +122,11 @@ class Recipe:
     def heuristics(self) -> tuple[str, ...]:
         """The experts whose scores are captured."""
         return tuple(name for name in self.experts if name != "learned")
+
+    @property
+    def layer_by_layer(self) -> dict[str, Any]:
+        """What determines the fit of single layers."""
+        return {name: value for name, value in asdict(self).items() if name not in _END_TO_END}
 
 
 def prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[tuple[str, Prompt]]:
@@ -181,7 +200,10 @@ def train(
         lambda done, total: progress("capturing", done, total),
     )
     crew.wait()
-    return fit_routers(model, recipe, fill, [fill.path(name) for name, _ in made], captured, progress, crew)
+    routers, metrics = fit_routers(model, recipe, fill, [fill.path(name) for name, _ in made], captured, progress, crew)
+    if recipe.end_to_end:
+        metrics["end_to_end"] = tune_routers(model, tokenizer, routers, recipe, fill, made, captured, progress, crew)
+    return routers, metrics
 
 
 def fit_routers(
@@ -220,8 +242,7 @@ def fit_routers(
     routers = Routers(router_config, model_fingerprint(model))
     columns = [captured.index(name) if name != "learned" else 0 for name in recipe.experts]
     aim = partial(target, teacher=recipe.teacher, value_weight=recipe.value_weight)
-    made_by = {"version": version("kvpress-moe"), "torch": version("torch"), "shards": FORMAT}
-    fitted = Fitted(shards.directory, {**made_by, "recipe": asdict(recipe), "prompts": [path.name for path in paths]})
+    fitted = Fitted(shards.directory, about(recipe.layer_by_layer, paths))
     layers = full_attention_layers(model)  # the others are never routed
     mine = crew.part(layers)
     missing = [layer_idx for layer_idx in mine if not fitted.path(layer_idx).exists()]
@@ -254,6 +275,61 @@ def fit_routers(
         "loss_by_epoch": by_epoch,
     }
     return routers, metrics
+
+
+def about(recipe: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
+    """What determines a result of training, besides the shards."""
+    made_by = {"version": version("kvpress-moe"), "torch": version("torch"), "shards": FORMAT}
+    return {**made_by, "recipe": recipe, "prompts": [path.name for path in paths]}
+
+
+def tune_routers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    routers: Routers,
+    recipe: Recipe,
+    shards: Shards,
+    made: Sequence[tuple[str, Prompt]],
+    captured: Sequence[str],
+    progress: Callable[..., Any] = lambda description, done, total, loss=None: None,
+    crew: Crew | None = None,
+) -> list[dict[str, float]]:
+    """
+    Tune fitted routers end to end, in place; the mean divergences of each epoch. Of a crew the first process works, and
+    all get what it found.
+    """
+    crew = crew or Crew()
+    lessons = [Lesson(prompt, shards.path(name)) for name, prompt in made]
+    columns = [captured.index(name) if name != "learned" else 0 for name in recipe.experts]
+
+    def read(path: Path) -> Captured:
+        shard = shards.prompt(path)
+        ranks = shard["ranks"][:, columns].permute(0, 3, 2, 1).float().clamp(max=1 - 1e-4)  # (L, S, H, E)
+        return Captured(shard["hidden"].float(), ranks)
+
+    tuned = Fitted(shards.directory, about(asdict(recipe), [lesson.shard for lesson in lessons]))
+
+    def tune() -> list[dict[str, float]]:
+        tuner = EndToEnd(
+            model,
+            tokenizer,
+            routers,
+            lessons,
+            read,
+            recipe.top_k,
+            recipe.experts.index("learned") if "learned" in recipe.experts else None,
+            recipe.gate,
+            recipe.aux_loss_weight,
+            recipe.replay_weight,
+            recipe.end_to_end,
+            recipe.end_to_end_rate,
+            recipe.seed,
+        )
+        return tuner.run(tuned.directory, partial(progress, "tuning end to end"))
+
+    figures = tune() if crew.rank == 0 else []
+    crew.wait()
+    return figures or tune()  # the others read the first one's epochs
 
 
 def kept_thresholds(shards: Shards, paths: Sequence[Path], num_layers: int, aim: Aim) -> Tensor:

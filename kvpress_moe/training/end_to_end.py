@@ -1,0 +1,314 @@
+"""Tune the routers of all layers together, by what their eviction does to the model's answers."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from kvpress.utils import compute_n_kept
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpress_moe.benchmark.asking import step
+from kvpress_moe.benchmark.prompts import Prompt
+from kvpress_moe.model_support import Attention, full_attention_layers, language_model
+from kvpress_moe.replay import chat_suffix
+from kvpress_moe.routers import Routers
+from kvpress_moe.routers.calibration import LearnedExpert
+from kvpress_moe.training.fit import fold_scaling, predict, unfold_scaling
+from kvpress_moe.training.kept_cache import Pairs, filled, kept_cache
+from kvpress_moe.training.soft_budget import soft_share
+from kvpress_moe.training.tuning_state import load_state, save_state
+
+SINKS, RECENT, MIN_SHARE = 4, 16, 0.2  # stay in training as in the benchmark
+KEPT = (0.07, 0.55)  # shares of the pairs that budgets in training leave, drawn evenly on a log scale
+TEMPERATURES = (0.5, 0.15)  # nats, at the start and at the end
+REPEATED = 96  # tokens that the model repeats
+BATCH = 4  # prompts for one step of the optimiser
+WARM_UP = 0.1  # share of the steps
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """
+    One prompt to tune with.
+
+    Attributes
+    ----------
+    prompt : Prompt
+    shard : Path
+        What was captured of it.
+    """
+
+    prompt: Prompt
+    shard: Path
+
+    @cached_property
+    def cache_path(self) -> Path:
+        """Where the model's cache of this prompt is kept: beside the shards, in a directory of its own."""
+        return self.shard.parent / "caches" / self.shard.name
+
+
+@dataclass(frozen=True)
+class Captured:
+    """
+    What routers see of one prompt, L captured layers.
+
+    Attributes
+    ----------
+    hidden : Tensor, shape (L, S, C), float32
+    ranks : Tensor, shape (L, S, H, E), float32
+        Columns of the recipe's experts; the learned one's is ignored.
+    """
+
+    hidden: Tensor
+    ranks: Tensor
+
+
+class EndToEnd:
+    """
+    Tuning of trained routers by the KL divergence between the answers of the full cache and of what a budget leaves.
+
+    Each step takes a prompt and a budget, lets the routers score all pairs of all layers, and lets the model, which is
+    frozen, read the question over the cache with log-shares of :func:`soft_share` added to the logits of attention. The
+    gradient of the divergence then says of every pair of every layer what it is worth to the answer, not what
+    attention it gets. The model is also asked to repeat a part of the context (KVzip's question, arXiv 2505.23416), so
+    that pairs which no training question asks for keep their worth.
+
+    Learning which pairs to evict through a soft mask and a temperature that falls is that of Concrete or L0 gates
+    (Louizos et al., arXiv 1712.01312); learning whole budgets end to end that of LKV (arXiv 2605.06676).
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Its weights are left alone.
+    tokenizer : PreTrainedTokenizerBase
+    routers : Routers
+        Calibrated; changed in place.
+    lessons : sequence of Lesson
+    read : callable
+        Of a lesson's shard: what the routers see.
+    top_k : int
+    learned : int or None
+        Index of the learned expert.
+    train_gate : bool
+    aux_loss_weight, replay_weight : float
+    epochs : int
+    learning_rate : float
+        The highest, after the warm-up.
+    seed : int
+        Of the order of prompts, of budgets and of what is repeated.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        routers: Routers,
+        lessons: Sequence[Lesson],
+        read: Callable[[Path], Captured],
+        top_k: int,
+        learned: int | None,
+        train_gate: bool,
+        aux_loss_weight: float,
+        replay_weight: float,
+        epochs: int,
+        learning_rate: float,
+        seed: int,
+    ):
+        self.model, self.tokenizer, self.routers = model, tokenizer, routers
+        self.lessons, self.read, self.epochs, self.seed = lessons, read, epochs, seed
+        self.top_k, self.learned = top_k, learned
+        self.aux_loss_weight, self.replay_weight, self.learning_rate = aux_loss_weight, replay_weight, learning_rate
+        self.layers = full_attention_layers(model)
+        self.mean, self.std = self._scaling()
+        for layer_idx in self.layers:
+            router = routers.layers[layer_idx]
+            for parameter in (*router.up.parameters(), *router.down.parameters()):
+                parameter.requires_grad_(train_gate)
+        mine = [routers.layers[layer_idx] for layer_idx in self.layers]
+        self.parameters = [p for router in mine for p in router.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.9, 0.98))
+        self.optimizer.zero_grad()  # the fit before this one left the gradient of its last step
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the optimiser in all."""
+        return self.epochs * -(-len(self.lessons) // BATCH)
+
+    def run(
+        self, states: Path, progress: Callable[[int, int, float], Any] = lambda done, total, loss: None
+    ) -> list[dict[str, float]]:
+        """
+        Tune, epoch by epoch; the mean divergences of each.
+
+        Parameters
+        ----------
+        states : Path
+            Directory in which every epoch leaves its state; epochs that are there are not done again.
+        progress : callable
+            Called with prompts done, prompts in all, and a running mean of the loss.
+        """
+        history: list[dict[str, float]] = []
+        total = self.epochs * len(self.lessons)
+        with self._frozen(), self._scaled():
+            for epoch in range(self.epochs):
+                state = states / f"epoch-{epoch}.safetensors"
+                if state.exists():
+                    history.append(load_state(state, self.parameters, self.optimizer))
+                    continue
+                rng = random.Random(f"{self.seed} {epoch}")
+                order = rng.sample(range(len(self.lessons)), len(self.lessons))
+                seen: list[tuple[float, float]] = []
+                for start in range(0, len(order), BATCH):
+                    batch = order[start : start + BATCH]
+                    done = epoch * -(-len(order) // BATCH) + start // BATCH
+                    for index in batch:
+                        seen.append(self._learn(self.lessons[index], done / self.n_steps, len(batch), rng))
+                        progress(epoch * len(order) + len(seen), total, sum(a for a, _ in seen) / len(seen))
+                    self._step(done)
+                answer, repeated = (sum(column) / len(seen) for column in zip(*seen, strict=True))
+                history.append({"answer": round(answer, 4), "replay": round(repeated, 4)})
+                save_state(state, self.parameters, self.optimizer, history[-1])
+        self.routers.requires_grad_(True)
+        return history
+
+    def _learn(self, lesson: Lesson, progress: float, n_batch: int, rng: random.Random) -> tuple[float, float]:
+        """Add the gradient of one prompt; its divergences of answer and repetition."""
+        temperature = TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** progress
+        kept_share = math.exp(rng.uniform(math.log(KEPT[0]), math.log(KEPT[1])))
+        scores, aux_loss = self.scores(self.read(lesson.shard))
+        n_layers, _, n_tokens = scores.shape
+        protected = torch.zeros(n_tokens, dtype=torch.bool, device=scores.device)
+        protected[:SINKS] = protected[-RECENT:] = True
+        n_kept = compute_n_kept(n_tokens, 1 - kept_share)
+        log_kept = soft_share(scores.flatten(0, 1), protected, n_kept, MIN_SHARE, temperature)
+        log_kept = log_kept.unflatten(0, (n_layers, -1))
+        cache = kept_cache(self.model, lesson.prompt.context, lesson.cache_path)
+        answer = self.divergence(cache, *question(lesson.prompt), log_kept)
+        repeated = torch.zeros(())
+        if self.replay_weight:
+            asked = repetition(lesson.prompt, self.tokenizer, rng)
+            repeated = self.divergence(cache, *asked, log_kept)
+        loss = answer + self.replay_weight * repeated + self.aux_loss_weight * aux_loss
+        (loss / n_batch).backward()
+        return answer.item(), repeated.item()
+
+    def scores(self, captured: Captured) -> tuple[Tensor, Tensor]:
+        """Scores (L, H, S) of a prompt's pairs, and the mean load-balancing loss."""
+        scored, balance = [], []
+        for number, layer_idx in enumerate(self.layers):
+            hidden = (captured.hidden[number] - self.mean[number]) / self.std[number]
+            router = self.routers.layers[layer_idx]
+            scores, aux_loss = predict(router, hidden, captured.ranks[number], self.top_k, self.learned)
+            scored.append(scores.T)
+            balance.append(aux_loss)
+        return torch.stack(scored), torch.stack(balance).mean()
+
+    def divergence(self, cache: Pairs, tokens: Tensor, n_logits: int, log_kept: Tensor) -> Tensor:
+        """Mean KL divergence of the next-token distributions at the last ``n_logits`` of tokens (1, T), in nats."""
+        n_read = cache[0][0].shape[2]
+        with torch.no_grad():
+            full = step(self.model, filled(cache), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
+        with reading_softly(self.model, self.layers, log_kept):
+            own = step(self.model, filled(cache), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
+        return (full.exp() * (full - own)).sum(-1).mean().cpu()
+
+    def _step(self, done: int) -> None:
+        """One step of the optimiser: linear warm-up, then half a cosine."""
+        at = (done + 1) / (self.n_steps + 1)
+        rate = at / WARM_UP if at < WARM_UP else 0.5 * (1 + math.cos(math.pi * (at - WARM_UP) / (1 - WARM_UP)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * rate
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _scaling(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the captured hidden states, by layer, (L, 1, C) each."""
+        n_tokens, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for lesson in self.lessons:
+            hidden = self.read(lesson.shard).hidden
+            n_tokens += hidden.shape[1]
+            total = total + hidden.sum(1, keepdim=True)
+            squares = squares + hidden.double().square().sum(1, keepdim=True)
+        mean = total / n_tokens
+        return mean, (squares / n_tokens - mean.double().square()).clamp(min=1e-8).sqrt().float()
+
+    def _first_maps(self) -> Iterator[tuple[nn.Linear, Tensor, Tensor]]:
+        for number, layer_idx in enumerate(self.layers):
+            router = self.routers.layers[layer_idx]
+            yield router.down, self.mean[number, 0], self.std[number, 0]
+            if self.learned is not None:
+                yield cast(LearnedExpert, router.learned).down, self.mean[number, 0], self.std[number, 0]
+
+    @contextmanager
+    def _scaled(self) -> Iterator[None]:
+        """Routers take standardised hidden states inside the block, for the optimiser's sake."""
+        for linear, mean, std in self._first_maps():
+            unfold_scaling(linear, mean, std)
+        yield
+        for linear, mean, std in self._first_maps():
+            fold_scaling(linear, mean, std)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No gradients for the model's weights inside the block."""
+        asked = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in asked:
+                parameter.requires_grad_(True)
+
+
+def question(prompt: Prompt) -> tuple[Tensor, int]:
+    """The prompt's question and right answer, and how many of its tokens predict the answer."""
+    return torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1), prompt.answer.shape[1]
+
+
+def repetition(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> tuple[Tensor, int]:
+    """KVzip's question for a part of the context, chosen by chance, and that part."""
+    ids = prompt.context[0].tolist()
+    start = rng.randint(min(prompt.n_prefix + 8, len(ids) - 1), max(len(ids) - REPEATED, prompt.n_prefix + 8))
+    start = min(start, len(ids) - 1)
+    before = tokenizer.decode(ids[max(prompt.n_prefix, start - 8) : start])
+    words = f"\n\nRepeat the part of the previous context exactly, starting with `{before}`:"
+    asked = tokenizer.encode(words + chat_suffix(tokenizer), add_special_tokens=False)
+    part = ids[start : start + REPEATED]
+    return torch.tensor([[*asked, *part[:-1]]]), len(part)
+
+
+@contextmanager
+def reading_softly(model: PreTrainedModel, layers: Sequence[int], log_kept: Tensor) -> Iterator[None]:
+    """
+    Inside the block, some layers' attention to the S cached tokens has ``log_kept`` (L, H, S) added to its logits.
+
+    By way of the mask that the layer gets, which every attention implementation with additive masks adds.
+    """
+
+    def weigh(number: int, module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        n_new = hidden.shape[1]
+        groups = module.config.num_attention_heads // log_kept.shape[1]
+        cached = log_kept[number].to(hidden).repeat_interleave(groups, 0)[:, None].expand(-1, n_new, -1)
+        later = torch.ones(n_new, n_new, dtype=torch.bool, device=hidden.device).triu(1)
+        own = torch.zeros_like(later, dtype=hidden.dtype).masked_fill(later, torch.finfo(hidden.dtype).min)
+        mask = torch.cat((cached, own.expand(len(cached), -1, -1)), dim=-1)[None]
+        return args, {**kwargs, "attention_mask": mask}
+
+    with ExitStack() as hooks:
+        for number, layer_idx in enumerate(layers):
+            attention = language_model(model).layers[layer_idx].self_attn
+            hook = attention.register_forward_pre_hook(partial(weigh, number), with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield

@@ -1,0 +1,190 @@
+"""Tuning end to end: the soft budget is the hard one at low temperature, and its gradient improves answers."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from transformers import DynamicCache
+
+from kvpress_moe.benchmark.asking import read, stack
+from kvpress_moe.benchmark.judging import Kept
+from kvpress_moe.benchmark.prompts import Prompt, encode
+from kvpress_moe.benchmark.tasks import make_sample
+from kvpress_moe.budget import share
+from kvpress_moe.errors import CheckpointError
+from kvpress_moe.model_support import full_attention_layers, language_model
+from kvpress_moe.training import end_to_end
+from kvpress_moe.training.end_to_end import EndToEnd, question, reading_softly, repetition
+from kvpress_moe.training.kept_cache import filled
+from kvpress_moe.training.soft_budget import soft_share
+from kvpress_moe.training.trainer import Recipe, train
+from tests.tiny import FAMILIES, tiny_model
+
+RECIPE = Recipe(
+    experts=("learned", "keydiff"),
+    top_k=2,
+    samples=4,
+    length=300,
+    tasks=("kv_list", "copy"),
+    epochs=1,
+    bottleneck=8,
+    learned_width=8,
+    end_to_end=1,
+)
+
+
+@pytest.fixture(scope="module")
+def prompt(chat_tokenizer):
+    return encode(make_sample("kv_list", len, 400, 0), chat_tokenizer)
+
+
+def random_scores(seed, units=3, tokens=12):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(units, tokens, generator=generator)
+    protected = torch.zeros(tokens, dtype=torch.bool)
+    protected[:2] = True
+    return scores, protected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    n_kept=st.integers(3, 11),
+    min_share=st.sampled_from([0.0, 0.2, 1.0]),
+    temperature=st.sampled_from([1e-4, 0.3]),
+)
+def test_pairs_above_a_half_are_those_that_the_budget_keeps(seed, n_kept, min_share, temperature):
+    scores, protected = random_scores(seed)
+    kept = share(scores.masked_fill(protected, 1e30)[None], n_kept, min_share)[0]
+    stays = soft_share(scores, protected, n_kept, min_share, temperature).exp()
+    # a unit's own last pair, where the floor keeps it, and the best pair that goes stand on the threshold itself
+    assert bool((stays[kept] >= 0.5).all())
+    assert bool((stays[~kept] <= 0.5).all())
+    if temperature < 0.01:
+        assert int((stays - kept.float()).abs().gt(0.01).sum()) <= len(scores) + 1
+
+
+def test_a_budget_is_shared_so_the_gradient_of_equal_gains_is_nothing():
+    scores, protected = random_scores(0)
+    scores.requires_grad_()
+    weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
+    (soft_share(scores, protected, 5, 0.2, 0.5) * weights).sum().backward()
+    assert scores.grad.abs().sum() > 1
+    assert_close(scores.grad.sum(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    assert_close(scores.grad[:, protected], torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shares_of_one_and_nothing_read_like_the_cache_that_is_left(family, prompt):
+    model = tiny_model(family)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model.model(input_ids=prompt.context, past_key_values=cache)
+    n_read = prompt.context.shape[1]
+    layers = full_attention_layers(model)
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.ones(layer.keys.shape[1:3], dtype=torch.bool) for layer in cache.layers]
+    slides = len(layers) < len(masks)  # such a model's ragged cache is another matter: all pairs stay there
+    for layer_idx in layers:
+        masks[layer_idx] &= slides | (torch.rand(masks[layer_idx].shape, generator=generator) < 0.4)
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    log_kept = torch.stack([torch.where(masks[i], 0.0, -torch.inf) for i in layers])
+    with torch.no_grad():
+        left = filled(pairs) if slides else stack(cache, [Kept(masks, None, n_read)])
+        expected = read(model, left, prompt, n_read)
+        with reading_softly(model, layers, log_kept):
+            got = read(model, filled(pairs), prompt, n_read)
+    assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == n_read
+    assert not any(layer.self_attn._forward_pre_hooks for layer in language_model(model).layers)
+
+
+def test_tuning_brings_the_answers_nearer_to_those_of_the_full_cache(llama, chat_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(end_to_end, "TEMPERATURES", (0.2, 0.2))  # so that epochs compare
+    monkeypatch.setattr(end_to_end, "KEPT", (0.2, 0.2))
+    recipe = replace(RECIPE, end_to_end=12, end_to_end_rate=1e-2, replay_weight=0.0)
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    asked = [parameter.requires_grad for parameter in llama.parameters()]
+    _, metrics = train(llama, chat_tokenizer, recipe, tmp_path)
+    answers = [epoch["answer"] for epoch in metrics["end_to_end"]]
+    assert len(answers) == 12
+    assert min(answers[-3:]) < 0.7 * answers[0]
+    assert all(epoch["replay"] == 0 for epoch in metrics["end_to_end"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
+    assert [parameter.requires_grad for parameter in llama.parameters()] == asked
+
+
+def test_an_epoch_that_is_there_is_not_done_again(llama, chat_tokenizer, tmp_path, monkeypatch):
+    whole, metrics = train(llama, chat_tokenizer, replace(RECIPE, end_to_end=2), tmp_path / "whole")
+    learn, learned = EndToEnd._learn, []
+
+    def interrupted(self, *args):
+        if len(learned) == RECIPE.samples + 1:  # in the second epoch
+            raise KeyboardInterrupt
+        learned.append(args)
+        return learn(self, *args)
+
+    monkeypatch.setattr(EndToEnd, "_learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(llama, chat_tokenizer, replace(RECIPE, end_to_end=2), tmp_path / "again")
+    learned.clear()
+    routers, again = train(llama, chat_tokenizer, replace(RECIPE, end_to_end=2), tmp_path / "again")
+    assert len(learned) == RECIPE.samples
+    assert again == metrics
+    for name, tensor in routers.state_dict().items():
+        assert_close(tensor, whole.state_dict()[name], equal_nan=True, rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in llama.parameters()), "a run that was interrupted left its mark"
+
+
+@pytest.mark.parametrize("change", [{"gate": False}, {"experts": ("keydiff",), "top_k": 1}, {"top_k": 1}])
+def test_other_recipes_are_tuned_too(llama, chat_tokenizer, tmp_path, change):
+    recipe = replace(RECIPE, **change)
+    plain, _ = train(llama, chat_tokenizer, replace(recipe, end_to_end=0), tmp_path)
+    tuned, metrics = train(llama, chat_tokenizer, recipe, tmp_path)
+    assert len(metrics["end_to_end"]) == 1
+    changed = {
+        name.split(".", 2)[2]
+        for name, tensor in plain.state_dict().items()
+        if not torch.allclose(tensor, tuned.state_dict()[name], equal_nan=True, rtol=0, atol=1e-5)
+    }
+    assert "calibration.slope" in changed
+    assert ("up.weight" in changed) == (recipe.gate and recipe.top_k > 1)  # one expert has all the weight
+
+
+def test_what_is_repeated_is_a_part_of_the_context(chat_tokenizer, prompt):
+    asked, n_logits = repetition(prompt, chat_tokenizer, random.Random(0))
+    ids = prompt.context[0].tolist()
+    part = asked[0, -n_logits + 1 :].tolist()
+    places = [at for at in range(len(ids)) if ids[at : at + len(part)] == part]
+    assert n_logits == end_to_end.REPEATED
+    assert places
+    before = chat_tokenizer.decode(ids[places[0] - 8 : places[0]])
+    assert f"starting with `{before}`" in chat_tokenizer.decode(asked[0])
+    short = Prompt(prompt.context[:, : prompt.n_prefix + 12], prompt.question, prompt.answer, prompt.n_prefix)
+    for seed in range(20):
+        asked, n_logits = repetition(short, chat_tokenizer, random.Random(seed))
+        assert 1 <= n_logits <= 12
+
+
+def test_the_question_predicts_every_token_of_the_answer(prompt):
+    tokens, n_logits = question(prompt)
+    assert n_logits == prompt.answer.shape[1]
+    assert torch.equal(tokens[0, -n_logits + 1 :], prompt.answer[0, :-1])
+
+
+@pytest.mark.parametrize("damaged", ["caches/*.safetensors", "fitted-*/epoch-0.safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "another"])
+def test_damaged_files_are_refused_by_name(llama, chat_tokenizer, tmp_path, damaged, damage):
+    train(llama, chat_tokenizer, RECIPE, tmp_path)
+    (victim, *_) = tmp_path.glob(damaged)
+    another = next(tmp_path.glob("*.safetensors")).read_bytes()
+    victim.write_bytes(victim.read_bytes()[:-100] if damage == "truncated" else another)
+    for state in tmp_path.glob("fitted-*/epoch-*"):  # so that the caches are read again
+        if state != victim:
+            state.unlink()
+    with pytest.raises(CheckpointError, match=f"shards: .*{victim.name} cannot be read"):
+        train(llama, chat_tokenizer, RECIPE, tmp_path)
