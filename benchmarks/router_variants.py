@@ -4,6 +4,7 @@ What each part of a recipe is worth: routers trained with one thing changed, com
     python benchmarks/router_variants.py --shards runs/shards                     all variants, three samples a task
     python benchmarks/router_variants.py --shards runs/shards --end-to-end 3      all of them tuned end to end as well
     python benchmarks/router_variants.py --shards runs/shards --variants default "top 2" "learned alone"
+    python benchmarks/router_variants.py --shards runs/shards --variants default --routers routers/mine
     python benchmarks/router_variants.py --shards runs/shards --prompts 48 --epochs 4     smaller, for a first look
 
 Layers are fitted one by one unless --end-to-end says how many epochs of tuning follow (ten minutes a variant on one
@@ -26,9 +27,10 @@ import torch
 from kvpress_moe import MoERouterPress, load_model
 from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.runner import Evaluator, Plan
-from kvpress_moe.checkpoint import save_routers
+from kvpress_moe.checkpoint import load_routers, save_routers
 from kvpress_moe.routers import Routers
-from kvpress_moe.training.trainer import Recipe, train
+from kvpress_moe.training.recipe import Recipe
+from kvpress_moe.training.trainer import train
 
 VARIANTS = {
     "default": {},  # all five experts judge every token: balanced by definition, whatever the loss weighs
@@ -80,7 +82,10 @@ def mean_over_tasks(kl: dict[tuple[str, str], float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, required=True)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--routers", nargs="*", type=Path, default=[], help="directories of trained routers, beside them"
+    )
     parser.add_argument("--prompts", type=int, default=Recipe().samples, help="to train on")
     parser.add_argument("--epochs", type=int, default=Recipe().epochs)
     parser.add_argument("--end-to-end", type=int, default=0, help="epochs")
@@ -89,16 +94,18 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9])
     parser.add_argument("--baselines", nargs="*", default=["kvzip_global", "adakv_keydiff"])
     args = parser.parse_args()
-    names = args.variants
     model, tokenizer = load_model()
     trained = {}
-    for name in names:
+    for name in args.variants:
         plain = Recipe(samples=args.prompts, epochs=args.epochs, end_to_end=args.end_to_end)
         recipe = replace(plain, **VARIANTS[name])
         trained[name], metrics = train(model, tokenizer, recipe, args.shards)
         if args.out:
             save_routers(trained[name], args.out / name.replace(" ", "-"), metrics)
         print(f"trained: {name}, loss {np.mean(metrics['loss_by_layer']):.3f}", flush=True)
+    for directory in args.routers:
+        trained[directory.name] = load_routers(directory)
+    names = list(trained)
     plan = Plan(methods=("full", *args.baselines), split="tune", limit=args.samples, ratios=tuple(args.ratios))
     evaluator = Evaluator(plan, (model, tokenizer))
     presses: dict[str, list[MoERouterPress]] = defaultdict(list)

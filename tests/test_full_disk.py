@@ -16,7 +16,8 @@ from kvpress_moe.benchmark.speed import Row
 from kvpress_moe.benchmark.speed_report import draw
 from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.cli import main
-from kvpress_moe.training.trainer import Recipe, train
+from kvpress_moe.training.recipe import Recipe
+from kvpress_moe.training.trainer import train
 from tests.tiny import calibrated_routers, prefill, tokens
 
 ROOM = 600  # bytes that any one file may have

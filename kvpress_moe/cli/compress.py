@@ -17,12 +17,12 @@ from kvpress_moe.cli.options import (
     Model,
     Ratio,
     Router,
-    check_length,
-    parse_experts,
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
 from kvpress_moe.errors import SettingError
+from kvpress_moe.expert_names import parse_experts
+from kvpress_moe.lengths import check_length
 
 EPILOG = """Examples:
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from kvpress_moe.cli.ask import BUILT_IN_QUESTION
-from kvpress_moe.cli.options import Budget, Device, Experts, Model, Ratio, Router, parse_experts, read_context
+from kvpress_moe.cli.options import Budget, Device, Experts, Model, Ratio, Router, read_context
 from kvpress_moe.cli.progress import progress_bar
 from kvpress_moe.errors import SettingError
+from kvpress_moe.expert_names import parse_experts
 
 EPILOG = """Examples:
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kvpress_moe.errors import SettingError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Ratio = Annotated[float, typer.Option(help="Share of the KV pairs to remove, in [0, 1).")]
 Experts = Annotated[
@@ -43,22 +40,3 @@ def read_context(text: str | None) -> str:
     if not context.strip():
         raise SettingError("TEXT", text, "a text with something in it", "The file is empty.")
     return context
-
-
-def parse_experts(experts: str | None) -> str | list[str] | None:
-    """``"guide"`` stays a set's name; ``"knorm,tova"`` becomes a list."""
-    if experts is None or experts.strip() in ("guide", "strong"):
-        return experts and experts.strip()
-    return [name.strip() for name in experts.split(",")]
-
-
-def check_length(model: PreTrainedModel, n_context: int, n_question: int = 0, n_answer: int = 0) -> None:
-    """Raise if text, question and answer together are longer than the model takes."""
-    limit = model.config.get_text_config().max_position_embeddings
-    if n_context + n_question + n_answer > limit:
-        raise SettingError(
-            "TEXT",
-            f"{n_context} tokens",
-            f"at most {limit - n_question - n_answer}, so that question and answer fit into the model's {limit}",
-            "Shorten the text, or name another --model.",
-        )

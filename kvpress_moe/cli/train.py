@@ -67,7 +67,7 @@ def train(
     from rich.console import Console
 
     from kvpress_moe.cli.bench import split_names
-    from kvpress_moe.training.trainer import Recipe
+    from kvpress_moe.training.recipe import Recipe
 
     given: dict[str, Any] = {
         "experts": split_names(experts),
@@ -112,4 +112,6 @@ def train(
     Console().print(f"Use them: MoERouterPress(router={str(out)!r})", markup=False, highlight=False)
     mean_loss = sum(metrics["loss_by_layer"]) / len(metrics["loss_by_layer"])
     summary = {"router": str(out), "prompts": metrics["prompts"], "loss": round(mean_loss, 4)}
+    if recipe.end_to_end:
+        summary["divergence"] = metrics["end_to_end"][-1]["answer"]
     print(json.dumps({**summary, "seconds": metrics["seconds"]}, separators=(",", ":")))

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.answering import answer_each
-from kvpress_moe.cli.options import check_length
 from kvpress_moe.errors import SettingError, UnsupportedInputError
 from kvpress_moe.explore.payload import payload
 from kvpress_moe.explore.record import RecordingPress
 from kvpress_moe.explore.tokens import compared, pieces
+from kvpress_moe.lengths import check_length
 from kvpress_moe.prefill import Prefill, cache_bytes
 from kvpress_moe.routers import Routers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 Work = TypeVar("Work")
@@ -36,7 +37,8 @@ class LaunchedCrew(Crew):
     def __init__(self, device: str):
         from accelerate import PartialState
 
-        self._state = PartialState(cpu=device == "cpu")
+        # One process may work for hours while the others wait, e.g. when routers are tuned end to end.
+        self._state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
         self.rank, self.size = self._state.process_index, self._state.num_processes
         self.device = str(self._state.device)
 

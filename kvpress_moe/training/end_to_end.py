@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,59 +15,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.asking import step
-from kvpress_moe.benchmark.prompts import Prompt
-from kvpress_moe.model_support import Attention, full_attention_layers, language_model
-from kvpress_moe.replay import chat_suffix
+from kvpress_moe.errors import NotFiniteError
+from kvpress_moe.model_support import full_attention_layers
 from kvpress_moe.routers import Routers
 from kvpress_moe.routers.calibration import LearnedExpert
 from kvpress_moe.training.fit import fold_scaling, predict, unfold_scaling
 from kvpress_moe.training.kept_cache import Pairs, filled, kept_cache
+from kvpress_moe.training.lesson import Captured, Lesson, question, repetition
 from kvpress_moe.training.soft_budget import soft_share
+from kvpress_moe.training.soft_reading import reading_softly
 from kvpress_moe.training.tuning_state import load_state, save_state
 
+FORMAT = 1  # of the method: states of another one do not go on
 SINKS, RECENT, MIN_SHARE = 4, 16, 0.2  # stay in training as in the benchmark
 KEPT = (0.07, 0.55)  # shares of the pairs that budgets in training leave, drawn evenly on a log scale
 TEMPERATURES = (0.5, 0.15)  # nats, at the start and at the end
-REPEATED = 96  # tokens that the model repeats
 BATCH = 4  # prompts for one step of the optimiser
 WARM_UP = 0.1  # share of the steps
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """
-    One prompt to tune with.
-
-    Attributes
-    ----------
-    prompt : Prompt
-    shard : Path
-        What was captured of it.
-    """
-
-    prompt: Prompt
-    shard: Path
-
-    @cached_property
-    def cache_path(self) -> Path:
-        """Where the model's cache of this prompt is kept: beside the shards, in a directory of its own."""
-        return self.shard.parent / "caches" / self.shard.name
-
-
-@dataclass(frozen=True)
-class Captured:
-    """
-    What routers see of one prompt, L captured layers.
-
-    Attributes
-    ----------
-    hidden : Tensor, shape (L, S, C), float32
-    ranks : Tensor, shape (L, S, H, E), float32
-        Columns of the recipe's experts; the learned one's is ignored.
-    """
-
-    hidden: Tensor
-    ranks: Tensor
 
 
 class EndToEnd:
@@ -114,6 +76,7 @@ class EndToEnd:
         routers: Routers,
         lessons: Sequence[Lesson],
         read: Callable[[Path], Captured],
+        *,
         top_k: int,
         learned: int | None,
         train_gate: bool,
@@ -129,12 +92,10 @@ class EndToEnd:
         self.aux_loss_weight, self.replay_weight, self.learning_rate = aux_loss_weight, replay_weight, learning_rate
         self.layers = full_attention_layers(model)
         self.mean, self.std = self._scaling()
-        for layer_idx in self.layers:
-            router = routers.layers[layer_idx]
-            for parameter in (*router.up.parameters(), *router.down.parameters()):
-                parameter.requires_grad_(train_gate)
-        mine = [routers.layers[layer_idx] for layer_idx in self.layers]
-        self.parameters = [p for router in mine for p in router.parameters() if p.requires_grad]
+        tuned = [routers.layers[layer_idx] for layer_idx in self.layers]
+        gates = {id(p) for router in tuned for linear in (router.up, router.down) for p in linear.parameters()}
+        of_tuned = [parameter for router in tuned for parameter in router.parameters()]
+        self.parameters = [p for p in of_tuned if train_gate or id(p) not in gates]
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.9, 0.98))
         self.optimizer.zero_grad()  # the fit before this one left the gradient of its last step
 
@@ -158,7 +119,7 @@ class EndToEnd:
         """
         history: list[dict[str, float]] = []
         total = self.epochs * len(self.lessons)
-        with self._frozen(), self._scaled():
+        with self._only_parameters_learn(), self._scaled():
             for epoch in range(self.epochs):
                 state = states / f"epoch-{epoch}.safetensors"
                 if state.exists():
@@ -177,18 +138,17 @@ class EndToEnd:
                 answer, repeated = (sum(column) / len(seen) for column in zip(*seen, strict=True))
                 history.append({"answer": round(answer, 4), "replay": round(repeated, 4)})
                 save_state(state, self.parameters, self.optimizer, history[-1])
-        self.routers.requires_grad_(True)
         return history
 
-    def _learn(self, lesson: Lesson, progress: float, n_batch: int, rng: random.Random) -> tuple[float, float]:
+    def _learn(self, lesson: Lesson, part_done: float, n_batch: int, rng: random.Random) -> tuple[float, float]:
         """Add the gradient of one prompt; its divergences of answer and repetition."""
-        temperature = TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** progress
+        temperature = TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** part_done
         kept_share = math.exp(rng.uniform(math.log(KEPT[0]), math.log(KEPT[1])))
         scores, aux_loss = self.scores(self.read(lesson.shard))
         n_layers, _, n_tokens = scores.shape
         protected = torch.zeros(n_tokens, dtype=torch.bool, device=scores.device)
         protected[:SINKS] = protected[-RECENT:] = True
-        n_kept = compute_n_kept(n_tokens, 1 - kept_share)
+        n_kept = max(compute_n_kept(n_tokens, 1 - kept_share), SINKS + RECENT + 1)
         log_kept = soft_share(scores.flatten(0, 1), protected, n_kept, MIN_SHARE, temperature)
         log_kept = log_kept.unflatten(0, (n_layers, -1))
         cache = kept_cache(self.model, lesson.prompt.context, lesson.cache_path)
@@ -198,6 +158,11 @@ class EndToEnd:
             asked = repetition(lesson.prompt, self.tokenizer, rng)
             repeated = self.divergence(cache, *asked, log_kept)
         loss = answer + self.replay_weight * repeated + self.aux_loss_weight * aux_loss
+        if not bool(loss.isfinite()):
+            raise NotFiniteError(
+                f"loss: got {loss.item()} for {lesson.shard.stem}, expected a finite number. The model overflows in "
+                f"{self.model.dtype} (try bfloat16 or float32), or the learning rate is too high (end_to_end_rate)."
+            )
         (loss / n_batch).backward()
         return answer.item(), repeated.item()
 
@@ -214,7 +179,7 @@ class EndToEnd:
 
     def divergence(self, cache: Pairs, tokens: Tensor, n_logits: int, log_kept: Tensor) -> Tensor:
         """Mean KL divergence of the next-token distributions at the last ``n_logits`` of tokens (1, T), in nats."""
-        n_read = cache[0][0].shape[2]
+        n_read, tokens = cache[0][0].shape[2], tokens.to(self.model.device)
         with torch.no_grad():
             full = step(self.model, filled(cache), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
         with reading_softly(self.model, self.layers, log_kept):
@@ -237,8 +202,8 @@ class EndToEnd:
         for lesson in self.lessons:
             hidden = self.read(lesson.shard).hidden
             n_tokens += hidden.shape[1]
-            total = total + hidden.sum(1, keepdim=True)
-            squares = squares + hidden.double().square().sum(1, keepdim=True)
+            total = total + torch.stack([layer.sum(0, keepdim=True) for layer in hidden])
+            squares = squares + torch.stack([layer.double().square().sum(0, keepdim=True) for layer in hidden])
         mean = total / n_tokens
         return mean, (squares / n_tokens - mean.double().square()).clamp(min=1e-8).sqrt().float()
 
@@ -254,61 +219,23 @@ class EndToEnd:
         """Routers take standardised hidden states inside the block, for the optimiser's sake."""
         for linear, mean, std in self._first_maps():
             unfold_scaling(linear, mean, std)
-        yield
-        for linear, mean, std in self._first_maps():
-            fold_scaling(linear, mean, std)
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """No gradients for the model's weights inside the block."""
-        asked = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for parameter in asked:
-            parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in asked:
+            for linear, mean, std in self._first_maps():
+                fold_scaling(linear, mean, std)
+
+    @contextmanager
+    def _only_parameters_learn(self) -> Iterator[None]:
+        """No gradients inside the block but for what is tuned; as it was, afterwards."""
+        everything = [*self.model.parameters(), *self.routers.parameters()]
+        before = [parameter.requires_grad for parameter in everything]
+        try:
+            for parameter in everything:
+                parameter.requires_grad_(False)
+            for parameter in self.parameters:
                 parameter.requires_grad_(True)
-
-
-def question(prompt: Prompt) -> tuple[Tensor, int]:
-    """The prompt's question and right answer, and how many of its tokens predict the answer."""
-    return torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1), prompt.answer.shape[1]
-
-
-def repetition(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> tuple[Tensor, int]:
-    """KVzip's question for a part of the context, chosen by chance, and that part."""
-    ids = prompt.context[0].tolist()
-    start = rng.randint(min(prompt.n_prefix + 8, len(ids) - 1), max(len(ids) - REPEATED, prompt.n_prefix + 8))
-    start = min(start, len(ids) - 1)
-    before = tokenizer.decode(ids[max(prompt.n_prefix, start - 8) : start])
-    words = f"\n\nRepeat the part of the previous context exactly, starting with `{before}`:"
-    asked = tokenizer.encode(words + chat_suffix(tokenizer), add_special_tokens=False)
-    part = ids[start : start + REPEATED]
-    return torch.tensor([[*asked, *part[:-1]]]), len(part)
-
-
-@contextmanager
-def reading_softly(model: PreTrainedModel, layers: Sequence[int], log_kept: Tensor) -> Iterator[None]:
-    """
-    Inside the block, some layers' attention to the S cached tokens has ``log_kept`` (L, H, S) added to its logits.
-
-    By way of the mask that the layer gets, which every attention implementation with additive masks adds.
-    """
-
-    def weigh(number: int, module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        n_new = hidden.shape[1]
-        groups = module.config.num_attention_heads // log_kept.shape[1]
-        cached = log_kept[number].to(hidden).repeat_interleave(groups, 0)[:, None].expand(-1, n_new, -1)
-        later = torch.ones(n_new, n_new, dtype=torch.bool, device=hidden.device).triu(1)
-        own = torch.zeros_like(later, dtype=hidden.dtype).masked_fill(later, torch.finfo(hidden.dtype).min)
-        mask = torch.cat((cached, own.expand(len(cached), -1, -1)), dim=-1)[None]
-        return args, {**kwargs, "attention_mask": mask}
-
-    with ExitStack() as hooks:
-        for number, layer_idx in enumerate(layers):
-            attention = language_model(model).layers[layer_idx].self_attn
-            hook = attention.register_forward_pre_hook(partial(weigh, number), with_kwargs=True)
-            hooks.callback(hook.remove)
-        yield
+            yield
+        finally:
+            for parameter, asked in zip(everything, before, strict=True):
+                parameter.requires_grad_(asked)

@@ -23,7 +23,8 @@ def soft_share(
     A pair's margin is its score minus the threshold that the budget leaves it: the best score that has to go, or, in a
     unit that the floor helps, its own last score that stays. Pairs that stay are above a half, pairs that go at or
     below it; as the temperature falls, this becomes :func:`share` itself. The threshold rises with the scores near it,
-    since a budget is shared: what gains a place takes it from others, and the gradient says so.
+    since a budget is shared: what gains a place takes it from others, and the gradient says so. (The gradient knows one
+    threshold for all; of a unit on the floor it says whether more than the floor would help.)
 
     Parameters
     ----------
@@ -32,7 +33,7 @@ def soft_share(
     protected : Tensor, shape (S,), bool
         Tokens that stay whatever their scores; no gradient reaches those.
     n_kept : int
-        Pairs that a unit keeps on average.
+        Pairs that a unit keeps on average; more than are protected.
     min_share : float
     temperature : float
         In the scores' unit, nats.

@@ -15,13 +15,16 @@ from kvpress_moe.benchmark.judging import Kept
 from kvpress_moe.benchmark.prompts import Prompt, encode
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.budget import share
-from kvpress_moe.errors import CheckpointError
+from kvpress_moe.errors import CheckpointError, NotFiniteError, UnsupportedModelError
 from kvpress_moe.model_support import full_attention_layers, language_model
 from kvpress_moe.training import end_to_end
-from kvpress_moe.training.end_to_end import EndToEnd, question, reading_softly, repetition
+from kvpress_moe.training.end_to_end import EndToEnd
 from kvpress_moe.training.kept_cache import filled
+from kvpress_moe.training.lesson import REPEATED, question, repetition
+from kvpress_moe.training.recipe import Recipe
 from kvpress_moe.training.soft_budget import soft_share
-from kvpress_moe.training.trainer import Recipe, train
+from kvpress_moe.training.soft_reading import reading_softly
+from kvpress_moe.training.trainer import train
 from tests.tiny import FAMILIES, tiny_model
 
 RECIPE = Recipe(
@@ -120,10 +123,12 @@ def test_tuning_brings_the_answers_nearer_to_those_of_the_full_cache(llama, chat
 
 def test_an_epoch_that_is_there_is_not_done_again(llama, chat_tokenizer, tmp_path, monkeypatch):
     whole, metrics = train(llama, chat_tokenizer, replace(RECIPE, end_to_end=2), tmp_path / "whole")
+    halted = []
     learn, learned = EndToEnd._learn, []
 
     def interrupted(self, *args):
         if len(learned) == RECIPE.samples + 1:  # in the second epoch
+            halted.append(self)
             raise KeyboardInterrupt
         learned.append(args)
         return learn(self, *args)
@@ -138,6 +143,10 @@ def test_an_epoch_that_is_there_is_not_done_again(llama, chat_tokenizer, tmp_pat
     for name, tensor in routers.state_dict().items():
         assert_close(tensor, whole.state_dict()[name], equal_nan=True, rtol=0, atol=0)
     assert all(parameter.requires_grad for parameter in llama.parameters()), "a run that was interrupted left its mark"
+    assert all(parameter.requires_grad for parameter in halted[0].routers.parameters())
+    plain, _ = train(llama, chat_tokenizer, replace(RECIPE, end_to_end=0), tmp_path / "again")
+    for name, tensor in halted[0].routers.state_dict().items():  # taken along by five steps, not in another scaling
+        assert_close(tensor, plain.state_dict()[name], equal_nan=True, rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("change", [{"gate": False}, {"experts": ("keydiff",), "top_k": 1}, {"top_k": 1}])
@@ -160,7 +169,7 @@ def test_what_is_repeated_is_a_part_of_the_context(chat_tokenizer, prompt):
     ids = prompt.context[0].tolist()
     part = asked[0, -n_logits + 1 :].tolist()
     places = [at for at in range(len(ids)) if ids[at : at + len(part)] == part]
-    assert n_logits == end_to_end.REPEATED
+    assert n_logits == REPEATED
     assert places
     before = chat_tokenizer.decode(ids[places[0] - 8 : places[0]])
     assert f"starting with `{before}`" in chat_tokenizer.decode(asked[0])
@@ -188,3 +197,79 @@ def test_damaged_files_are_refused_by_name(llama, chat_tokenizer, tmp_path, dama
             state.unlink()
     with pytest.raises(CheckpointError, match=f"shards: .*{victim.name} cannot be read"):
         train(llama, chat_tokenizer, RECIPE, tmp_path)
+
+
+def test_the_gradient_is_that_of_a_threshold_which_holds_the_soft_budget():
+    """Against finite differences: the threshold moves so that the sum of soft shares stays what it was."""
+    scores, protected = (tensor.double() if tensor.is_floating_point() else tensor for tensor in random_scores(3))
+    weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    temperature, n_kept, free = 0.5, 5, ~protected
+
+    def threshold_at(moved, held):
+        low, high = moved.min() - 20, moved.max() + 20
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if ((moved - middle) / temperature).sigmoid().sum() > held else (low, middle)
+        return middle
+
+    stays = soft_share(scores.float(), protected, n_kept, 0.0, temperature).double()
+    thresholds = scores - temperature * (stays - torch.log1p(-stays.exp()))
+    assert_close(thresholds[:, free], thresholds[0, free][:1].expand(3, int(free.sum())), atol=1e-4, rtol=0)
+    held = stays[:, free].exp().sum()
+
+    def loss(moved):
+        shares = torch.nn.functional.logsigmoid((moved - threshold_at(moved, held)) / temperature)
+        return (shares * weights[:, free]).sum()
+
+    scored = scores.float().requires_grad_()
+    (soft_share(scored, protected, n_kept, 0.0, temperature)[:, free] * weights[:, free]).sum().backward()
+    inside, step = scores[:, free], 1e-5
+    for unit, token in [(0, 0), (1, 4), (2, 9)]:
+        nudge = torch.zeros_like(inside)
+        nudge[unit, token] = step
+        slope = (loss(inside + nudge) - loss(inside - nudge)) / (2 * step)
+        assert_close(scored.grad[:, free][unit, token].double(), slope, rtol=1e-3, atol=1e-3)
+
+
+def test_without_steps_the_routers_are_those_that_were_fitted(llama, chat_tokenizer, tmp_path):
+    plain, _ = train(llama, chat_tokenizer, replace(RECIPE, end_to_end=0), tmp_path)
+    tuned, _ = train(llama, chat_tokenizer, replace(RECIPE, end_to_end_rate=0.0), tmp_path)
+    for name, tensor in tuned.state_dict().items():
+        assert_close(tensor, plain.state_dict()[name], equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_repeated_teaches_too(llama, chat_tokenizer, tmp_path):
+    without, _ = train(llama, chat_tokenizer, replace(RECIPE, replay_weight=0.0), tmp_path)
+    with_it, _ = train(llama, chat_tokenizer, replace(RECIPE, replay_weight=5.0), tmp_path)
+    assert not torch.equal(without.layers[0].calibration.slope, with_it.layers[0].calibration.slope)
+
+
+def test_layers_that_slide_are_left_alone(chat_tokenizer, tmp_path):
+    model = tiny_model("gemma3")
+    plain, _ = train(model, chat_tokenizer, replace(RECIPE, end_to_end=0), tmp_path)
+    tuned, _ = train(model, chat_tokenizer, RECIPE, tmp_path)
+    changed = {
+        layer_idx
+        for layer_idx, (one, other) in enumerate(zip(plain.layers, tuned.layers, strict=True))
+        if not torch.equal(one.calibration.slope, other.calibration.slope)
+    }
+    assert changed == set(full_attention_layers(model))
+    assert len(changed) < len(tuned.layers)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_nothing_is_kept(llama, chat_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(EndToEnd, "divergence", lambda *args: torch.tensor(torch.nan, requires_grad=True))
+    with pytest.raises(NotFiniteError, match="^loss: got nan for kv_list-train"):
+        train(llama, chat_tokenizer, RECIPE, tmp_path)
+    assert not list(tmp_path.glob("fitted-*/epoch-*"))
+
+
+def test_attention_without_additive_masks_is_refused_before_anything_is_read(llama, chat_tokenizer, tmp_path):
+    attention = llama.config._attn_implementation
+    llama.config._attn_implementation = "flash_attention_2"
+    try:
+        with pytest.raises(UnsupportedModelError, match="^model: got attn_implementation='flash_attention_2'"):
+            train(llama, chat_tokenizer, RECIPE, tmp_path)
+    finally:
+        llama.config._attn_implementation = attention
+    assert not list(tmp_path.iterdir())

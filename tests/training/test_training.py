@@ -28,7 +28,8 @@ from kvpress_moe.training.capture import capture, written_norm
 from kvpress_moe.training.crew import Crew
 from kvpress_moe.training.fit import LayerData, fit_layer, fold_scaling, predict
 from kvpress_moe.training.objective import FLOOR, budget_loss, tail_weights, target
-from kvpress_moe.training.trainer import Recipe, prompts, train
+from kvpress_moe.training.recipe import Recipe
+from kvpress_moe.training.trainer import prompts, train
 from tests.tiny import FAMILIES, decoder, prefill, tiny_model
 
 RECIPE = Recipe(
@@ -416,6 +417,10 @@ def test_prompts_come_from_the_train_split_in_several_lengths(chat_tokenizer):
         ({"tasks": ("needles",)}, "tasks"),
         ({"epochs": 0}, "epochs"),
         ({"length": 8}, "length"),
+        ({"end_to_end": 1.5}, "end_to_end"),
+        ({"end_to_end_rate": float("nan")}, "end_to_end_rate"),
+        ({"replay_weight": -1.0}, "replay_weight"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
     ],
 )
 def test_bad_recipes_are_refused(change, field):

@@ -1,0 +1,70 @@
+"""One prompt to tune with: what routers see of it, what the model is asked about it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kvpress_moe.benchmark.prompts import Prompt
+from kvpress_moe.replay import chat_suffix
+
+REPEATED = 96  # tokens that the model repeats
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """
+    One prompt to tune with.
+
+    Attributes
+    ----------
+    prompt : Prompt
+    shard : Path
+        What was captured of it.
+    """
+
+    prompt: Prompt
+    shard: Path
+
+    @property
+    def cache_path(self) -> Path:
+        """Where the model's cache of this prompt is kept: beside the shards, in a directory of its own."""
+        return self.shard.parent / "caches" / self.shard.name
+
+
+@dataclass(frozen=True)
+class Captured:
+    """
+    What routers see of one prompt, L captured layers.
+
+    Attributes
+    ----------
+    hidden : Tensor, shape (L, S, C), float32
+    ranks : Tensor, shape (L, S, H, E), float32
+        Columns of the recipe's experts; the learned one's is ignored.
+    """
+
+    hidden: Tensor
+    ranks: Tensor
+
+
+def question(prompt: Prompt) -> tuple[Tensor, int]:
+    """The prompt's question and right answer, and how many of its tokens predict the answer."""
+    return torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1), prompt.answer.shape[1]
+
+
+def repetition(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> tuple[Tensor, int]:
+    """KVzip's question for a part of the context, chosen by chance, and that part."""
+    ids = prompt.context[0].tolist()
+    start = rng.randint(min(prompt.n_prefix + 8, len(ids) - 1), max(len(ids) - REPEATED, prompt.n_prefix + 8))
+    start = min(start, len(ids) - 1)
+    before = tokenizer.decode(ids[max(prompt.n_prefix, start - 8) : start], skip_special_tokens=True)
+    words = f"\n\nRepeat the part of the previous context exactly, starting with `{before}`:"
+    asked = tokenizer.encode(words + chat_suffix(tokenizer), add_special_tokens=False)
+    part = ids[start : start + REPEATED]
+    return torch.tensor([[*asked, *part[:-1]]]), len(part)

@@ -1,0 +1,111 @@
+"""Recipe: everything that determines trained routers, besides the model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvpress_moe.benchmark.tasks import TASKS, find_tasks
+from kvpress_moe.errors import SettingError
+from kvpress_moe.experts import make_expert
+from kvpress_moe.training.objective import TEACHERS
+from kvpress_moe.untrusted import is_number, is_whole
+
+#: Task kinds that training never sees, so that the benchmark can tell learning from memorising.
+HELD_OUT = ("variable_tracking", "code")
+
+_END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight")  # fields of what follows the fit of single layers
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Everything that determines trained routers, besides the model.
+
+    Parameters
+    ----------
+    experts : tuple of str
+        Names; ``"learned"`` is the router's own expert.
+    top_k : int
+        Experts per token; the press has to be used with the same.
+    samples : int
+        Prompts.
+    length : int
+        Their longest context, in tokens; they are spread between half of it and all of it.
+    tasks : tuple of str
+        Kinds of prompts (train split of the benchmark's).
+    teacher : {"replay", "answer", "both"}
+    value_weight : float
+        See :func:`kvpress_moe.training.objective.target`.
+    router_type : {"pikv", "base"}
+    bottleneck, learned_width : int
+        Widths of the gate and of the learned expert.
+    learned_sees : bool
+        Whether the learned expert sees the others' ranks beside the hidden state.
+    gate : bool
+        False leaves the gate at equal weights: a static mixture, for ablations.
+    dropout, aux_loss_weight, budget_weight, learning_rate : float
+        ``budget_weight`` is that of :func:`kvpress_moe.training.objective.budget_loss`, beside the squared error's 1.
+    epochs, seed : int
+    end_to_end : int
+        Epochs of :class:`kvpress_moe.training.end_to_end.EndToEnd` that follow; 0: none.
+    end_to_end_rate, replay_weight : float
+        Its highest learning rate, and the weight of repetitions beside answers.
+    """
+
+    experts: tuple[str, ...] = ("learned", "keydiff", "leverage", "cur", "tova")
+    top_k: int = 5
+    samples: int = 120
+    length: int = 1024
+    tasks: tuple[str, ...] = tuple(task for task in TASKS if task not in HELD_OUT)
+    teacher: str = "both"
+    value_weight: float = 0.5
+    gate: bool = True
+    router_type: str = "pikv"
+    bottleneck: int = 16
+    learned_width: int = 64
+    learned_sees: bool = True
+    dropout: float = 0.1
+    aux_loss_weight: float = 0.01
+    budget_weight: float = 2.0
+    epochs: int = 8
+    learning_rate: float = 3e-3
+    seed: int = 0
+    end_to_end: int = 3
+    end_to_end_rate: float = 1e-3
+    replay_weight: float = 1.0
+
+    def check(self) -> None:
+        """Raise SettingError for the first field that is wrong; before anything is loaded."""
+        for name in self.experts:
+            make_expert(name)
+        find_tasks(self.tasks)
+        if len(set(self.experts)) != len(self.experts):
+            raise SettingError("experts", self.experts, "each expert once", "")
+        if not 1 <= self.top_k <= len(self.experts):
+            raise SettingError("top_k", self.top_k, f"a number from 1 to {len(self.experts)}", "")
+        if self.teacher not in TEACHERS:
+            raise SettingError("teacher", self.teacher, f"one of {', '.join(TEACHERS)}", "")
+        if not 0 <= self.value_weight <= 1:
+            raise SettingError("value_weight", self.value_weight, "a number from 0 to 1", "0 is attention alone.")
+        for field in ("samples", "epochs", "bottleneck", "learned_width"):
+            if getattr(self, field) < 1:
+                raise SettingError(field, getattr(self, field), "at least 1", "")
+        if not is_whole(self.end_to_end):
+            raise SettingError("end_to_end", self.end_to_end, "a number of epochs, 0 or more", "0 leaves it out.")
+        for field in ("end_to_end_rate", "replay_weight", "aux_loss_weight", "budget_weight", "learning_rate"):
+            value = getattr(self, field)
+            if not (is_number(value) and value >= 0):
+                raise SettingError(field, value, "a finite number, 0 or more", "")
+        if self.length < 256:
+            raise SettingError("length", self.length, "at least 256 tokens", "")
+
+    @property
+    def heuristics(self) -> tuple[str, ...]:
+        """The experts whose scores are captured."""
+        return tuple(name for name in self.experts if name != "learned")
+
+    @property
+    def layer_by_layer(self) -> dict[str, Any]:
+        """What determines the fit of single layers."""
+        return {name: value for name, value in asdict(self).items() if name not in _END_TO_END}
