@@ -54,7 +54,12 @@ def routing_weights(weights: dict[int, Tensor], names: list[str], sentence: rang
     return figure
 
 
-def main(model_name: str | None = None, out: Path = OUT, results: Path = ROOT / "results" / "benchmark") -> None:
+def main(
+    model_name: str | None = None,
+    out: Path = OUT,
+    results: Path = ROOT / "results" / "benchmark",
+    methods: tuple[str, ...] | None = SHOWN,
+) -> None:
     model, tokenizer = load_model(model_name)
     text = files("kvpress_moe").joinpath("data/harbour.txt").read_text(encoding="utf-8")
     encoded = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
@@ -78,7 +83,7 @@ def main(model_name: str | None = None, out: Path = OUT, results: Path = ROOT / 
         "hit_rates": plots.hit_rates(stats, few.expert_strategies),
         "kept_positions": plots.kept_positions(kept),
         "kept_share": plots.kept_share(kept),
-        "kl_over_ratio": plots.over_ratio(results, "kl", SHOWN),
+        "kl_over_ratio": plots.over_ratio(results, "kl", methods),
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():

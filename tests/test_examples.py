@@ -26,6 +26,6 @@ def test_the_pictures_of_the_documentation_can_be_drawn_again(model_directory, t
     pytest.importorskip("matplotlib")
     script = Path(__file__).parent.parent / "docs" / "pictures.py"
     run = write_run(tmp_path / "run")
-    runpy.run_path(str(script))["main"](str(model_directory), tmp_path / "out", run)
+    runpy.run_path(str(script))["main"](str(model_directory), tmp_path / "out", run, None)
     committed = {path.name for path in (script.parent / "pictures").glob("*.png")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == committed
