@@ -87,6 +87,12 @@ def train(
     ------
     SettingError
         If the recipe is wrong, or processes that share the work do not share a directory.
+    UnsupportedModelError
+        If the press cannot serve the model, or its attention takes no additive masks and is to be tuned end to end.
+    CheckpointError
+        If a file that an earlier run left among the shards is damaged.
+    NotFiniteError
+        If the loss of the tuning is not finite; epochs before that are kept.
     """
     recipe.check()
     check_model(model)
