@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
@@ -62,10 +62,9 @@ class AttentionView:
         return self._project("qkv_proj", hidden_states)
 
     def rotary_emb(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        module = self._module
-        of_type = isinstance(module, Gemma3Attention) and hasattr(module, "layer_type")  # transformers 5
-        layer_type = (module.layer_type,) if of_type else ()
-        turned: tuple[Tensor, Tensor] = module.rotary_emb(states, position_ids, *layer_type)
+        layer_type = own_layer_type(self._module)
+        of_type = () if layer_type is None else (layer_type,)
+        turned: tuple[Tensor, Tensor] = self._module.rotary_emb(states, position_ids, *of_type)
         return turned
 
     def _project(self, name: str, hidden_states: Tensor) -> Tensor:
@@ -85,6 +84,12 @@ class AttentionView:
         normed: Tensor = (module.q_norm if name == "q_proj" else module.k_norm)(projected)
         limit = module.config.clip_qkv
         return normed if limit is None else normed.clamp(-limit, limit)
+
+
+def own_layer_type(module: Attention) -> str | None:
+    """The layer type that a rotary embedding of several types has to be told (Gemma 3); None where there is one."""
+    of_type = isinstance(module, Gemma3Attention) and hasattr(module, "layer_type")  # transformers 5
+    return cast(str, module.layer_type) if of_type else None
 
 
 def slice_start(whole: Tensor, given: Tensor) -> int | None:

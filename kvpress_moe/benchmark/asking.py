@@ -16,7 +16,8 @@ from kvpress_moe.attention_view import AttentionView
 from kvpress_moe.benchmark.judging import Judged, Kept
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.cache import RaggedCache, RaggedLayer
-from kvpress_moe.model_support import Attention, language_model
+from kvpress_moe.cache.masks import WholeSlidingLayer
+from kvpress_moe.model_support import Attention, full_attentions
 
 BATCH_BYTES = 2**30  # of keys and values that are asked at once
 
@@ -31,7 +32,8 @@ class Reference:
     logits : Tensor, shape (A, V)
         For each token of the right answer.
     mass : Tensor, shape (L, H, S)
-        Attention that question and answer pay to each pair, summed over their tokens and the head's query heads.
+        Attention that question and answer pay to each pair of the layers with full attention, summed over their tokens
+        and the head's query heads.
     peak : Tensor, shape (L, H, S)
         The largest attention that any of them pays.
     """
@@ -89,7 +91,7 @@ def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Ref
         masses.append(of_head.sum(1))
         peaks.append(of_head.amax(1))
 
-    hooks = [layer.self_attn.register_forward_hook(observe, with_kwargs=True) for layer in language_model(model).layers]
+    hooks = [attention.register_forward_hook(observe, with_kwargs=True) for attention in full_attentions(model)]
     try:
         logits = read(model, cache, prompt, n_read)[0]
     finally:
@@ -125,12 +127,14 @@ def step(
     return logits
 
 
-def batches(kept: Sequence[Kept], bytes_per_pair: int, limit: int = BATCH_BYTES) -> Iterator[list[int]]:
-    """Indices of caches that together take at most ``limit`` bytes, at most 48 of them."""
+def batches(
+    kept: Sequence[Kept], bytes_per_pair: int, bytes_beside: int = 0, limit: int = BATCH_BYTES
+) -> Iterator[list[int]]:
+    """Indices of caches that take at most ``limit`` bytes together (some beside each one's pairs), at most 48."""
     batch: list[int] = []
     size = 0
     for index, one in enumerate(kept):
-        n_bytes = one.n_pairs * bytes_per_pair
+        n_bytes = one.n_pairs * bytes_per_pair + bytes_beside
         if batch and (size + n_bytes > limit or len(batch) == 48):
             yield batch
             batch, size = [], 0
@@ -140,24 +144,33 @@ def batches(kept: Sequence[Kept], bytes_per_pair: int, limit: int = BATCH_BYTES)
         yield batch
 
 
-def stack(cache: DynamicCache, kept: Sequence[Kept]) -> RaggedCache:
-    """One ragged cache whose rows are what each method kept of a prompt's full cache."""
+def stack(judged: Judged, kept: Sequence[Kept]) -> RaggedCache:
+    """One ragged cache whose rows are what each method kept of a prompt's full cache; layers that slide are whole."""
     ragged = RaggedCache()
-    layers: list[Any] = cache.layers
+    layers: list[Any] = judged.cache.layers
     for layer_idx, layer in enumerate(layers):
-        keys, values, lengths = [], [], []
-        for one in kept:
-            if one.altered is None:
-                mask = one.mask[layer_idx]
-                keys.append(layer.keys[0][mask])
-                values.append(layer.values[0][mask])
-                lengths.append(mask.sum(-1).tolist())
-            else:
-                keys.extend(one.altered[layer_idx][0])
-                values.extend(one.altered[layer_idx][1])
-                lengths.append([len(head) for head in one.altered[layer_idx][0]])
-        ragged.layers.append(RaggedLayer(torch.cat(keys), torch.cat(values), lengths, cache.get_seq_length()))
+        if layer_idx in judged.layers:
+            ragged.layers.append(_stack_layer(layer, judged.layers.index(layer_idx), kept))
+        else:
+            whole: Any = WholeSlidingLayer()  # type: ignore[no-untyped-call]
+            whole.update(*(pairs.expand(len(kept), -1, -1, -1) for pairs in (layer.keys, layer.values)))
+            ragged.layers.append(whole)
     return ragged
+
+
+def _stack_layer(layer: Any, number: int, kept: Sequence[Kept]) -> RaggedLayer:
+    keys, values, lengths = [], [], []
+    for one in kept:
+        if one.altered is None:
+            mask = one.mask[number]
+            keys.append(layer.keys[0][mask])
+            values.append(layer.values[0][mask])
+            lengths.append(mask.sum(-1).tolist())
+        else:
+            keys.extend(one.altered[number][0])
+            values.extend(one.altered[number][1])
+            lengths.append([len(head) for head in one.altered[number][0]])
+    return RaggedLayer(torch.cat(keys), torch.cat(values), lengths, layer.get_seq_length())
 
 
 @torch.no_grad()
@@ -187,17 +200,19 @@ def ask(
     ended : callable
         Whether tokens decoded so far are a whole answer: what followed would not count.
     """
-    layer: Any = judged.cache.layers[0]
-    bytes_per_pair = 2 * layer.keys.shape[-1] * layer.keys.element_size()
+    layers: list[Any] = judged.cache.layers
+    bytes_per_pair = 2 * layers[0].keys.shape[-1] * layers[0].keys.element_size()
+    whole = [layer for layer_idx, layer in enumerate(layers) if layer_idx not in judged.layers]
+    bytes_beside = sum(layer.keys.nbytes + layer.values.nbytes for layer in whole)
     log_reference = reference.logits.float().log_softmax(-1)
     right = prompt.answer[0].to(reference.logits.device)
     n_read = judged.cache.get_seq_length()
     likely = log_reference.exp()
     order = sorted(range(len(kept)), key=lambda index: kept[index].n_pairs)  # rows of one length are read together
     answers: list[Answer] = []
-    for batch in batches([kept[index] for index in order], bytes_per_pair):
+    for batch in batches([kept[index] for index in order], bytes_per_pair, bytes_beside):
         rows = [kept[order[index]] for index in batch]
-        cache = stack(judged.cache, rows)
+        cache = stack(judged, rows)
         n_bytes = [_row_bytes(cache, row) for row in range(len(rows))]
         offsets = torch.tensor([row.next_position - n_read for row in rows], device=right.device)
         logits = read(model, cache, prompt, n_read, offsets)
@@ -214,8 +229,8 @@ def ask(
 
 
 def _row_bytes(cache: RaggedCache, row: int) -> int:
-    """Bytes of one row's keys and values."""
-    layers: list[Any] = cache.layers
+    """Bytes of one row's keys and values in ragged layers: those that presses compress."""
+    layers: list[Any] = [layer for layer in cache.layers if isinstance(layer, RaggedLayer)]
     per_pair = [2 * layer.flat_keys.shape[-1] * layer.flat_keys.element_size() for layer in layers]
     return sum(sum(layer.lengths[row]) * size for layer, size in zip(layers, per_pair, strict=True))
 

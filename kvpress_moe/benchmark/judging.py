@@ -14,16 +14,17 @@ import torch
 from kvpress import ScorerPress
 from kvpress.presses.base_press import BasePress
 from kvpress.utils import compute_n_kept
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from kvpress_moe.attention_view import own_layer_type
 from kvpress_moe.benchmark.methods import Budget, Method
 from kvpress_moe.benchmark.protection import protect
 from kvpress_moe.budget import share
 from kvpress_moe.eviction import best
 from kvpress_moe.experts import OwnExpert
 from kvpress_moe.layer_call import LayerCall
-from kvpress_moe.model_support import Attention, language_model
+from kvpress_moe.model_support import Attention, full_attention_layers, full_attentions, language_model
 from kvpress_moe.press import MoERouterPress
 from kvpress_moe.selection import fingerprints
 
@@ -56,9 +57,10 @@ class Kept:
     Attributes
     ----------
     mask : list of Tensor, each (H, S), bool
-        Per layer, the pairs that stayed.
+        Per layer with full attention, the pairs that stayed.
     altered : list of (keys, values), each a list of H tensors (K, D), or None
-        Per layer and head the pairs themselves, where a press changed them (merged values, turned keys).
+        Per layer with full attention and head the pairs themselves, where a press changed them (merged values, turned
+        keys).
     next_position : int
         Position of the next token; smaller than S where keys were turned to new positions.
     seconds : float
@@ -87,12 +89,15 @@ class Judged:
     ----------
     cache : DynamicCache
         Full, batch 1.
+    layers : list of int
+        Those with full attention, the only ones that are judged: the others' caches are bounded anyway.
     kept : dict of (method, ratio) -> Kept
     prefill_seconds : float
         Of the shared prefill, without the time that presses took.
     """
 
     cache: DynamicCache
+    layers: list[int]
     kept: dict[Cell, Kept] = field(default_factory=dict)
     prefill_seconds: float = 0.0
 
@@ -243,19 +248,19 @@ class _Selection:
             kept.mask.append(mask)
             kept.altered.append((list(new_keys[0]), list(new_values[0])) if mask is None else None)
 
-    def result(self, ratio: float, cache: DynamicCache) -> Kept:
+    def result(self, ratio: float, judged: Judged) -> Kept:
         kept = self.kept[ratio]
         found: Kept = kept
-        n_read = cache.get_seq_length()
+        n_read = judged.cache.get_seq_length()
         rerotated = isinstance(self.press, kvpress.KeyRerotationPress)
         kept.next_position = kept.altered[0][0][0].shape[0] if rerotated else n_read
         if all(mask is not None for mask in kept.mask):
             kept.altered = None
             return found
-        for layer_idx, mask in enumerate(kept.mask):
+        for number, (layer_idx, mask) in enumerate(zip(judged.layers, kept.mask, strict=True)):
             if mask is not None:  # this layer came through unchanged
-                layer: Any = cache.layers[layer_idx]
-                kept.altered[layer_idx] = (pick(layer.keys[0], mask), pick(layer.values[0], mask))
+                layer: Any = judged.cache.layers[layer_idx]
+                kept.altered[number] = (pick(layer.keys[0], mask), pick(layer.values[0], mask))
         kept.mask = []
         return found
 
@@ -330,7 +335,7 @@ def judge(
     Parameters
     ----------
     model : PreTrainedModel
-        With full attention in all layers.
+        Its layers with sliding-window attention are left alone, whatever the press.
     input_ids : Tensor, shape (1, S)
     methods : dict of str -> Method
     cells : iterable of (method, ratio)
@@ -374,16 +379,16 @@ def judge(
 
     start = clock.now()
     with prepared(model, [judging.press for judging in judges]), ExitStack() as hooks:
-        for layer in language_model(model).layers:
-            hooks.callback(layer.self_attn.register_forward_hook(pass_layer, with_kwargs=True).remove)
+        for attention in full_attentions(model):
+            hooks.callback(attention.register_forward_hook(pass_layer, with_kwargs=True).remove)
         model.model(input_ids=input_ids.to(model.device), past_key_values=cache)
-    judged = Judged(cache, prefill_seconds=clock.now() - start - clock.total)
+    judged = Judged(cache, full_attention_layers(model), prefill_seconds=clock.now() - start - clock.total)
 
     for name in ratios:
         method = methods[name]
         for ratio in ratios[name]:
             if name in selections:
-                judged.kept[name, ratio] = selections[name].result(ratio, cache)
+                judged.kept[name, ratio] = selections[name].result(ratio, judged)
             elif name in shared:
                 scores = scorers[method.scorer]
                 start = clock.now()
@@ -395,16 +400,37 @@ def judge(
     return judged
 
 
+class _OfLayerType(nn.Module):
+    """A rotary embedding that is told the layer's type where its caller does not say it."""
+
+    def __init__(self, rotary_emb: nn.Module, layer_type: str):
+        super().__init__()
+        self.rotary_emb, self.layer_type = rotary_emb, layer_type
+
+    def forward(self, states: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        return self.rotary_emb(states, position_ids, layer_type or self.layer_type)
+
+
+def of_layer(rotary_emb: nn.Module, attention: Attention) -> nn.Module:
+    """The rotary embedding that presses may call as they call every model's."""
+    layer_type = own_layer_type(attention)
+    return rotary_emb if layer_type is None else _OfLayerType(rotary_emb, layer_type)
+
+
 @contextmanager
 def prepared(model: PreTrainedModel, presses: Iterable[BasePress]) -> Iterator[None]:
-    """What kvpress does before its hooks: presses see the model, attention layers their rotary embedding."""
+    """
+    What kvpress does before its hooks: presses see the model, attention layers their rotary embedding.
+
+    Gemma 3 has one embedding for two types of layers and has to be told which; kvpress's presses do not tell it.
+    """
     for press in presses:
         press.post_init_from_model(model)
     stack = language_model(model)
     bare = [layer.self_attn for layer in stack.layers if not hasattr(layer.self_attn, "rotary_emb")]
     try:
         for attention in bare:
-            attention.rotary_emb = stack.rotary_emb
+            attention.rotary_emb = of_layer(stack.rotary_emb, attention)
         yield
     finally:
         for attention in bare:

@@ -171,6 +171,17 @@ def find_methods(names: Iterable[str] | None) -> dict[str, Method]:
     return found
 
 
+def leaves_windows_alone(method: Method) -> bool:
+    """
+    Whether a method can be kept to the layers with full attention of a model whose other layers slide.
+
+    KVzip's scores can; other presses with a prefill of their own hook all layers, and keys that were turned to new
+    positions in some layers only would disagree with the others about where the next token stands.
+    """
+    turns_keys = isinstance(method.make(lambda scorer: scorer), kvpress.KeyRerotationPress)
+    return not turns_keys and (not method.own_prefill or method.scorer == "kvzip")
+
+
 def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-party") -> Method:
     """A method from whatever makes a press; whether it scores or selects is seen from the press."""
     press = make()

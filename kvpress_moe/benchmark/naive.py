@@ -9,13 +9,14 @@ import kvpress
 import torch
 from transformers import DynamicCache
 
-from kvpress_moe.benchmark.judging import seeded, set_ratio
+from kvpress_moe.benchmark.judging import of_layer, seeded, set_ratio
 from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.own_prefill import attention_of
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.protection import protect
-from kvpress_moe.cache import RaggedCache
-from kvpress_moe.model_support import language_model
+from kvpress_moe.cache import RaggedCache, RaggedLayer
+from kvpress_moe.cache.masks import fit_masks
+from kvpress_moe.model_support import full_attention_layers, full_attentions, language_model, slides
 
 if TYPE_CHECKING:
     from kvpress_moe.benchmark.runner import Evaluator
@@ -42,31 +43,37 @@ def answer_hooked(
     """
     Prefill under the hooked press, then let question and answer pass: logits (A, V) of the answer, and the cache.
 
-    Random numbers are seeded layer by layer, as in the shared prefill.
+    Random numbers are seeded layer by layer, and layers with sliding-window attention left alone, as in the shared
+    prefill.
     """
     press: Any = method.make(lambda scorer: protect(scorer, sinks, recent))
     set_ratio(press, ratio)
     compress = press.compress
 
-    def compress_seeded(module: Any, *args: Any, **kwargs: Any) -> Any:
+    def compress_seeded(module: Any, hidden_states: Any, keys: Any, values: Any, *rest: Any) -> Any:
+        if slides(module.config, module.layer_idx):
+            return keys, values
         with seeded(module.layer_idx):
-            return compress(module, *args, **kwargs)
+            return compress(module, hidden_states, keys, values, *rest)
 
     object.__setattr__(press, "compress", compress_seeded)
     cache = DynamicCache()
     with attention_of(model, method.eager), press(model):
+        for attention in full_attentions(model):
+            attention.rotary_emb = of_layer(attention.rotary_emb, attention)
         model.model(input_ids=prompt.context.to(model.device), past_key_values=cache)
     n_read = prompt.context.shape[1]
     attentions = [layer.self_attn for layer in language_model(model).layers]
     for attention in attentions:
         attention._modules.pop("rotary_emb", None)
-    lengths = {cache.get_seq_length(layer_idx) for layer_idx in range(len(attentions))}
+    lengths = {cache.get_seq_length(layer_idx) for layer_idx in full_attention_layers(model)}
     if len(lengths) > 1 or any(getattr(attention, "masked_key_indices", None) is not None for attention in attentions):
         # kvpress's own way fails here: masks need equal lengths, and keys that no query sees are not always found.
         cache = RaggedCache.from_masked(model, cache)
-        layers: list[Any] = cache.layers
-        for layer in layers:
-            layer.n_read = n_read
+        for layer in cache.layers:
+            if isinstance(layer, RaggedLayer):
+                layer.n_read = n_read
+    fit_masks(cache, model.config.get_text_config(decoder=True))  # kvpress leaves masks that fit equal layers alone
     tokens = torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1).to(model.device)
     start = cache.get_seq_length() if isinstance(press, kvpress.KeyRerotationPress) else n_read
     positions = torch.arange(start, start + tokens.shape[1], device=model.device)

@@ -41,7 +41,7 @@ def judge_alone(
         if method.scorer == "kvzip":
             if replay is None:
                 start = time.perf_counter()
-                scores = ReplayScores().of(model, tokenizer, input_ids, judged.cache, prompt.n_prefix)
+                scores = ReplayScores().of(model, tokenizer, input_ids, judged.cache, prompt.n_prefix)[judged.layers]
                 scores[..., :sinks] = scores[..., max(0, scores.shape[-1] - recent) :] = torch.inf
                 replay = list(scores), time.perf_counter() - start
             masks = allocate(replay[0], ratio, cast(Budget, method.budget), min_share)

@@ -29,7 +29,7 @@ class Prompt:
     answer : Tensor
         The right answer.
     n_prefix : int
-        First tokens of the context that are the chat template's.
+        First tokens of the context that are the chat template's, or the tokenizer's (`<bos>`).
     """
 
     context: Tensor
@@ -45,27 +45,21 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
     """
     Put a sample into the model's chat template and cut it where compression happens.
 
+    Of a tokenizer without a chat template (a base model's), context, question and the beginning of the answer are plain
+    text, each on lines of its own.
+
     Parameters
     ----------
     sample : Sample
     tokenizer : PreTrainedTokenizerBase
     setting : {"agnostic", "aware"}
         Whether the context is compressed before the question is seen, or together with it.
-
-    Raises
-    ------
-    SettingError
-        If the tokenizer has no chat template and the sample asks for one.
     """
     context, question, prefix = sample.context, sample.answer_prefix, ""
-    if sample.chat:
-        if not tokenizer.chat_template:
-            raise SettingError(
-                "model",
-                tokenizer.name_or_path,
-                "a model with a chat template",
-                "Take an instruction-tuned one, or only the tasks without a question: --tasks prose,code.",
-            )
+    chat = sample.chat and bool(tokenizer.chat_template)
+    if sample.chat and not chat:
+        context, question = context + "\n", "\n" + sample.question + "\n" + sample.answer_prefix
+    if chat:
         mark = "\n" + "#" * 40 + "\n"
         text: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": sample.context + mark + sample.question}],
@@ -76,16 +70,18 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
         context, question = text.split(mark)
         prefix = context.removesuffix(sample.context)
         context, question = context + "\n", "\n" + question + sample.answer_prefix
-        if setting == "aware":
-            # All but the last token of the assistant's turn has been read when the cache is compressed.
-            context, question = context + question, ""
+    if sample.chat and setting == "aware":
+        # All but the last token before the answer has been read when the cache is compressed.
+        context, question = context + question, ""
     ids = [
-        tokenizer(part, add_special_tokens=not sample.chat and first, return_tensors="pt").input_ids.to(torch.int64)
+        tokenizer(part, add_special_tokens=not chat and first, return_tensors="pt").input_ids.to(torch.int64)
         for part, first in ((context, True), (question, False), (sample.answer, False))
     ]
     if ids[1].shape[1] == 0:  # nothing is asked: the context's last token stays outside
         ids[0], ids[1] = ids[0][:, :-1], ids[0][:, -1:]
     n_prefix = len(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix else 0
+    if not chat and ids[0][0, 0] == tokenizer.bos_token_id:
+        n_prefix = 1
     return Prompt(ids[0], ids[1], ids[2], n_prefix)
 
 

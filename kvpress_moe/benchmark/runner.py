@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvpress_moe.benchmark.methods import Method, find_methods
+from kvpress_moe.benchmark.methods import Method, find_methods, leaves_windows_alone
 from kvpress_moe.benchmark.prompts import SETTINGS, Prompt, check_fits, encode
 from kvpress_moe.benchmark.records import COLUMNS, FORMAT, Records
 from kvpress_moe.benchmark.tasks import SPLITS, TASKS, Sample, make_sample
@@ -99,7 +99,7 @@ class Evaluator:
     """
 
     def __init__(self, plan: Plan, loaded: tuple[Any, ...] | None = None):
-        from kvpress_moe.model_support import UNKNOWN_NORMS, check_model, slides
+        from kvpress_moe.model_support import UNKNOWN_NORMS, check_model, some_layers_slide
         from kvpress_moe.models import load_model
 
         self.plan = plan
@@ -111,11 +111,14 @@ class Evaluator:
                 f"model: got {type(self.model).__name__}, whose norms of queries and keys kvpress does not know, "
                 "expected another. Its presses would compute wrong queries; MoERouterPress itself can serve the model."
             )
-        config = self.model.config.get_text_config(decoder=True)
-        if any(slides(config, layer) for layer in range(config.num_hidden_layers)):
-            raise UnsupportedModelError(
-                "model: some layers have sliding-window attention, expected full attention in all layers. The "
-                "benchmark cannot compare presses on such models yet; MoERouterPress itself can serve them."
+        unfit = [name for name, method in self.methods.items() if not leaves_windows_alone(method)]
+        if unfit and some_layers_slide(self.model):
+            fit = [name for name in self.methods if name not in unfit]
+            raise SettingError(
+                "methods",
+                unfit,
+                "methods that can leave layers with sliding-window attention alone, as this model has them",
+                f"They turn keys, or prefill in a way of their own. Ask for: --methods {','.join(fit)}",
             )
 
     def count_tokens(self, text: str) -> int:
@@ -185,7 +188,8 @@ class Evaluator:
 
         from kvpress_moe.benchmark.judging import Kept
 
-        masks = [torch.ones_like(layer.keys[0, :, :, 0], dtype=torch.bool) for layer in judged.cache.layers]
+        layers = [judged.cache.layers[layer_idx] for layer_idx in judged.layers]
+        masks = [torch.ones_like(layer.keys[0, :, :, 0], dtype=torch.bool) for layer in layers]
         return Kept(masks, None, prompt.context.shape[1])
 
     @cached_property

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.cache.ragged_attention import register_ragged_attention
 from kvpress_moe.errors import UnsupportedInputError
-from kvpress_moe.model_support import language_model
+from kvpress_moe.model_support import full_attention_layers, language_model
 
 # B = batch, H = KV heads, S = tokens of the prompt, T = tokens since, D = head dim, N = kept pairs in all
 
@@ -244,6 +245,9 @@ class RaggedCache(DynamicCache):
         """
         Free what a kvpress press masked (AdaKVPress, CriticalAdaKVPress, DMSPress, KVzipPress, …).
 
+        Layers with sliding-window attention stay as they are, whatever was masked there: ragged attention knows no
+        windows.
+
         Parameters
         ----------
         model : PreTrainedModel
@@ -253,8 +257,11 @@ class RaggedCache(DynamicCache):
         """
         layers: list[Any] = cache.layers
         attentions = [layer.self_attn for layer in language_model(model).layers]
+        full = full_attention_layers(model)
 
-        def kept(layer_idx: int) -> Tensor:
+        def kept(layer_idx: int) -> Tensor | None:
+            if layer_idx not in full:
+                return None
             mask = torch.ones_like(layers[layer_idx].keys[..., 0], dtype=torch.bool)
             indices = getattr(attentions[layer_idx], "masked_key_indices", None)
             if indices is not None:
@@ -264,6 +271,7 @@ class RaggedCache(DynamicCache):
         ragged = cls.from_kept(cache, kept)
         for attention in attentions:
             attention.masked_key_indices = None
+        fit_masks(ragged, model.config.get_text_config(decoder=True))
         return ragged
 
     def to_dynamic(self) -> DynamicCache:

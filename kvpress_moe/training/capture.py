@@ -85,7 +85,7 @@ def capture(
         "hidden": torch.stack(hidden).cpu(),
         "ranks": torch.stack(ranks).cpu(),
         "replay": replay[layers].log().half().cpu(),
-        "answer": peak[layers].log().half().cpu(),
+        "answer": peak.log().half().cpu(),
         "writes": torch.stack(writes).cpu(),
     }
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from kvpress_moe import MoERouterPress
 from kvpress_moe.benchmark.asking import ask, ask_full, batches, hit_rate, stack
 from kvpress_moe.benchmark.judging import Kept, allocate, judge
-from kvpress_moe.benchmark.methods import find_methods
+from kvpress_moe.benchmark.methods import find_methods, leaves_windows_alone
 from kvpress_moe.benchmark.naive import answer_hooked
 from kvpress_moe.benchmark.own_prefill import judge_alone
 from kvpress_moe.benchmark.prompts import Prompt
@@ -56,6 +56,41 @@ def test_every_method_keeps_and_answers_what_its_hooked_press_does(llama, prompt
                 assert torch.equal(torch.zeros_like(mask).scatter_(1, positions[0], True), mask)
 
 
+SLIDING = [name for name in HOOKED if leaves_windows_alone(METHODS[name])]
+
+
+@pytest.fixture(scope="module", params=["gemma3_text", "gemma3"])
+def gemma(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def judged_gemma(gemma, prompt):
+    cells = [(name, 0.5) for name in SLIDING]
+    return judge(gemma, prompt.context, METHODS, cells, sinks=4, recent=8)
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_layers_that_slide_are_left_alone_by_all(gemma, prompt, judged_gemma, name):
+    """Of three layers with a window in the first, whose 16 tokens the question of 18 leaves behind."""
+    kept = judged_gemma.kept[name, 0.5]
+    hooked, cache = answer_hooked(gemma, prompt, METHODS[name], 0.5, sinks=4, recent=8)
+    answer = ask(gemma, judged_gemma, prompt, ask_full(gemma, judged_gemma.cache, prompt), [kept])[0]
+    nll = torch.nn.functional.cross_entropy(hooked, prompt.answer[0])
+    assert_close(torch.tensor(answer.nll), nll.detach(), atol=2e-4, rtol=1e-4)
+    assert len(kept.altered or kept.mask) == 2
+    assert cache.layers[0].keys.shape[2] == 300 + 18 + 12 - 1
+
+
+def test_kvzip_of_a_model_with_windows_judges_the_other_layers(gemma, prompt, tokenizer):
+    method = find_methods(["kvzip_global"])
+    found = judge(gemma, prompt.context, method, [("kvzip_global", 0.7)], sinks=4, recent=8)
+    judge_alone(gemma, tokenizer, prompt, found, method, [("kvzip_global", 0.7)], sinks=4, recent=8)
+    masks = found.kept["kvzip_global", 0.7].mask
+    assert sum(int(mask.sum()) for mask in masks) == 2 * 2 * 90
+    assert masks[0].sum(-1).tolist() != [90, 90]
+
+
 @pytest.mark.parametrize("budget", ["layer", "global"])
 @pytest.mark.parametrize("expert", ["expected_attention", "keydiff"])
 def test_shared_budgets_keep_what_the_press_keeps(prompt, budget, expert):
@@ -67,7 +102,7 @@ def test_shared_budgets_keep_what_the_press_keeps(prompt, budget, expert):
     kept = found.kept[f"{expert}_{budget}", 0.7]
     for mask, layer in zip(kept.mask, cache.layers, strict=True):
         assert mask.sum(-1).tolist() == layer.lengths[0]
-    ragged = stack(found.cache, [kept])
+    ragged = stack(found, [kept])
     for ours, theirs in zip(ragged.layers, cache.layers, strict=True):
         assert torch.equal(ours.flat_keys, theirs.flat_keys)
 
@@ -99,7 +134,7 @@ def test_what_is_written_is_greedy_decoding(llama, prompt, judged):
     reference = ask_full(llama, judged.cache, prompt)
     kept = judged.kept["keydiff", 0.5]
     answer = ask(llama, judged, prompt, reference, [kept], write=9)[0]
-    cache = stack(judged.cache, [kept])
+    cache = stack(judged, [kept])
     ids, position, written = prompt.question, prompt.context.shape[1], []
     for _ in range(9):
         positions = torch.arange(position, position + ids.shape[1])

@@ -1,5 +1,6 @@
 """A run records every sample once, survives a kill, and refuses what would spoil it."""
 
+import copy
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from kvpress_moe.benchmark.methods import find_methods, registered
 from kvpress_moe.benchmark.prompts import encode
@@ -163,18 +165,16 @@ def test_bad_plans_are_refused_before_anything_is_loaded(change, message):
         replace(PLAN, **change).check()
 
 
-def test_contexts_longer_than_the_model_takes_and_models_without_a_template_are_refused(
-    llama, tokenizer, chat_tokenizer, tmp_path
+def test_contexts_longer_than_the_model_takes_and_models_that_presses_cannot_serve_are_refused(
+    llama, chat_tokenizer, tmp_path
 ):
     long = replace(PLAN, lengths=(4096,), tasks=("kv_list",))
     with pytest.raises(SettingError, match="lengths: got 4096.*4096 tokens"):
         run(long, tmp_path / "long", "bench", Evaluator(long, (llama, chat_tokenizer)))
-    with pytest.raises(SettingError, match="^model: got .*chat template"):
-        run(PLAN, tmp_path / "plain", "bench", Evaluator(PLAN, (llama, tokenizer)))
     assert not (tmp_path / "long").exists()
-    assert not (tmp_path / "plain").exists()
-    with pytest.raises(UnsupportedModelError, match="sliding"):
-        Evaluator(PLAN, (tiny_model("gemma3"), chat_tokenizer))
+    turning = replace(PLAN, methods=("knorm", "rerotated_cur", "observed_attention"))
+    with pytest.raises(SettingError, match="got .*'rerotated_cur', 'observed_attention'.*--methods knorm,full"):
+        Evaluator(turning, (tiny_model("gemma3"), chat_tokenizer))
     for family in {"qwen3_moe", "olmoe"} & set(FAMILIES):
         with pytest.raises(UnsupportedModelError, match="whose norms of queries and keys kvpress does not know"):
             Evaluator(PLAN, (tiny_model(family), chat_tokenizer))
@@ -204,6 +204,23 @@ def test_aware_compresses_the_question_too(chat_tokenizer):
     assert aware.question.shape[1] == 1
     question = chat_tokenizer(sample.question).input_ids
     assert agnostic.question[0, 1 : len(question) + 1].tolist() == question
+
+
+def test_a_model_without_a_template_reads_plain_text(tokenizer):
+    sample = make_sample("needle_noise", lambda text: len(text), 900, 0)
+    text = f"{sample.context}\n\n{sample.question}\n{sample.answer_prefix}{sample.answer}"
+    for setting in ("agnostic", "aware"):
+        prompt = encode(sample, tokenizer, setting)
+        whole = torch.cat((prompt.context, prompt.question, prompt.answer), 1)[0]
+        assert tokenizer.decode(whole) == text
+        assert prompt.n_prefix == 0
+    beginning = copy.deepcopy(tokenizer)
+    beginning.bos_token = "<pad>"
+    special = [("<pad>", tokenizer.pad_token_id)]
+    beginning.backend_tokenizer.post_processor = TemplateProcessing("<pad> $A", None, special)
+    prompt = encode(sample, beginning)
+    assert prompt.n_prefix == 1
+    assert torch.cat((prompt.context, prompt.question, prompt.answer), 1)[0, 1:].tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,27 @@ def test_what_a_kvpress_press_masked_is_freed_and_answers_alike(llama):
         assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_what_was_masked_in_a_model_with_windows_is_freed_where_attention_is_full():
+    """kvpress masks in layers that slide too; there all pairs stay, and the window stays at work."""
+    model, press = tiny_model("gemma3_text"), AdaKVPress(KnormPress(0.5))
+    ragged = RaggedCache.from_masked(model, prefill(model, tokens(PROMPT), press))
+    reference = prefill(model, tokens(PROMPT), press)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    attentions[0].masked_key_indices = None
+    kept = RaggedCache.from_masked(model, reference)
+    assert [isinstance(layer, RaggedLayer) for layer in ragged.layers] == [False, True, True]
+    full = DynamicCache()
+    hidden = {}
+    with torch.no_grad():
+        model(tokens(PROMPT), past_key_values=full)
+        for cache in (ragged, kept, full):
+            hook = attentions[0].register_forward_hook(lambda *a, cache=cache: hidden.update({id(cache): a[-1][0]}))
+            model(tokens(1, seed=1), past_key_values=cache, position_ids=torch.tensor([[PROMPT]]))
+            hook.remove()
+    assert_close(hidden[id(ragged)], hidden[id(full)])
+    assert_close(hidden[id(kept)], hidden[id(full)])
+
+
 def test_dense_to_ragged_and_back(llama):
     full = prefill(llama, tokens(PROMPT))
     back = RaggedCache.from_dynamic(full).to_dynamic()

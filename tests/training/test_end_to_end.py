@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from kvpress_moe.benchmark.asking import read, stack
-from kvpress_moe.benchmark.judging import Kept
+from kvpress_moe.benchmark.judging import Judged, Kept
 from kvpress_moe.benchmark.prompts import Prompt, encode
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.budget import share
@@ -90,14 +90,11 @@ def test_shares_of_one_and_nothing_read_like_the_cache_that_is_left(family, prom
     n_read = prompt.context.shape[1]
     layers = full_attention_layers(model)
     generator = torch.Generator().manual_seed(0)
-    masks = [torch.ones(layer.keys.shape[1:3], dtype=torch.bool) for layer in cache.layers]
-    slides = len(layers) < len(masks)  # such a model's ragged cache is another matter: all pairs stay there
-    for layer_idx in layers:
-        masks[layer_idx] &= slides | (torch.rand(masks[layer_idx].shape, generator=generator) < 0.4)
+    masks = [torch.rand(cache.layers[i].keys.shape[1:3], generator=generator) < 0.4 for i in layers]
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
-    log_kept = torch.stack([torch.where(masks[i], 0.0, -torch.inf) for i in layers])
+    log_kept = torch.where(torch.stack(masks), 0.0, -torch.inf)
     with torch.no_grad():
-        left = filled(pairs) if slides else stack(cache, [Kept(masks, None, n_read)])
+        left = stack(Judged(cache, layers), [Kept(masks, None, n_read)])
         expected = read(model, left, prompt, n_read)
         with reading_softly(model, layers, log_kept):
             got = read(model, filled(pairs), prompt, n_read)

