@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
@@ -182,6 +182,9 @@ def fit_routers(
         fitted.save(layer_idx, routers.layers[layer_idx], losses)
         progress("fitting layers", len(mine) - len(missing) + missing.index(layer_idx) + 1, len(mine), losses[-1])
     crew.wait()
+    for layer_idx in set(range(config.num_hidden_layers)) - set(layers):
+        for weights in routers.layers[layer_idx].parameters():
+            nn.init.zeros_(weights)  # never used: nothing that a file should carry about
     by_epoch = [[round(loss, 4) for loss in fitted.load(idx, routers.layers[idx])] for idx in layers]
     metrics = {
         "recipe": asdict(recipe),

@@ -293,6 +293,8 @@ def test_every_family_trains(family, chat_tokenizer, prompt):
     recipe = replace(RECIPE, samples=2, epochs=1)
     routers, metrics = train(model, chat_tokenizer, recipe)
     assert len(metrics["loss_by_layer"]) == len(full)
+    blank = [not any(weights.any() for weights in router.parameters()) for router in routers.layers]
+    assert blank == [layer_idx not in full for layer_idx in range(len(blank))]
     cache = prefill(model, prompt.context, MoERouterPress(0.5, router=routers))
     kept = sum(sum(cache.layers[layer_idx].lengths[0]) for layer_idx in full)
     assert kept == len(full) * config.num_key_value_heads * (prompt.context.shape[1] // 2)
