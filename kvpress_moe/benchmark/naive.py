@@ -73,12 +73,18 @@ def answer_hooked(
         for layer in cache.layers:
             if isinstance(layer, RaggedLayer):
                 layer.n_read = n_read
-    fit_masks(cache, model.config.get_text_config(decoder=True))  # kvpress leaves masks that fit equal layers alone
+    fit_masks(
+        cache, model.config.get_text_config(decoder=True)
+    )  # those of layers that stayed whole: lengths differ now
     tokens = torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1).to(model.device)
     start = cache.get_seq_length() if isinstance(press, kvpress.KeyRerotationPress) else n_read
     positions = torch.arange(start, start + tokens.shape[1], device=model.device)
     logits = model(
-        input_ids=tokens, past_key_values=cache, position_ids=positions[None], logits_to_keep=prompt.answer.shape[1]
+        input_ids=tokens,
+        past_key_values=cache,
+        position_ids=positions[None],
+        cache_position=positions,
+        logits_to_keep=prompt.answer.shape[1],
     ).logits[0]
     return logits, cache
 

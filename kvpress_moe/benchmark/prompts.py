@@ -82,7 +82,23 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
     n_prefix = len(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix else 0
     if not chat and ids[0][0, 0] == tokenizer.bos_token_id:
         n_prefix = 1
+    if not tokenizer.chat_template:
+        _check_cuts(tokenizer, [context, question, sample.answer], torch.cat(ids, 1)[0])
     return Prompt(ids[0], ids[1], ids[2], n_prefix)
+
+
+def _check_cuts(tokenizer: PreTrainedTokenizerBase, parts: list[str], ids: Tensor) -> None:
+    """Raise if a tokenizer adds something at the beginning of every part, as SentencePiece's dummy prefix does."""
+    in_parts, whole = (
+        tokenizer.decode(some, skip_special_tokens=True) for some in (ids, tokenizer("".join(parts)).input_ids)
+    )
+    if in_parts != whole:
+        raise SettingError(
+            "model",
+            type(tokenizer).__name__,
+            "a tokenizer that reads the parts of a text as it reads the whole",
+            "Without a chat template the benchmark cannot serve it: use the model's instruct version.",
+        )
 
 
 def check_fits(prompt: Prompt, sample: Sample, limit: int) -> None:

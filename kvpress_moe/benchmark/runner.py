@@ -81,11 +81,6 @@ class Plan:
 
             find_tasks(self.tasks)
 
-    def cells(self) -> list[Cell]:
-        """All (method, ratio) of a sample, the full cache first."""
-        methods = [name for name in find_methods(self.methods) if name != "full"]
-        return [("full", 0.0), *((name, ratio) for name in methods for ratio in self.ratios)]
-
 
 class Evaluator:
     """
@@ -111,15 +106,21 @@ class Evaluator:
                 f"model: got {type(self.model).__name__}, whose norms of queries and keys kvpress does not know, "
                 "expected another. Its presses would compute wrong queries; MoERouterPress itself can serve the model."
             )
-        unfit = [name for name, method in self.methods.items() if not leaves_windows_alone(method)]
-        if unfit and some_layers_slide(self.model):
-            fit = [name for name in self.methods if name not in unfit]
-            raise SettingError(
-                "methods",
-                unfit,
-                "methods that can leave layers with sliding-window attention alone, as this model has them",
-                f"They turn keys, or prefill in a way of their own. Ask for: --methods {','.join(fit)}",
-            )
+        if some_layers_slide(self.model):
+            unfit = [name for name, method in self.methods.items() if not leaves_windows_alone(method)]
+            if unfit and plan.methods is not None:
+                raise SettingError(
+                    "methods",
+                    unfit,
+                    "methods that can leave this model's layers with sliding-window attention alone",
+                    "They turn keys, share a budget of all layers, or prefill in their own way. Leave them out.",
+                )
+            self.methods = {name: method for name, method in self.methods.items() if name not in unfit}
+
+    def cells(self) -> list[Cell]:
+        """All (method, ratio) of a sample, the full cache first."""
+        methods = [name for name in self.methods if name != "full"]
+        return [("full", 0.0), *((name, ratio) for name in methods for ratio in self.plan.ratios)]
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -232,10 +233,9 @@ def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:
     }
 
 
-def missing(plan: Plan, samples: list[Sample], records: Records) -> list[tuple[Sample, list[Cell]]]:
+def missing(wanted: list[Cell], samples: list[Sample], records: Records) -> list[tuple[Sample, list[Cell]]]:
     """What is still to be done: samples, each with the cells that no record holds."""
     done = records.done()
-    wanted = plan.cells()
     work = []
     for sample in samples:
         cells = [cell for cell in wanted if cell not in done.get(sample.id, ())]
@@ -280,7 +280,7 @@ def run(
     for sample in samples:
         evaluator.prompt(sample)  # fails before the first record where one does not fit
     records = Records(out, header(plan, evaluator, command))
-    work = missing(plan, samples, records)
+    work = missing(evaluator.cells(), samples, records)
     start = time.perf_counter()
     progress(0, len(work))
     evaluate = spread or (lambda _, work: (evaluator.evaluate(sample, cells) for sample, cells in work))

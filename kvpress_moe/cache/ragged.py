@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import chain, groupby
 from typing import Any
@@ -231,7 +232,9 @@ class RaggedCache(DynamicCache):
         layers: list[Any] = cache.layers
         for layer_idx, layer in enumerate(layers):
             mask = kept(layer_idx)
-            ragged.layers.append(layer if mask is None else RaggedLayer.from_dense(layer.keys, layer.values, mask))
+            ragged.layers.append(
+                copy.copy(layer) if mask is None else RaggedLayer.from_dense(layer.keys, layer.values, mask)
+            )
         return ragged
 
     @classmethod

@@ -7,14 +7,15 @@ from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
 from kvpress_moe.benchmark.asking import ask, ask_full, batches, hit_rate, stack
-from kvpress_moe.benchmark.judging import Kept, allocate, judge
+from kvpress_moe.benchmark.judging import Kept, allocate, judge, of_layer
 from kvpress_moe.benchmark.methods import find_methods, leaves_windows_alone
 from kvpress_moe.benchmark.naive import answer_hooked
 from kvpress_moe.benchmark.own_prefill import judge_alone
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.budget import share
 from kvpress_moe.cache import RaggedCache
-from tests.tiny import decoder, kept_positions, prefill, tiny_model, tokens
+from kvpress_moe.model_support import full_attentions, language_model
+from tests.tiny import FAMILIES, decoder, kept_positions, prefill, tiny_model, tokens
 
 RATIOS = (0.5, 0.8)
 METHODS = find_methods(None) | find_methods(["observed_attention", "kvcompose"])
@@ -59,7 +60,7 @@ def test_every_method_keeps_and_answers_what_its_hooked_press_does(llama, prompt
 SLIDING = [name for name in HOOKED if leaves_windows_alone(METHODS[name])]
 
 
-@pytest.fixture(scope="module", params=["gemma3_text", "gemma3"])
+@pytest.fixture(scope="module", params=[family for family in ("gemma2", "gemma3_text", "gemma3") if family in FAMILIES])
 def gemma(request):
     return tiny_model(request.param)
 
@@ -80,6 +81,32 @@ def test_layers_that_slide_are_left_alone_by_all(gemma, prompt, judged_gemma, na
     assert_close(torch.tensor(answer.nll), nll.detach(), atol=2e-4, rtol=1e-4)
     assert len(kept.altered or kept.mask) == 2
     assert cache.layers[0].keys.shape[2] == 300 + 18 + 12 - 1
+
+
+def test_caches_of_a_model_with_windows_are_asked_together_as_alone(gemma, prompt, judged_gemma):
+    """All in one batch, in two by their bytes, and one that keeps everything; 16 written tokens leave the window."""
+    reference = ask_full(gemma, judged_gemma.cache, prompt)
+    everything = Kept([torch.ones(2, 300, dtype=torch.bool)] * 2, None, 300)
+    kept = [everything, *(judged_gemma.kept[name, 0.5] for name in SLIDING[:6])]
+    together = ask(gemma, judged_gemma, prompt, reference, kept, write=16)
+    assert together[0].kl < 1e-6
+    assert together[0].n_pairs == 2 * 2 * 300
+    for one, answer in zip(kept, together, strict=True):
+        alone = ask(gemma, judged_gemma, prompt, reference, [one], write=16)[0]
+        assert abs(alone.nll - answer.nll) < 1e-4
+        assert alone.written == answer.written
+
+
+def test_presses_are_given_the_rotation_of_the_layer_that_they_judge(gemma):
+    attention = full_attentions(gemma)[0]
+    rotary = language_model(gemma).rotary_emb
+    states, positions = torch.zeros(1, 5, 16), torch.arange(5)[None]
+    expected = (
+        rotary(states, positions)
+        if gemma.config.model_type == "gemma2"
+        else rotary(states, positions, "full_attention")
+    )
+    assert_close(of_layer(rotary, attention)(states, positions), expected)
 
 
 def test_kvzip_of_a_model_with_windows_judges_the_other_layers(gemma, prompt, tokenizer):

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers.normalizers import Prepend
 from tokenizers.processors import TemplateProcessing
 
 from kvpress_moe.benchmark.methods import find_methods, registered
@@ -50,7 +51,7 @@ def test_a_run_records_every_cell_of_every_sample_once_and_repeats_nothing(evalu
     assert (summary["samples"], summary["earlier"]) == (6, 0)
     for record in lines(tmp_path):
         cells = [(row[0], row[1]) for row in record["results"]]
-        assert cells == PLAN.cells()
+        assert cells == evaluator.cells()
         assert record["results"][0][:2] == ["full", 0.0]
         assert record["results"][0][4] == pytest.approx(0, abs=1e-6)
     again = run(PLAN, tmp_path, "bench", evaluator)
@@ -142,7 +143,7 @@ def test_missing_work_is_what_no_record_holds(evaluator, tmp_path):
     rest = [None] * (len(COLUMNS) - 2)
     about = {"sample": sample.id, "task": sample.task, "length": sample.length, "columns": list(COLUMNS)}
     records.add(about | {"results": [["full", 0.0, *rest], ["knorm", 0.9, *rest]]})
-    work = missing(PLAN, evaluator.samples, records)
+    work = missing(evaluator.cells(), evaluator.samples, records)
     assert len(work) == 6
     assert ("knorm", 0.9) not in work[0][1]
     assert ("knorm", 0.5) in work[0][1]
@@ -173,11 +174,25 @@ def test_contexts_longer_than_the_model_takes_and_models_that_presses_cannot_ser
         run(long, tmp_path / "long", "bench", Evaluator(long, (llama, chat_tokenizer)))
     assert not (tmp_path / "long").exists()
     turning = replace(PLAN, methods=("knorm", "rerotated_cur", "observed_attention"))
-    with pytest.raises(SettingError, match="got .*'rerotated_cur', 'observed_attention'.*--methods knorm,full"):
+    with pytest.raises(SettingError, match=r"methods: got \['rerotated_cur', 'observed_attention'\].*Leave them out"):
         Evaluator(turning, (tiny_model("gemma3"), chat_tokenizer))
     for family in {"qwen3_moe", "olmoe"} & set(FAMILIES):
         with pytest.raises(UnsupportedModelError, match="whose norms of queries and keys kvpress does not know"):
             Evaluator(PLAN, (tiny_model(family), chat_tokenizer))
+
+
+def test_a_model_with_windows_is_evaluated_by_all_methods_that_leave_them_alone(chat_tokenizer):
+    """Nothing evicted is no divergence; ratios are met in the layers with full attention, which are all that counts."""
+    plan = replace(PLAN, methods=None, ratios=(0.5,), tasks=("kv_list",), limit=1, sinks=0, recent=0)
+    evaluator = Evaluator(plan, (tiny_model("gemma3"), chat_tokenizer))
+    left_out = set(find_methods(None)) - set(evaluator.methods)
+    assert left_out == {"rerotated_cur", "rerotated_leverage", "pyramidkv"}
+    sample = evaluator.samples[0]
+    full, *rows = evaluator.evaluate(sample, evaluator.cells())["results"]
+    whole = 2 * 2 * evaluator.prompt(sample).context.shape[1]
+    assert (full[6], full[4]) == (whole, pytest.approx(0, abs=1e-6))
+    for row in rows:
+        assert 0.4 * whole < row[6] <= whole // 2, row[0]
 
 
 def test_a_press_of_ones_own_takes_part(llama, chat_tokenizer, tmp_path):
@@ -209,10 +224,11 @@ def test_aware_compresses_the_question_too(chat_tokenizer):
 def test_a_model_without_a_template_reads_plain_text(tokenizer):
     sample = make_sample("needle_noise", lambda text: len(text), 900, 0)
     text = f"{sample.context}\n\n{sample.question}\n{sample.answer_prefix}{sample.answer}"
-    for setting in ("agnostic", "aware"):
+    for setting, asked in (("agnostic", False), ("aware", True)):
         prompt = encode(sample, tokenizer, setting)
         whole = torch.cat((prompt.context, prompt.question, prompt.answer), 1)[0]
         assert tokenizer.decode(whole) == text
+        assert (sample.question in tokenizer.decode(prompt.context[0])) == asked
         assert prompt.n_prefix == 0
     beginning = copy.deepcopy(tokenizer)
     beginning.bos_token = "<pad>"
@@ -220,6 +236,10 @@ def test_a_model_without_a_template_reads_plain_text(tokenizer):
     beginning.backend_tokenizer.post_processor = TemplateProcessing("<pad> $A", None, special)
     prompt = encode(sample, beginning)
     assert prompt.n_prefix == 1
+    adding = copy.deepcopy(tokenizer)
+    adding.backend_tokenizer.normalizer = Prepend("_")
+    with pytest.raises(SettingError, match="model: got .*reads the parts of a text as it reads the whole.*instruct"):
+        encode(sample, adding)
     assert torch.cat((prompt.context, prompt.question, prompt.answer), 1)[0, 1:].tolist() == whole.tolist()
 
 

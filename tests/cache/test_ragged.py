@@ -287,6 +287,7 @@ def test_what_was_masked_in_a_model_with_windows_is_freed_where_attention_is_ful
     kept = RaggedCache.from_masked(model, reference)
     assert [isinstance(layer, RaggedLayer) for layer in ragged.layers] == [False, True, True]
     full = DynamicCache()
+    length = reference.layers[0].keys.shape[2]
     hidden = {}
     with torch.no_grad():
         model(tokens(PROMPT), past_key_values=full)
@@ -296,6 +297,7 @@ def test_what_was_masked_in_a_model_with_windows_is_freed_where_attention_is_ful
             hook.remove()
     assert_close(hidden[id(ragged)], hidden[id(full)])
     assert_close(hidden[id(kept)], hidden[id(full)])
+    assert reference.layers[0].keys.shape[2] == length  # copied, not shared
 
 
 def test_dense_to_ragged_and_back(llama):
