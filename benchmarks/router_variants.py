@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument(
         "--routers", nargs="*", type=Path, default=[], help="directories of trained routers, beside them"
     )
-    parser.add_argument("--prompts", type=int, default=Recipe().samples, help="to train on")
+    parser.add_argument("--prompts", type=int, default=120, help="to train on; the shipped routers had 120")
     parser.add_argument("--epochs", type=int, default=Recipe().epochs)
     parser.add_argument("--end-to-end", type=int, default=0, help="epochs")
     parser.add_argument("--out", type=Path, help="keep the trained routers here, a directory for each variant")

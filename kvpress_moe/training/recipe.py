@@ -55,7 +55,7 @@ class Recipe:
 
     experts: tuple[str, ...] = ("learned", "keydiff", "leverage", "cur", "tova")
     top_k: int = 5
-    samples: int = 120
+    samples: int = 48  # every kind at every length once
     length: int = 1024
     tasks: tuple[str, ...] = tuple(task for task in TASKS if task not in HELD_OUT)
     teacher: str = "both"
