@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from kvpress_moe.cli import app, main
 from kvpress_moe.cli.ask import run
 from kvpress_moe.cli.options import read_context
+from kvpress_moe.training.recipe import Recipe
 from tests.tiny import tiny_model
 
 TEXT = "The council has promised an answer before the spring. " * 8
@@ -64,6 +65,22 @@ def test_the_router_of_one_expert_answers_as_that_expert_alone(text_file, model_
 def test_text_comes_from_standard_input_too(model_directory):
     result = ask("-", "What?", "--model", str(model_directory), "--max-new-tokens", "2", "--json", stdin=TEXT)
     assert figures(result)["context_tokens"] == 1 + len(TEXT)  # a byte is a token, and <s> is one
+
+
+def test_layers_that_are_not_compressed_are_not_counted_as_such(text_file, chat_tokenizer, monkeypatch):
+    monkeypatch.setattr("kvpress_moe.models.load_model", lambda *args: (tiny_model("gemma3_text"), chat_tokenizer))
+    output = ask(text_file, "What?", "--max-new-tokens", "2").output
+    assert "50% of the pairs of 2 of 3 layers removed" in " ".join(output.split())
+
+
+def test_the_help_of_training_says_the_recipes_defaults():
+    text = " ".join(
+        re.sub(r"[│\s]+", " ", CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).output).split()
+    )
+    for option in ("samples", "length", "teacher", "value_weight", "epochs", "aux_loss_weight", "budget_weight",
+                   "end_to_end", "replay_weight", "seed"):  # fmt: skip
+        line = text.partition(f"--{option.replace('_', '-')} ")[2].partition(" --")[0]
+        assert re.search(rf"\({getattr(Recipe(), option):g}\)" if option != "teacher" else r"\(both\)", line), option
 
 
 def test_the_built_in_text_holds_the_answer_to_the_built_in_question():

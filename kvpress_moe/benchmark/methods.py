@@ -171,18 +171,19 @@ def find_methods(names: Iterable[str] | None) -> dict[str, Method]:
     return found
 
 
-def leaves_windows_alone(method: Method) -> bool:
+def touches_windows(method: Method) -> str | None:
     """
-    Whether a method can be kept to the layers with full attention of a model whose other layers slide.
+    Why a method cannot be kept to the layers with full attention of a model whose other layers slide; None if it can.
 
-    KVzip's scores can; other presses with a prefill of their own hook all layers, and keys that were turned to new
-    positions in some layers only would disagree with the others about where the next token stands. PyramidKV's shares
-    add up to the ratio over all layers alone.
+    Keys that were turned to new positions in some layers only would disagree with the others about where the next token
+    stands, and PyramidKV's shares add up to the ratio over all layers alone.
     """
-    if method.own_prefill or method.scorer == "kvzip":
-        return method.scorer == "kvzip"
-    unfit = (kvpress.KeyRerotationPress, kvpress.PyramidKVPress)
-    return not isinstance(method.make(lambda scorer: scorer), unfit)
+    if method.own_prefill and method.scorer != "kvzip":
+        return "hooks all layers in a prefill of its own"
+    press = method.make(lambda scorer: scorer) if not method.own_prefill else None
+    if isinstance(press, kvpress.KeyRerotationPress):
+        return "turns keys to new positions"
+    return "shares a budget of all layers" if isinstance(press, kvpress.PyramidKVPress) else None
 
 
 def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-party") -> Method:

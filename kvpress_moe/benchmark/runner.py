@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvpress_moe.benchmark.methods import Method, find_methods, leaves_windows_alone
+from kvpress_moe.benchmark.methods import Method, find_methods, touches_windows
 from kvpress_moe.benchmark.prompts import SETTINGS, Prompt, check_fits, encode
 from kvpress_moe.benchmark.records import COLUMNS, FORMAT, Records
 from kvpress_moe.benchmark.tasks import SPLITS, TASKS, Sample, make_sample
@@ -107,15 +108,23 @@ class Evaluator:
                 "expected another. Its presses would compute wrong queries; MoERouterPress itself can serve the model."
             )
         if some_layers_slide(self.model):
-            unfit = [name for name, method in self.methods.items() if not leaves_windows_alone(method)]
-            if unfit and plan.methods is not None:
-                raise SettingError(
-                    "methods",
-                    unfit,
-                    "methods that can leave this model's layers with sliding-window attention alone",
-                    "They turn keys, share a budget of all layers, or prefill in their own way. Leave them out.",
-                )
-            self.methods = {name: method for name, method in self.methods.items() if name not in unfit}
+            self._leave_windows_alone()
+
+    def _leave_windows_alone(self) -> None:
+        """Drop methods that would touch layers with sliding-window attention; refuse those that were named."""
+        reasons = {name: touches_windows(method) for name, method in self.methods.items()}
+        unfit = {name: reason for name, reason in reasons.items() if reason}
+        said = ", ".join(f"{name} {reason}" for name, reason in unfit.items())
+        if unfit and self.plan.methods is not None:
+            raise SettingError(
+                "methods",
+                list(unfit),
+                "methods that can leave this model's layers with sliding-window attention alone",
+                f"{said}. Leave them out.",
+            )
+        if unfit:
+            warnings.warn(f"bench: left out, as some of the model's layers slide: {said}.", stacklevel=3)
+        self.methods = {name: method for name, method in self.methods.items() if name not in unfit}
 
     def cells(self) -> list[Cell]:
         """All (method, ratio) of a sample, the full cache first."""

@@ -155,6 +155,7 @@ def run(
     return {
         "model": model.config.name_or_path,
         "device": device,
+        "num_hidden_layers": model.config.get_text_config().num_hidden_layers,
         "context_tokens": context_ids.shape[1],
         **{name: value for name, value in settings.items() if name in ("compression_ratio", "budget")},
         "questions": questions,
@@ -227,9 +228,11 @@ def show(result: dict[str, Any], console: Any) -> None:
     from rich.text import Text
 
     full = result["methods"][0]
+    n_pressed, n_layers = len(result["expert_usage_ratios"]), result["num_hidden_layers"]
+    layers = f"of {n_pressed} of {n_layers} layers " if n_pressed < n_layers else ""  # the others slide
     console.print(
         f"[bold]{result['context_tokens']}[/] tokens, prefilled once in [bold]{result['prefill_seconds']:.1f} s[/] on "
-        f"{result['device']}; {result['compression_ratio']:.0%} of the pairs removed, cache "
+        f"{result['device']}; {result['compression_ratio']:.0%} of the pairs {layers}removed, cache "
         f"[bold]{full['mib']:.1f}[/] → [bold]{result['methods'][1]['mib']:.1f} MiB[/]",
         highlight=False,
     )

@@ -27,34 +27,35 @@ kvpress-moe ask --router routers/smollm2
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Directory of the trained routers.")],
+    out: Annotated[Path, typer.Option(help="Directory of the trained routers; those in it are replaced.")],
     model: Model = None,
     device: Device = "cpu",
     experts: Annotated[
         str | None, typer.Option(help="Names separated by commas; 'learned' is the router's own.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Experts per token; all.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Prompts to learn from.")] = None,
-    length: Annotated[int | None, typer.Option(help="Longest context, in tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token (all).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Prompts to learn from (48).")] = None,
+    length: Annotated[int | None, typer.Option(help="Longest context, in tokens (1024).")] = None,
     tasks: Annotated[str | None, typer.Option(help="Kinds of prompts; all but variable_tracking and code.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="replay, answer or both.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="replay, answer or both (both).")] = None,
     value_weight: Annotated[
-        float | None, typer.Option(help="How much it counts what a value writes: 0 attention alone, 1 the product.")
+        float | None,
+        typer.Option(help="How much it counts what a value writes: 0 attention alone, 1 the product (0.5)."),
     ] = None,
     gate: Annotated[bool, typer.Option(help="--no-gate: equal weights for all tokens, a static mixture.")] = True,
     learned_sees: Annotated[
         bool, typer.Option(help="--no-learned-sees: the learned expert reads the hidden state alone.")
     ] = True,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the captured tokens.")] = None,
-    aux_loss_weight: Annotated[float | None, typer.Option(help="Of the load-balancing loss.")] = None,
-    budget_weight: Annotated[float | None, typer.Option(help="Of the loss at the budgets' thresholds.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the captured tokens (8).")] = None,
+    aux_loss_weight: Annotated[float | None, typer.Option(help="Of the load-balancing loss (0.01).")] = None,
+    budget_weight: Annotated[float | None, typer.Option(help="Of the loss at the budgets' thresholds (2).")] = None,
     end_to_end: Annotated[
-        int | None, typer.Option(help="Epochs of tuning by the model's answers, all layers together; 0: none.")
+        int | None, typer.Option(help="Epochs of tuning by the model's answers, all layers together (3); 0: none.")
     ] = None,
     replay_weight: Annotated[
-        float | None, typer.Option(help="Of repeating the context, beside the answers, while tuning.")
+        float | None, typer.Option(help="Of repeating the context, beside the answers, while tuning (1).")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of prompts and fit.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of prompts and fit (0).")] = None,
     shards: Annotated[
         Path | None, typer.Option(help="Keep captured prompts here; a run that was interrupted goes on from them.")
     ] = None,

@@ -53,7 +53,8 @@ def capture(
     dict
         ``hidden`` (L, S, C) float16, inputs of the attention layers; ``ranks`` (L, E, H, S) float16, each expert's
         ranks within the head; ``replay`` (L, H, S) float16, log of the largest attention that a repetition of the
-        context pays (KVzip, arXiv 2505.23416), minus infinity in the template's prefix (or ``<bos>``), which is not repeated;
+        context pays (KVzip, arXiv 2505.23416), minus infinity in the template's prefix (or
+        ``<bos>``), which is not repeated;
         ``answer`` the same of the real question and answer; ``writes`` (L, H, S) float16, log of what the value adds
         to the residual stream, ‖W_O v‖ of the largest of the head's query heads, over the stream's norm there (mean of
         the logs of all tokens).

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from kvpress_moe import MoERouterPress
 from kvpress_moe.benchmark.asking import ask, ask_full, batches, hit_rate, stack
 from kvpress_moe.benchmark.judging import Kept, allocate, judge, of_layer
-from kvpress_moe.benchmark.methods import find_methods, leaves_windows_alone
+from kvpress_moe.benchmark.methods import find_methods, touches_windows
 from kvpress_moe.benchmark.naive import answer_hooked
 from kvpress_moe.benchmark.own_prefill import judge_alone
 from kvpress_moe.benchmark.prompts import Prompt
@@ -57,7 +57,7 @@ def test_every_method_keeps_and_answers_what_its_hooked_press_does(llama, prompt
                 assert torch.equal(torch.zeros_like(mask).scatter_(1, positions[0], True), mask)
 
 
-SLIDING = [name for name in HOOKED if leaves_windows_alone(METHODS[name])]
+SLIDING = [name for name in HOOKED if touches_windows(METHODS[name]) is None]
 
 
 @pytest.fixture(scope="module", params=[family for family in ("gemma2", "gemma3_text", "gemma3") if family in FAMILIES])

@@ -118,9 +118,9 @@ def costs(results: Results) -> Table:
                 row.append(f"{value:{spec}}" if np.isfinite(value) else "unknown")
         rows.append(row)
     note = (
-        "Pairs: counted in the cache that answered, over the full cache's. Cost: time of scoring and selecting over "
-        "the time of the shared prefill, in one process. Hit rate: share of the attention of question and answer (full "
-        "cache) on kept pairs; it does not rank methods."
+        "Pairs: counted in the cache that answered, over the full cache's, in layers with full attention. Cost: time "
+        "of scoring and selecting over the time of the shared prefill, in one process. Hit rate: share of the "
+        "attention of question and answer (full cache) on kept pairs; it does not rank methods."
     )
     return Table("Pairs, cost, hit rate", note, head, rows)
 
@@ -135,7 +135,10 @@ def versus(results: Results, reference: str) -> Table:
         cells = []
         for ratio in results.ratios:
             estimate = mean_over_tasks(results.paired((method, ratio), (reference, ratio), "kl"))
-            sign = "" if not np.isfinite(estimate.mean) else " *" if estimate.low > 0 or estimate.high < 0 else ""
+            told = estimate.low < estimate.high and (
+                estimate.low > 0 or estimate.high < 0
+            )  # one sample has no interval
+            sign = " *" if told else ""
             cells.append(f"{estimate:+.4f}{sign}")
         rows.append([method, *cells])
     note = f"KL minus that of `{reference}` on the same samples; * where the 95 % interval leaves out zero."
