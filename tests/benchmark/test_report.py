@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvpress_moe.benchmark.records import COLUMNS
-from kvpress_moe.benchmark.report.markdown import costs, overview, per_task, ranked, skills, versus
+from kvpress_moe.benchmark.report.markdown import costs, overview, per_task, ranked, skills, versus, versus_best_of_task
 from kvpress_moe.benchmark.report.summary import best_single, load, mean_over_tasks, oracle_values
 from kvpress_moe.errors import SettingError
 
@@ -67,6 +67,34 @@ def naive(directory, method, ratio, column):
             if (row[0], row[1]) == (method, ratio):
                 by_task.setdefault(record["task"], []).append(row[COLUMNS.index(column)])
     return sum(sum(values) / len(values) for values in by_task.values()) / len(by_task)
+
+
+def test_every_tasks_best_press_stands_against_ours(results, tmp_path):
+    """By hand: per task and ratio the press of lowest KL, and the mean of its samples' KL minus ours."""
+    table = versus_best_of_task(results, "<b>moe</b>")
+    kl = {}
+    for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for row in record["results"]:
+            kl.setdefault((record["task"], row[0], row[1]), []).append(row[4])
+    signs = {ratio: [0, 0] for ratio in RATIOS}
+    for task, *cells in table.rows[:-1]:
+        for ratio, cell in zip(RATIOS, cells, strict=True):
+            best = min(("snapkv", "cur"), key=lambda name: np.mean(kl[task, name, ratio]))
+            difference = np.mean(np.subtract(kl[task, best, ratio], kl[task, "<b>moe</b>", ratio]))
+            assert cell.startswith(f"{best} {difference:+.4f} [")
+            if cell.endswith("*"):
+                signs[ratio][int(difference < 0)] += 1
+    assert sum(map(sum, signs.values())) > 0
+    assert table.rows[-1][1:] == [f"{better} / {worse}" for better, worse in signs.values()]
+
+
+def test_one_sample_tells_no_difference(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = [line for line in (run / "records.jsonl").read_text().splitlines() if json.loads(line)["index"] == 0]
+    (run / "records.jsonl").write_text("\n".join(lines) + "\n")
+    for table in (versus(load([run]), "<b>moe</b>"), versus_best_of_task(load([run]), "<b>moe</b>")):
+        assert not any("*" in cell for row in table.rows for cell in row[1:])
 
 
 def test_means_are_means_of_task_means(results, tmp_path):
