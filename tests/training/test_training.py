@@ -23,6 +23,7 @@ from kvpress_moe.errors import ExpertError, SettingError
 from kvpress_moe.experts import make_expert
 from kvpress_moe.model_support import full_attention_layers
 from kvpress_moe.replay import ReplayScores, chat_suffix
+from kvpress_moe.router_setup import SHIPPED
 from kvpress_moe.routers import BaseMoERouter
 from kvpress_moe.training.capture import capture, written_norm
 from kvpress_moe.training.crew import Crew
@@ -452,6 +453,19 @@ def test_pretrained_presses_are_passed_on(llama, trained, prompt, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert press.push_to_hub("me/routers") == "https://huggingface.co/me/routers"
     assert uploaded == {"me/routers": ["routers.json", "routers.safetensors"]}
+
+
+@pytest.mark.parametrize("directory", sorted(SHIPPED.glob("*/")), ids=lambda directory: directory.name)
+def test_routers_that_ship_load_and_say_how_they_were_made(directory):
+    """At most 3 MB, trained, finite; the card's command asks for what the recipe says."""
+    routers = load_routers(directory)
+    card = json.loads((directory / "routers.json").read_text())
+    recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["metrics"]["recipe"].items()})
+    assert routers.config.trained
+    assert routers.config.experts == recipe.experts
+    assert f"--samples {recipe.samples} " in card["metrics"]["command"]
+    assert replace(recipe, samples=Recipe().samples) == Recipe()
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 3e6
 
 
 def test_routers_ship_for_the_model_they_were_trained_for_alone(llama, trained, prompt, tmp_path, monkeypatch):
