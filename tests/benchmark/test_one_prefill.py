@@ -221,3 +221,4 @@ def test_protection_is_the_same_for_all(judged):
 def test_batches_hold_at_most_the_bytes_asked_for():
     kept = [Kept([torch.ones(1, n, dtype=torch.bool)]) for n in (5, 5, 20, 1, 1, 1)]
     assert list(batches(kept, bytes_per_pair=2, limit=20)) == [[0, 1], [2], [3, 4, 5]]
+    assert list(batches(kept, bytes_per_pair=2, bytes_beside=7, limit=20)) == [[0], [1], [2], [3, 4], [5]]
