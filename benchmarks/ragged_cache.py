@@ -1,11 +1,14 @@
 """
 Bytes and decoding time of a ragged cache, beside a uniform cache of the same bytes, AdaKV's masking and the full cache.
 
-    python benchmarks/ragged_cache.py                              SmolLM2 and a small random Llama, 4k and 16k tokens
-    python benchmarks/ragged_cache.py --models random --lengths 2048 --rounds 3
+    python -m benchmarks.ragged_cache                              SmolLM2 and a small random Llama, 4k and 16k tokens
+    python -m benchmarks.ragged_cache --models random --lengths 2048 --rounds 3
+    python -m benchmarks.ragged_cache --models llama-8b --lengths 32768 --device cuda
 
 All caches of one model and length are decoded in turns within one run, round after round; medians are compared, so read
-the ratios, not the seconds. Prints a table; the last line is one JSON document.
+the ratios, not the seconds. On a GPU the ragged caches are decoded by each of ``--attentions``: the package's two, and
+the candidates of ``ragged_candidates.py``. The last column is the largest difference of a question's logits from those
+that plain PyTorch computes on the same cache. Prints a table; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -14,113 +17,188 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import torch
 from kvpress import AdaKVPress, ExpectedAttentionPress
 
+from benchmarks.ragged_candidates import flash_attention, flex_attention
 from kvpress_moe import MoERouterPress, load_model
-from kvpress_moe.benchmark.speed import small_llama
+from kvpress_moe.benchmark.speed import RANDOM_MODELS
+from kvpress_moe.cache.ragged_attention import RaggedAttention, use_ragged_attention
 from kvpress_moe.prefill import Prefill, cache_bytes
 
 RATIO = 0.75
 PROSE = "The harbour master writes a report every year, and this is the part about ships, cranes, fish, ice and fog. "
+ATTENTIONS: dict[str, str | RaggedAttention] = {
+    "torch": "torch",
+    "triton": "triton",
+    "flash": flash_attention,
+    "flex": flex_attention,
+}
+QUESTION = 24  # tokens
 
 
-def setting(name: str, n_tokens: int):
+@dataclass
+class Way:
+    """A cache and how it is read, and what was measured of the two."""
+
+    cache: object
+    masked: list  # of each attention layer: the indices that AdaKV masks, or None
+    attention: str = "torch"
+    seconds: list[float] = field(default_factory=list)
+    difference: float | None = None
+    failed: str = ""
+
+
+def setting(name: str, n_tokens: int, device: str, dtype: torch.dtype | None):
     """A model and a prompt of ``n_tokens``."""
-    if name == "random":
-        return small_llama(n_tokens), torch.randint(0, 1000, (1, n_tokens), generator=torch.Generator().manual_seed(0))
-    model, tokenizer = load_model()
-    words = tokenizer(PROSE * (n_tokens // 15), return_tensors="pt").input_ids[:, :n_tokens]
-    return model, words
-
-
-def caches(model, ids) -> dict:
-    """One prefill, four caches. AdaKV's is the full one plus masked indices on the attention layers."""
-    prefill = Prefill(model, ids)
-    ours = {
-        "uniform": MoERouterPress(RATIO, experts=["expected_attention"]),
-        "ragged, layer": MoERouterPress(RATIO, experts=["expected_attention"], budget="layer"),
-        "ragged, global": MoERouterPress(RATIO, experts=["expected_attention"], budget="global"),
-    }
-    made = {"full": prefill.compress(None)} | {name: prefill.compress(press) for name, press in ours.items()}
-    made["AdaKV, masked"] = prefill.compress(AdaKVPress(ExpectedAttentionPress(RATIO)))
-    return made
+    if name in RANDOM_MODELS:
+        model = RANDOM_MODELS[name](n_tokens, device)
+        words = torch.randint(0, 1000, (1, n_tokens), generator=torch.Generator().manual_seed(0))
+    else:
+        model, tokenizer = load_model(None, device)
+        words = tokenizer(PROSE * (n_tokens // 15), return_tensors="pt").input_ids[:, :n_tokens]
+    return (model if dtype is None else model.to(dtype)), words.to(device)
 
 
 def attention_layers(model) -> list:
     return [layer.self_attn for layer in model.model.layers]
 
 
-def seconds_per_token(model, cache, masked, n_read: int, n_tokens: int) -> float:
-    """Decode ``n_tokens`` one by one and take them off again."""
-    for attention, indices in zip(attention_layers(model), masked, strict=True):
-        attention.masked_key_indices = indices
-    lengths = [cache.get_seq_length(layer_idx) for layer_idx in range(len(cache))]
-    token = torch.zeros(1, 1, dtype=torch.long)
-    started = time.perf_counter()
-    with torch.no_grad():
-        for step in range(n_tokens):
-            model(token, past_key_values=cache, position_ids=torch.tensor([[n_read + step]]))
-    elapsed = (time.perf_counter() - started) / n_tokens
+def ways_of(model, ids, attentions: list[str]) -> dict[str, Way]:
+    """One prefill, four caches. AdaKV's is the full one plus masked indices on the attention layers."""
+    prefill = Prefill(model, ids)
+    nothing = [None] * len(attention_layers(model))
+    ours = {
+        budget: MoERouterPress(RATIO, experts=["expected_attention"], budget=budget)
+        for budget in ("uniform", "layer", "global")
+    }
+    caches = {budget: prefill.compress(press) for budget, press in ours.items()}
+    ways = {"full": Way(prefill.compress(None), nothing), "uniform": Way(caches["uniform"], nothing)}
+    for attention in attentions:
+        suffix = "" if attentions == ["torch"] else f", {attention}"
+        for budget in ("layer", "global"):
+            ways[f"ragged, {budget}{suffix}"] = Way(caches[budget], nothing, attention)
+    masking = prefill.compress(AdaKVPress(ExpectedAttentionPress(RATIO)))
+    ways["AdaKV, masked"] = Way(masking, [attention.masked_key_indices for attention in attention_layers(model)])
+    return ways
+
+
+def take_back(cache, lengths: list[int]) -> None:
     for layer, length in zip(cache.layers, lengths, strict=True):
         layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-    return elapsed
 
 
-def measure(name: str, n_tokens: int, rounds: int, n_new: int) -> list[dict]:
-    model, ids = setting(name, n_tokens)
-    made = caches(model, ids)
-    masked_by_adakv = [attention.masked_key_indices for attention in attention_layers(model)]
-    nothing = [None] * len(masked_by_adakv)
-    times: dict[str, list[float]] = {method: [] for method in made}
+@torch.no_grad()
+def read(model, way: Way, blocks: list[torch.Tensor], n_read: int) -> tuple[float, torch.Tensor]:
+    """Read blocks of tokens one after another and take them off again: the seconds, and the last block's logits."""
+    for attention, indices in zip(attention_layers(model), way.masked, strict=True):
+        attention.masked_key_indices = indices
+    lengths = [way.cache.get_seq_length(layer_idx) for layer_idx in range(len(way.cache))]
+    before = use_ragged_attention(ATTENTIONS[way.attention])
+    try:
+        started = now(model.device)
+        for block in blocks:
+            positions = torch.arange(n_read, n_read + block.shape[1], device=block.device)[None]
+            logits = model(block, past_key_values=way.cache, position_ids=positions).logits
+            n_read += block.shape[1]
+        return now(model.device) - started, logits
+    finally:
+        use_ragged_attention(before)
+        take_back(way.cache, lengths)
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(model, ids, rounds: int, n_new: int, attentions: list[str]) -> dict[str, Way]:
+    """Everything decoded in turns. A way that fails says why and is left out of further rounds."""
+    ways = ways_of(model, ids, attentions)
+    question, token = ids[:, :QUESTION], torch.zeros_like(ids[:, :1])
+    answers = {}
+    for name, way in ways.items():
+        try:
+            logits = read(model, way, [question], ids.shape[1])[1].float()
+        except Exception as error:  # whatever a kernel raises on a GPU that nobody has tried it on
+            way.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            continue
+        same = answers.setdefault(id(way.cache), logits)  # plain PyTorch comes first
+        way.difference = (logits - same).abs().max().item() if name.startswith("ragged") else None
     for round_number in range(rounds + 1):  # the first round warms up
-        for method, cache in made.items():
-            masked = masked_by_adakv if "masked" in method else nothing
-            seconds = seconds_per_token(model, cache, masked, ids.shape[1], n_new)
-            if round_number:
-                times[method].append(seconds)
-    full_bytes, uniform = cache_bytes(made["full"]), statistics.median(times["uniform"])
-    return [
-        {
-            "model": name,
-            "tokens": ids.shape[1],
-            "cache": method,
-            "mib": cache_bytes(cache) / 2**20,
-            "share_of_full_bytes": cache_bytes(cache) / full_bytes,
-            "ms_per_token": 1000 * statistics.median(times[method]),
-            "ms_spread": [1000 * min(times[method]), 1000 * max(times[method])],
-            "time_to_uniform": statistics.median(times[method]) / uniform,
+        for way in ways.values():
+            if not way.failed:
+                seconds, _ = read(model, way, [token] * n_new, ids.shape[1])
+                way.seconds += [seconds / n_new] if round_number else []
+    return ways
+
+
+def rows_of(name: str, n_tokens: int, ways: dict[str, Way]) -> list[dict]:
+    full_bytes, uniform = cache_bytes(ways["full"].cache), statistics.median(ways["uniform"].seconds)
+    rows = []
+    for method, way in ways.items():
+        row = {"model": name, "tokens": n_tokens, "cache": method}
+        if way.failed:
+            rows.append(row | {"failed": way.failed})
+            continue
+        n_bytes, median = cache_bytes(way.cache), statistics.median(way.seconds)
+        row |= {
+            "mib": n_bytes / 2**20,
+            "share_of_full_bytes": n_bytes / full_bytes,
+            "ms_per_token": 1000 * median,
+            "ms_spread": [1000 * min(way.seconds), 1000 * max(way.seconds)],
+            "time_to_uniform": median / uniform,
+            "logits_differ_by": way.difference,
         }
-        for method, cache in made.items()
-    ]
+        rows.append(row)
+    return rows
+
+
+def printed(row: dict) -> str:
+    start = f"| {row['model']} | {row['tokens']} | {row['cache']} |"
+    if "failed" in row:
+        return f"{start} failed: {row['failed']} |||||"
+    (low, high), difference = row["ms_spread"], row["logits_differ_by"]
+    return (
+        f"{start} {row['mib']:.1f} | {row['share_of_full_bytes']:.1%} | {row['ms_per_token']:.1f} "
+        f"({low:.1f}–{high:.1f}) | {row['time_to_uniform']:.2f} × | {'' if not difference else f'{difference:.1e}'} |"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=["smollm2", "random"], default=["smollm2", "random"])
+    parser.add_argument("--models", nargs="+", choices=["smollm2", *RANDOM_MODELS], default=["smollm2", "random"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16384])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the model's own otherwise")
+    parser.add_argument("--attentions", nargs="+", choices=list(ATTENTIONS), help="torch; on a GPU all")
     arguments = parser.parse_args()
+    on_gpu = arguments.device.startswith("cuda")
+    attentions = arguments.attentions or (list(ATTENTIONS) if on_gpu else ["torch"])
+    dtype = arguments.dtype and getattr(torch, arguments.dtype)
     rows = []
-    print("| model | tokens | cache | MiB | share of full | ms per token (min–max) | to uniform |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | tokens | cache | MiB | share of full | ms per token (min–max) | to uniform | logits differ by |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in arguments.models:
         for n_tokens in arguments.lengths:
-            for row in measure(name, n_tokens, arguments.rounds, arguments.new_tokens):
+            model, ids = setting(name, n_tokens, arguments.device, dtype)
+            for row in rows_of(name, n_tokens, measure(model, ids, arguments.rounds, arguments.new_tokens, attentions)):
                 rows.append(row)
-                low, high = row["ms_spread"]
-                print(
-                    f"| {row['model']} | {row['tokens']} | {row['cache']} | {row['mib']:.1f} | "
-                    f"{row['share_of_full_bytes']:.1%} | {row['ms_per_token']:.1f} ({low:.1f}–{high:.1f}) | "
-                    f"{row['time_to_uniform']:.2f} × |",
-                    flush=True,
-                )
-    versions = {package: version(package) for package in ("kvpress-moe", "kvpress", "torch", "transformers")}
-    facts = {"compression_ratio": RATIO, "threads": torch.get_num_threads(), "versions": versions, **vars(arguments)}
-    print(json.dumps({**facts, "rows": rows}, separators=(",", ":")))
+                print(printed(row), flush=True)
+            del model
+    facts = {
+        "compression_ratio": RATIO,
+        "processor": torch.cuda.get_device_name(arguments.device) if on_gpu else "CPU",
+        "threads": torch.get_num_threads(),
+        "versions": {package: version(package) for package in ("kvpress-moe", "kvpress", "torch", "transformers")},
+    }
+    print(json.dumps({**facts, **vars(arguments), "rows": rows}, separators=(",", ":")))
 
 
 if __name__ == "__main__":

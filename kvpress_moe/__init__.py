@@ -30,6 +30,7 @@ _HOMES = {
     "load_routers": "kvpress_moe.checkpoint",
     "save_cache": "kvpress_moe.cache",
     "save_routers": "kvpress_moe.checkpoint",
+    "use_ragged_attention": "kvpress_moe.cache",
 }
 
 __all__ = sorted(_HOMES)

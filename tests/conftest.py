@@ -13,6 +13,9 @@ with warnings.catch_warnings():  # transformers imports hqq where it is installe
     warnings.simplefilter("ignore", DeprecationWarning)
     import transformers.cache_utils  # noqa: F401
 
+if not torch.cuda.is_available():  # before triton is imported: its kernels then run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.browser import Watched, chromium
 from tests.tiny import byte_tokenizer, tiny_model
 

@@ -98,10 +98,29 @@ def small_llama(n_tokens: int, device: str = "cpu", num_layers: int = 8, num_hea
         return model
 
 
+def llama_8b(n_tokens: int, device: str = "cuda") -> PreTrainedModel:
+    """A model of the shape of Llama 3.1 8B, random weights in bfloat16 (15 GiB) made where they will be used."""
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rope_theta=500_000.0,
+        max_position_embeddings=n_tokens + 1000,
+    )
+    with torch.device(device), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: PreTrainedModel = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    return model
+
+
 #: Models with random weights, by the name that the command knows them by.
 RANDOM_MODELS: dict[str, Callable[[int, str], PreTrainedModel]] = {
     "random": small_llama,
     "tiny": partial(small_llama, num_layers=2, num_heads=8),
+    "llama-8b": llama_8b,
 }
 
 

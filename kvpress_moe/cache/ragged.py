@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.cache.ragged_attention import register_ragged_attention
+from kvpress_moe.cache.tiling import Tiling
 from kvpress_moe.errors import UnsupportedInputError
 from kvpress_moe.model_support import full_attention_layers, language_model
 
@@ -50,7 +51,7 @@ class RaggedLayer(CacheLayerMixin):
         self.is_initialized = True
         self.n_read, self.lengths = n_read, lengths
         self.flat_keys, self.flat_values = flat_keys, flat_values
-        self._runs: list[tuple[Tensor, Tensor]] | None = None
+        self._forget_derived()
         empty = (len(lengths), len(lengths[0]), 0)
         self.new_keys = flat_keys.new_empty(*empty, flat_keys.shape[-1])  # (B, H, T, D)
         self.new_values = flat_values.new_empty(*empty, flat_values.shape[-1])
@@ -130,7 +131,7 @@ class RaggedLayer(CacheLayerMixin):
         self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:
-        self._runs = None
+        self._forget_derived()
         for name in ("flat_keys", "flat_values", "new_keys", "new_values"):
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
@@ -147,7 +148,7 @@ class RaggedLayer(CacheLayerMixin):
         self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
     def _select(self, rows: list[int]) -> None:
-        self._runs = None
+        self._forget_derived()
         per_row = [sum(heads) for heads in self.lengths]
         keys, values = self.flat_keys.split(per_row), self.flat_values.split(per_row)
         self.flat_keys = torch.cat([keys[row] for row in rows])
@@ -155,6 +156,10 @@ class RaggedLayer(CacheLayerMixin):
         self.lengths = [list(self.lengths[row]) for row in rows]
         index = torch.tensor(rows, device=self.new_keys.device)
         self.new_keys, self.new_values = self.new_keys[index], self.new_values[index]
+
+    def _forget_derived(self) -> None:
+        self._runs: list[tuple[Tensor, Tensor]] | None = None
+        self._tilings: dict[int, Tiling] = {}
 
     # ── reading it ──
 
@@ -176,6 +181,12 @@ class RaggedLayer(CacheLayerMixin):
                 for k, v, (length, n_heads) in zip(keys, values, lengths, strict=True)
             ]
         return self._runs
+
+    def tiling(self, tile_size: int) -> Tiling:
+        """The heads cut into tiles of at most ``tile_size`` pairs, on the layer's device."""
+        if tile_size not in self._tilings:
+            self._tilings[tile_size] = Tiling.of(self.lengths, tile_size, self.flat_keys.device)
+        return self._tilings[tile_size]
 
     @property
     def nbytes(self) -> int:

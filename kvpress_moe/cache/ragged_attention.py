@@ -6,19 +6,60 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpress_moe.attention import bend, softcap
-from kvpress_moe.errors import UnsupportedInputError
+from kvpress_moe.attention import softcap
+from kvpress_moe.cache.ragged_torch import torch_attention
+from kvpress_moe.errors import SettingError, UnsupportedInputError
 from kvpress_moe.model_support import hides_tokens
 
 if TYPE_CHECKING:
     from kvpress_moe.cache.ragged import RaggedLayer
 
+#: ``(query, layer, scaling, cap) -> output``, see :func:`kvpress_moe.cache.ragged_torch.torch_attention`.
+RaggedAttention = Callable[[Tensor, "RaggedLayer", float, float | None], Tensor]
 
-LOGITS_AT_ONCE = 2**19  # what a run of heads may hold in memory; longer runs are cut
+_in_use: RaggedAttention = torch_attention
+
+
+def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
+    """
+    Choose what computes attention over ragged layers, in all threads, from now on.
+
+    Parameters
+    ----------
+    attention : {"torch", "triton"} or callable
+        ``"torch"``, the default: plain PyTorch on any device. ``"triton"``: two kernels for CUDA devices, see
+        :mod:`kvpress_moe.cache.ragged_triton`; they have passed their tests in Triton's interpreter and compile for
+        compute capabilities 8.0 to 9.0, but no GPU has been measured, which is why they are not the default. Or a
+        function of your own, of the form of :func:`kvpress_moe.cache.ragged_torch.torch_attention`. Nothing falls back
+        to another: what a choice cannot serve is an error.
+
+    Returns
+    -------
+    callable
+        What was in use before; pass it to come back.
+
+    Raises
+    ------
+    SettingError
+        If the name is unknown, or Triton is not installed.
+    """
+    global _in_use
+    if attention == "torch":
+        attention = torch_attention
+    elif attention == "triton":
+        try:
+            from kvpress_moe.cache.ragged_triton import triton_attention as attention
+        except ModuleNotFoundError as error:
+            raise SettingError(
+                "attention", "triton", "the package triton", "pip install kvpress-moe[triton], on Linux."
+            ) from error
+    if not callable(attention):
+        raise SettingError("attention", attention, "'torch', 'triton' or a function", "")
+    before, _in_use = _in_use, attention
+    return before
 
 
 def register_ragged_attention() -> None:
@@ -33,7 +74,7 @@ def register_ragged_attention() -> None:
 
 
 def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function that sends keys of a RaggedLayer to :func:`ragged_attention`."""
+    """An attention function that sends keys of a RaggedLayer to the function in use."""
 
     @wraps(function)
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
@@ -47,109 +88,7 @@ def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
                 "attention_mask: got padding among the tokens that meet a compressed cache, expected questions of "
                 "equal length. Ask them one by one, or group those of one length."
             )
-        return ragged_attention(query, layer, kwargs.get("scaling") or module.scaling, softcap(module)), None
+        return _in_use(query, layer, kwargs.get("scaling") or module.scaling, softcap(module)), None
 
     attention.without_ragged = function  # type: ignore[attr-defined]
     return attention
-
-
-def ragged_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
-    """
-    Attention of the newest tokens over a ragged layer: each sees all kept pairs and what came since, up to itself.
-
-    Neighbouring heads of one length are computed together, on views of the flat tensors: no padding and no copy of the
-    kept pairs.
-
-    Parameters
-    ----------
-    query : Tensor, shape (B, num_heads, Q, D)
-        Queries of the layer's newest Q tokens.
-    layer : RaggedLayer
-        With those tokens appended.
-    scaling : float
-    cap : float, optional
-        Bound of the logits, see :func:`kvpress_moe.attention.bend`.
-
-    Returns
-    -------
-    Tensor, shape (B, Q, num_heads, D)
-    """
-    n_batch, num_heads, q_len, head_dim = query.shape
-    n_new = layer.new_keys.shape[2]
-    grouped = query.unflatten(1, (layer.new_keys.shape[1], -1)).flatten(2, 3) * scaling  # (B, H, G·Q, D)
-    new_logits = bend((grouped @ layer.new_keys.transpose(2, 3)).float(), cap)  # (B, H, G·Q, T)
-    if q_len > 1:
-        future = torch.ones(q_len, n_new, dtype=torch.bool, device=query.device).triu(n_new - q_len + 1)
-        new_logits = new_logits.unflatten(2, (-1, q_len)).masked_fill(future, -torch.inf).flatten(2, 3)
-    grouped, new_logits, new_values = (
-        part.flatten(0, 1) for part in (grouped, new_logits, layer.new_values)
-    )  # (B·H, …)
-    keys, values = zip(*layer.runs(), strict=True)
-    sizes = [len(run) for run in keys]
-    parts = [part.split(sizes) for part in (grouped, new_logits, new_values)]
-    longest = max(run.shape[1] for run in keys)
-    differentiable = torch.is_grad_enabled() and (query.requires_grad or layer.new_keys.requires_grad)
-    if new_logits[..., 0].numel() * (longest + n_new) <= LOGITS_AT_ONCE and not differentiable:  # it writes in place
-        output = attend_padded(grouped, new_logits, new_values, keys, values, parts[0], longest, cap)
-    else:
-        runs = zip(*parts, keys, values, strict=True)
-        output = torch.cat([attend(some, logits, new, k, v, cap) for some, logits, new, k, v in runs])
-    return output.view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
-
-
-def attend(
-    queries: Tensor, new_logits: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, cap: float | None
-) -> Tensor:
-    """
-    Attention of one run of R heads of equal length n, a few at a time if their logits are many.
-
-    Parameters
-    ----------
-    queries : Tensor, shape (R, G·Q, D)
-        Scaled.
-    new_logits : Tensor, shape (R, G·Q, T), float32
-    new_values : Tensor, shape (R, T, D)
-    keys, values : Tensor, shape (R, n, D)
-    cap : float or None
-
-    Returns
-    -------
-    Tensor, shape (R, G·Q, D)
-    """
-    n_kept = keys.shape[1]
-    at_once = max(1, LOGITS_AT_ONCE // (queries.shape[1] * (n_kept + new_logits.shape[2])))
-    outputs = []
-    for some in zip(*(part.split(at_once) for part in (queries, new_logits, new_values, keys, values)), strict=True):
-        queries, new_logits, new_values, keys, values = some
-        logits = torch.cat((bend((queries @ keys.mT).float(), cap), new_logits), dim=-1)
-        weights = logits.softmax(dim=-1).to(queries.dtype)
-        outputs.append(torch.baddbmm(weights[..., n_kept:] @ new_values, weights[..., :n_kept], values))
-    return torch.cat(outputs)
-
-
-def attend_padded(
-    grouped: Tensor,
-    new_logits: Tensor,
-    new_values: Tensor,
-    keys: tuple[Tensor, ...],
-    values: tuple[Tensor, ...],
-    queries: tuple[Tensor, ...],
-    longest: int,
-    cap: float | None,
-) -> Tensor:
-    """
-    The same for all heads (B·H, …) at once, with two operations for each run: only logits are padded, never pairs.
-
-    For few queries, where starting an operation costs more than what it computes.
-    """
-    logits = grouped.new_full((*new_logits.shape[:2], longest), -torch.inf)
-    sizes = [len(run) for run in keys]
-    for run, run_queries, padded in zip(keys, queries, logits.split(sizes), strict=True):
-        torch.bmm(run_queries, run.mT, out=padded[..., : run.shape[1]])
-    if cap is not None:
-        logits = torch.where(logits == -torch.inf, logits, bend(logits.float(), cap))
-    weights = torch.cat((logits.float(), new_logits), dim=-1).softmax(dim=-1).to(grouped.dtype)
-    output = weights[..., longest:] @ new_values
-    for run, kept, summed in zip(values, weights.split(sizes), output.split(sizes), strict=True):
-        summed.baddbmm_(kept[..., : run.shape[1]], run)
-    return output

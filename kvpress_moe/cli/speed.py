@@ -22,6 +22,8 @@ kvpress-moe bench speed --lengths 1024,4096 --out results/speed
 kvpress-moe bench speed --model random --lengths 1024,4096,16384 --batches 1,8
 
 kvpress-moe bench speed --model tiny --lengths 1024,2048,4096,8192,16384,32768 --presses "MoERouter (guide)"
+
+kvpress-moe bench speed --model llama-8b --device cuda --lengths 8192,32768,131072 --longest 131072 --out results/gpu
 """
 
 
@@ -42,7 +44,7 @@ def speed(
 
     Read the ratios, not the seconds: all methods of a length are measured round after round in one process, medians
     are compared. `--model random` is a small Llama with random weights whose attention dominates, `--model tiny` one of
-    two layers, for long prompts.
+    two layers, for long prompts; `--model llama-8b --device cuda` has the shape of Llama 3.1 8B, in bfloat16.
     """
     import torch
 

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from kvpress_moe import MoERouterPress, SettingError, UnsupportedInputError
 from kvpress_moe.budget import share
-from kvpress_moe.cache import RaggedCache, RaggedLayer, ragged_attention
+from kvpress_moe.cache import RaggedCache, RaggedLayer, ragged_torch
 from kvpress_moe.prefill import Prefill, cache_bytes
 from tests.tiny import decoder, nothing, positions_of, prefill, tiny_model, tokens
 
@@ -44,12 +44,12 @@ def n_pairs(cache):
 @pytest.mark.parametrize("n_new", [1, 4])
 def test_logits_are_bent_as_the_layer_bends_them(monkeypatch, n_new, logits_at_once):
     """Gemma 2's soft cap."""
-    monkeypatch.setattr(ragged_attention, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(ragged_torch, "LOGITS_AT_ONCE", logits_at_once)
     keys, values, kept = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8), torch.rand(2, 3, 20) > 0.5
     new_keys, new_values, query = torch.randn(2, 3, n_new, 8), torch.randn(2, 3, n_new, 8), torch.randn(2, 6, n_new, 8)
     layer = RaggedLayer.from_dense(keys, values, kept)
     layer.update(new_keys, new_values)
-    got = ragged_attention.ragged_attention(query, layer, 1.0, cap=1.5)
+    got = ragged_torch.torch_attention(query, layer, 1.0, cap=1.5)
 
     seen = torch.cat((kept[:, :, None].expand(-1, -1, n_new, -1), torch.ones(2, 3, n_new, n_new).tril().bool()), dim=-1)
     keys, values = torch.cat((keys, new_keys), dim=2), torch.cat((values, new_values), dim=2)

@@ -1,0 +1,137 @@
+"""
+The Triton kernels of ragged attention, compiled for GPUs that need not be there: what each block takes of a GPU.
+
+    python -m benchmarks.compiled_kernels                      capabilities 8.0, 8.6, 9.0; all dtypes and head sizes
+    python -m benchmarks.compiled_kernels --capabilities 90 --dtypes bf16 --head-dims 128
+
+Needs kvpress-moe[triton], which brings NVIDIA's assembler; no GPU. For every kernel: registers of a thread, bytes
+spilled to local memory, shared memory beside the most that the GPU gives a program, and counts of the instructions that
+matter: copies of 16 bytes that do not wait, and products on tensor cores. Ends with an error if one does not fit. What
+it cannot say is how fast a kernel is, or that its compiled form computes what the interpreted one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvpress_moe.cache.ragged_kernels import attend_tiles, merge_tiles
+from kvpress_moe.cache.ragged_triton import blocks_for
+
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # most that a program gets, by compute capability
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TENSORS = ("query", "flat_keys", "flat_values", "new_keys", "new_values", "output")
+TYPES = {
+    "tiles": "*i32",
+    "first_tiles": "*i32",
+    "partial": "*fp32",
+    "weights": "*fp32",
+    "scaling": "fp32",
+    "cap": "fp32",
+}
+STRIDES = ("_row", "_head", "_token")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel takes."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wide_copies: int
+    tensor_core_products: int
+
+
+def compiled(kernel: Any, dtype: str, constants: dict[str, Any], capability: int) -> Compiled:
+    """Compile a kernel for one kind of GPU, pointers and strides being multiples of 16 as those of caches are."""
+    names = kernel.arg_names
+    types = TYPES | dict.fromkeys(TENSORS, f"*{dtype}")
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [
+        name for name in names if signature[name].startswith("*") or (name.endswith(STRIDES) and name not in constants)
+    ]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name != "new_tiles_per_head"},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    usage = resource_usage(made.asm["cubin"])
+    assembly = made.asm["ptx"]
+    return Compiled(
+        usage["REG"],
+        usage["STACK"] + usage["LOCAL"],
+        made.metadata.shared,
+        len(re.findall(r"cp\.async\.cg", assembly)),
+        len(re.findall(r"mma\.sync|wgmma\.mma_async", assembly)),
+    )
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """What the assembler's own tool says of a binary: registers, stack, local memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+
+
+def variants(dtype: str, head_dim: int) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The kernels as ragged attention launches them: one new token, a question, logits under a cap."""
+    shape = {"N_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim}
+    found = []
+    for what, n_rows, capped in (("one token", 4, False), ("question", 400, False), ("question, capped", 400, True)):
+        block_d, block_rows, block_pairs = blocks_for(n_rows, head_dim, DTYPES[dtype].itemsize)
+        blocks = {"BLOCK_D": block_d, "BLOCK_ROWS": block_rows, "BLOCK_PAIRS": block_pairs, "CAPPED": capped}
+        found.append((what, attend_tiles, shape | blocks))
+    return [*found, ("merge", merge_tiles, shape | {"BLOCK_D": block_d, "BLOCK_TILES": 16})]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=list(SHARED_MEMORY), default=list(SHARED_MEMORY))
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 96, 128, 256])
+    arguments = parser.parse_args()
+    print(f"triton {version('triton')}\n")
+    print(
+        "| capability | dtype | head size | kernel | registers | spilled | shared (most) | 16-byte copies | products |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    too_large = []
+    for capability in arguments.capabilities:
+        for dtype in arguments.dtypes:
+            for head_dim in arguments.head_dims:
+                for what, kernel, constants in variants(dtype, head_dim):
+                    found = compiled(kernel, dtype, constants, capability)
+                    name = f"{capability / 10} | {dtype} | {head_dim} | {what}"
+                    print(
+                        f"| {name} | {found.registers} | {found.spilled_bytes} | {found.shared_bytes // 1024} KiB "
+                        f"({SHARED_MEMORY[capability] // 1024}) | {found.wide_copies} | {found.tensor_core_products} |",
+                        flush=True,
+                    )
+                    if found.shared_bytes > SHARED_MEMORY[capability]:
+                        too_large.append(name)
+    if too_large:
+        sys.exit("More shared memory than the GPU has: " + "; ".join(too_large))
+
+
+if __name__ == "__main__":
+    main()

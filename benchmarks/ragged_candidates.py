@@ -1,0 +1,108 @@
+"""
+Other ways to compute ragged attention on a GPU, for ``benchmarks/ragged_cache.py`` to measure beside the package's own.
+
+Both let a library's kernel read the kept pairs where they lie, compute the few tokens that came since in plain PyTorch,
+and put the two together by their sums of exponentials. Whichever wins on a GPU belongs in the package, the others not.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention import varlen
+
+from kvpress_moe.attention import bend
+from kvpress_moe.cache import RaggedLayer
+from kvpress_moe.cache.ragged_torch import newest_logits
+
+
+def flash_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
+    """
+    flash-attn's call for sequences of different lengths, as torch ships it: a head is a sequence.
+
+    The G·Q queries of a head are those of one sequence with one head, so that its pairs are read once. float16 and
+    bfloat16 on CUDA, without a cap.
+    """
+    if cap is not None:
+        raise ValueError("flash-attn's call in torch knows no cap of the logits")
+    grouped, logits = newest_logits(query, layer, scaling, cap)
+    n_heads, n_rows, head_dim = grouped.shape
+    lengths = list(chain.from_iterable(layer.lengths))
+    bounds = _on_device(tuple(accumulate(lengths, initial=0)), query.device)
+    queries_at = torch.arange(0, n_heads * n_rows + 1, n_rows, dtype=torch.int32, device=query.device)
+    kept, logs = varlen.varlen_attn(
+        grouped.reshape(-1, 1, head_dim),
+        layer.flat_keys[:, None],
+        layer.flat_values[:, None],
+        queries_at,
+        bounds,
+        n_rows,
+        max(lengths),
+        scale=1.0,  # the queries are scaled
+        return_aux=varlen.AuxRequest(lse=True),
+    )
+    empty = (bounds.diff() == 0)[:, None]  # whose sum of exponentials the kernel reports as plus infinity
+    logs = logs.view(n_heads, n_rows).masked_fill(empty, -torch.inf)
+    return _with_newest(kept.view_as(grouped), logs, logits, layer, query)
+
+
+def flex_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
+    """FlexAttention: all heads are one sequence, in which queries see their own head's pairs alone."""
+    grouped, logits = newest_logits(query, layer, scaling, cap)
+    n_heads, n_rows, head_dim = grouped.shape
+    mask = _own_heads(tuple(chain.from_iterable(layer.lengths)), n_rows, query.device)
+    kept, aux = _flex(query.device.type)(
+        grouped.reshape(1, 1, -1, head_dim),
+        layer.flat_keys[None, None],
+        layer.flat_values[None, None],
+        score_mod=None if cap is None else lambda score, *_: bend(score, cap),
+        block_mask=mask,
+        scale=1.0,
+        return_aux=flex.AuxRequest(lse=True),
+    )
+    return _with_newest(kept.view_as(grouped), aux.lse.view(n_heads, n_rows), logits, layer, query)
+
+
+def _with_newest(kept: Tensor, logs: Tensor, logits: Tensor, layer: RaggedLayer, query: Tensor) -> Tensor:
+    """
+    Attention over kept pairs and newest tokens from that over either.
+
+    Parameters
+    ----------
+    kept : Tensor, shape (B·H, G·Q, D)
+        Attention over the kept pairs.
+    logs : Tensor, shape (B·H, G·Q)
+        Logarithm of the sum of exponentials that it was divided by.
+    logits : Tensor, shape (B·H, G·Q, T)
+        Over the newest tokens.
+    """
+    newest = logits.softmax(-1).to(query.dtype) @ layer.new_values.flatten(0, 1)
+    share = torch.sigmoid(logs - logits.logsumexp(-1))[..., None]
+    output = torch.lerp(newest.float(), kept.float(), share).to(query.dtype)
+    return output.view(query.shape).transpose(1, 2)
+
+
+@cache
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+@cache
+def _own_heads(lengths: tuple[int, ...], n_rows: int, device: torch.device) -> flex.BlockMask:
+    of_pair = torch.repeat_interleave(torch.tensor(lengths)).to(device)
+    of_query = torch.arange(len(lengths), device=device).repeat_interleave(n_rows)
+
+    def own_head(batch: Tensor, head: Tensor, asking: Tensor, asked: Tensor) -> Tensor:
+        return of_query[asking] == of_pair[asked]
+
+    return flex.create_block_mask(own_head, 1, 1, len(of_query), len(of_pair), device=device)
+
+
+@cache
+def _flex(device_type: str):
+    """Compiled where it will be measured; uncompiled on a CPU, where the compiled one does not return the sums."""
+    return torch.compile(flex.flex_attention, dynamic=True) if device_type == "cuda" else flex.flex_attention

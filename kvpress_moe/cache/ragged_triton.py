@@ -1,0 +1,135 @@
+"""
+Attention over a RaggedLayer by two Triton kernels, for CUDA devices: heads cut into tiles of equal work, tiles merged.
+
+Split-KV decoding (Flash-Decoding, Dao et al. 2023; softmax over parts as in FlashAttention, arXiv 2205.14135) for heads
+of different lengths: one of 9,000 pairs becomes 36 tiles of 256 beside another's two, so that no program waits for the
+longest head. The kept pairs are read where they lie, unpadded and uncopied.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from kvpress_moe.cache.ragged_kernels import attend_tiles, merge_tiles
+from kvpress_moe.errors import UnsupportedInputError
+
+if TYPE_CHECKING:
+    from kvpress_moe.cache.ragged import RaggedLayer
+
+SMALLEST_TILE = 128  # pairs; a program that reads fewer costs more to start than it computes
+PROGRAMS = 512  # tiles to aim for: about four for each multiprocessor of a large GPU
+BLOCK_BYTES = 2**14  # of a block of keys; a block of values and what is loaded ahead come to about four times that
+
+
+def tile_size_for(n_pairs: int, longest: int, row_blocks: int) -> int:
+    """
+    Pairs of a tile, a power of two: so many that about ``PROGRAMS`` programs share the work.
+
+    Parameters
+    ----------
+    n_pairs : int
+        Kept and new ones, of all heads.
+    longest : int
+        Pairs of the longest head, kept or new.
+    row_blocks : int
+        Blocks of a head's queries.
+    """
+    wanted = -(-n_pairs * row_blocks // PROGRAMS)
+    size: int = max(SMALLEST_TILE, min(triton.next_power_of_2(wanted), triton.next_power_of_2(longest)))
+    return size
+
+
+def blocks_for(n_rows: int, head_dim: int, element_size: int) -> tuple[int, int, int]:
+    """
+    Dimensions, queries and pairs of a block: powers of two, at least the 16 that tensor cores take.
+
+    float32 is computed without tensor cores, from registers, which larger blocks would spill.
+    """
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    most = 16 if element_size == 4 else min(64, max(16, BLOCK_BYTES // (block_d * element_size)))
+    return block_d, min(most, max(16, triton.next_power_of_2(n_rows))), most
+
+
+def check(query: Tensor) -> None:
+    """Raise UnsupportedInputError for what the kernels cannot serve."""
+    if query.device.type != "cuda" and not isinstance(attend_tiles, InterpretedFunction):
+        got, expected, remedy = f"tensors on {query.device}", "a CUDA device", "Call"
+    elif query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        got, expected, remedy = f"{query.dtype}", "float16, bfloat16 or float32", "Call"
+    elif torch.is_grad_enabled() and query.requires_grad:
+        got, expected, remedy = "queries that require a gradient", "none", "Decode under torch.no_grad(), or call"
+    else:
+        return
+    raise UnsupportedInputError(
+        f"ragged attention 'triton': got {got}, expected {expected}. {remedy} use_ragged_attention('torch')."
+    )
+
+
+def triton_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
+    """
+    What :func:`kvpress_moe.cache.ragged_torch.torch_attention` computes, in two kernels.
+
+    Deterministic: no atomic operation. Besides the output it holds float32 parts of (tiles · G·Q · D); a long question
+    has few tiles.
+
+    Raises
+    ------
+    UnsupportedInputError
+        For a device that is not CUDA, float64, or queries that require a gradient.
+    """
+    check(query)
+    n_batch, num_heads, q_len, head_dim = query.shape
+    n_kv_heads, n_new = layer.new_keys.shape[1:3]
+    group = num_heads // n_kv_heads
+    n_rows = group * q_len
+    block_d, block_rows, block_pairs = blocks_for(n_rows, head_dim, query.element_size())
+    row_blocks = triton.cdiv(n_rows, block_rows)
+    n_pairs = len(layer.flat_keys) + n_batch * n_kv_heads * n_new
+    tile_size = tile_size_for(n_pairs, max(n_new, *map(max, layer.lengths)), row_blocks)
+    tiling = layer.tiling(tile_size)
+    n_tiles, new_tiles_per_head = len(tiling.tiles), triton.cdiv(n_new, tile_size)
+    n_all = n_tiles + n_batch * n_kv_heads * new_tiles_per_head
+    partial = query.new_empty(n_all, n_rows, head_dim, dtype=torch.float32)
+    weights = query.new_empty(n_all, n_rows, dtype=torch.float32)
+    output = query.new_empty(n_batch, q_len, num_heads, head_dim)
+    pairs = (layer.flat_keys, layer.flat_values, layer.new_keys, layer.new_values)
+    strides = (*query.stride()[:3], *layer.new_keys.stride()[:3], *layer.new_values.stride()[:3])
+    shape = {"N_HEADS": n_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    with torch.cuda.device_of(query):  # Triton launches on the current device, whatever the tensors' is
+        attend_tiles[(n_all, row_blocks)](
+            query,
+            *pairs,
+            tiling.tiles,
+            partial,
+            weights,
+            n_tiles,
+            new_tiles_per_head,
+            n_new,
+            q_len,
+            tile_size,
+            scaling,
+            cap or 0.0,
+            *strides,
+            **shape,
+            CAPPED=cap is not None,
+            BLOCK_ROWS=block_rows,
+            BLOCK_PAIRS=block_pairs,
+        )
+        merge_tiles[(n_rows, n_batch * n_kv_heads)](
+            partial,
+            weights,
+            tiling.first_tiles,
+            output,
+            n_tiles,
+            new_tiles_per_head,
+            q_len,
+            *output.stride()[:3],
+            **shape,
+            BLOCK_TILES=16,
+        )
+    return output
