@@ -110,6 +110,15 @@ def read(model, way: Way, blocks: list[torch.Tensor], n_read: int) -> tuple[floa
         take_back(way.cache, lengths)
 
 
+def attempt(model, way: Way, blocks: list[torch.Tensor], n_read: int) -> tuple[float, torch.Tensor] | None:
+    """The same; what fails says why. A kernel that nobody has tried on this GPU may raise anything."""
+    try:
+        return read(model, way, blocks, n_read)
+    except Exception as error:
+        way.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        return None
+
+
 def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -117,23 +126,18 @@ def now(device: torch.device) -> float:
 
 
 def measure(model, ids, rounds: int, n_new: int, attentions: list[str]) -> dict[str, Way]:
-    """Everything decoded in turns. A way that fails says why and is left out of further rounds."""
+    """Everything decoded in turns. A way that fails is left out of further rounds."""
     ways = ways_of(model, ids, attentions)
     question, token = ids[:, :QUESTION], torch.zeros_like(ids[:, :1])
-    answers = {}
+    by_torch: dict[int, torch.Tensor] = {}  # logits of each ragged cache; plain PyTorch comes first
     for name, way in ways.items():
-        try:
-            logits = read(model, way, [question], ids.shape[1])[1].float()
-        except Exception as error:  # whatever a kernel raises on a GPU that nobody has tried it on
-            way.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            continue
-        same = answers.setdefault(id(way.cache), logits)  # plain PyTorch comes first
-        way.difference = (logits - same).abs().max().item() if name.startswith("ragged") else None
+        if name.startswith("ragged") and (answer := attempt(model, way, [question], ids.shape[1])):
+            logits = answer[1].float()
+            way.difference = (logits - by_torch.setdefault(id(way.cache), logits)).abs().max().item()
     for round_number in range(rounds + 1):  # the first round warms up
         for way in ways.values():
-            if not way.failed:
-                seconds, _ = read(model, way, [token] * n_new, ids.shape[1])
-                way.seconds += [seconds / n_new] if round_number else []
+            if not way.failed and (answer := attempt(model, way, [token] * n_new, ids.shape[1])):
+                way.seconds += [answer[0] / n_new] if round_number else []
     return ways
 
 

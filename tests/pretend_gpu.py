@@ -23,7 +23,11 @@ aten = torch.ops.aten
 
 NAME = "pretended"
 CROSSES_DEVICES = {aten.copy_.default, aten._to_copy.default}
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
 INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+#: Operations for whose result the processor had to wait until the GPU was done, in order.
+waits: list[str] = []
 
 
 class PretendedTensor(torch.Tensor):
@@ -46,6 +50,7 @@ class PretendedTensor(torch.Tensor):
         return PretendedTensor(self.inner.clone())
 
     def tolist(self) -> Any:
+        waits.append("tolist")
         return self.inner.tolist()
 
     def untyped_storage(self) -> Any:
@@ -60,11 +65,21 @@ class PretendedTensor(torch.Tensor):
 
 
 def check_devices(operation: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise as PyTorch does where tensors of a GPU and of the CPU meet; numbers of a CPU may come along, and indices."""
+    """Raise as PyTorch does where tensors of a GPU and of the CPU meet. A CPU's numbers may come along, and indices."""
     given = [args[0], *args[2:], kwargs] if operation in INDEXES else [args, kwargs]
     tensors = [value for value in tree_leaves(given) if isinstance(value, torch.Tensor)]
     if any(t.dim() and not isinstance(t, PretendedTensor) for t in tensors):
-        raise RuntimeError(f"{operation}: Expected all tensors to be on the same device, but found at least two devices")
+        raise RuntimeError(
+            f"{operation}: Expected all tensors to be on the same device, but found at least two devices"
+        )
+
+
+def must_wait(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the processor needs the result: a number, a shape that depends on numbers, a copy on the CPU."""
+    if operation is aten._to_copy.default:
+        return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
+    masks = operation is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+    return masks or operation in WAITS
 
 
 def compute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -74,6 +89,8 @@ def compute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     pretended = [value for value in tree_leaves((args, kwargs)) if isinstance(value, PretendedTensor)]
     if pretended and operation not in CROSSES_DEVICES:
         check_devices(operation, args, kwargs)
+    if pretended and must_wait(operation, args, kwargs):
+        waits.append(str(operation))
     lands_here = bool(pretended)
     if operation is aten.copy_.default:
         lands_here = isinstance(args[0], PretendedTensor)
@@ -83,8 +100,11 @@ def compute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     written = {id(tensor.inner): tensor for tensor in pretended}
     inside = tree_map(lambda value: value.inner if isinstance(value, PretendedTensor) else value, (args, kwargs))
     results = operation(*inside[0], **inside[1])
-    unwrapped = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor) and v not in pretended] if (
-        lands_here and not pretended) else []
+    unwrapped = (
+        [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor) and v not in pretended]
+        if (lands_here and not pretended)
+        else []
+    )
 
     def placed(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not lands_here:
@@ -102,13 +122,17 @@ class _Operations(TorchDispatchMode):
 
 
 class _Literals(TorchFunctionMode):
-    """torch.tensor goes to a device on ways that no operation can be seen on."""
+    """Literals go to a device on ways that no operation can be seen on: torch.tensor, and lists as indices."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if function in (torch.tensor, torch.as_tensor) and device is not None:
             return function(*args, **{**kwargs, "device": None}).to(device)
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[1], (list, tuple)):
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
+            args = (args[0], index, *args[2:])
         return function(*args, **kwargs)
 
 

@@ -17,6 +17,7 @@ from kvpress_moe.benchmark.speed import (
     Row,
     SpeedPlan,
     decode,
+    llama_8b,
     measure,
     peak_bytes,
 )
@@ -65,6 +66,15 @@ def test_decoding_leaves_the_cache_as_it_was(llama, budget):
         decode(llama, cache, tokens(60), 4)
         after = llama(tokens(1), past_key_values=cache, position_ids=torch.tensor([[60]])).logits
     assert torch.equal(before, after)
+
+
+def test_the_model_for_gpus_has_the_shape_of_llama_3_1_8b():
+    model = llama_8b(131_072, "meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8_030_261_248  # as its card says
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    config = model.config
+    pair = 2 * config.head_dim * config.num_key_value_heads * config.num_hidden_layers * 2
+    assert pair == 128 * 1024  # bytes of a token's keys and values
 
 
 def test_the_peak_is_that_of_the_work_alone():
