@@ -103,6 +103,27 @@ def test_one_tile_of_a_head_or_many_give_the_same(monkeypatch):
     assert_close(outputs[0], outputs[2])
 
 
+def test_a_head_of_many_tiles_is_put_together_from_all_of_them(small_tiles):
+    """More than the merging kernel takes at once; the pairs that matter most come last."""
+    keys, values = torch.randn(2, 1, 1, 400, 8).sort(dim=-2).values.to(DEVICE)
+    layer = RaggedLayer.from_dense(keys, values, torch.ones(1, 1, 400, dtype=torch.bool, device=DEVICE))
+    layer.update(*torch.randn(2, 1, 1, 1, 8).to(DEVICE))
+    query = torch.ones(1, GROUP, 1, 8).to(DEVICE)
+    assert len(layer.tiling(16).tiles) == 25
+    assert_close(triton_attention(query, layer, 0.3), naive(query, layer, 0.3), atol=1e-5, rtol=1e-5)
+
+
+def test_a_question_longer_than_what_is_kept_has_tiles_as_long_as_itself(monkeypatch):
+    """Otherwise its float32 parts, one for each tile and query, would outgrow everything else."""
+    monkeypatch.setattr(ragged_triton, "PROGRAMS", 1)
+    monkeypatch.setattr(ragged_triton, "SMALLEST_TILE", 16)
+    query, layer = made(130)
+    sizes, tiling = [], layer.tiling
+    monkeypatch.setattr(layer, "tiling", lambda size: sizes.append(size) or tiling(size))
+    triton_attention(query, layer, 0.3)
+    assert sizes == [256]
+
+
 def test_logits_far_from_zero_neither_overflow_nor_vanish(small_tiles):
     query, layer = made(40, q_len=3)
     assert_close(triton_attention(query, layer, 300.0), naive(query, layer, 300.0), atol=1e-4, rtol=1e-4)
@@ -113,6 +134,7 @@ def test_tokens_that_were_taken_back_are_not_seen(small_tiles):
     """What is left after a crop is a view, whose heads lie apart."""
     query, layer = made(40)
     layer.crop(N_PROMPT + 7)
+    layer.new_values = layer.new_values.contiguous()  # keys and values lie differently
     assert not layer.new_keys.is_contiguous()
     assert_close(triton_attention(query, layer, 0.3), naive(query, layer, 0.3), atol=1e-5, rtol=1e-5)
 
