@@ -41,7 +41,7 @@ TYPES = {
     "scaling": "fp32",
     "cap": "fp32",
 }
-STRIDES = ("_row", "_head", "_token")
+STRIDES = [f"{of}_{along}" for of in ("query", "key", "value", "output") for along in ("row", "head", "token")]
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,16 @@ class Compiled:
 
 
 def compiled(kernel: Any, dtype: str, constants: dict[str, Any], capability: int) -> Compiled:
-    """Compile a kernel for one kind of GPU, pointers and strides being multiples of 16 as those of caches are."""
+    """Compile a kernel for one kind of GPU; pointers, strides and tiles are multiples of 16, as those of caches are."""
     names = kernel.arg_names
     types = TYPES | dict.fromkeys(TENSORS, f"*{dtype}")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = [
-        name for name in names if signature[name].startswith("*") or (name.endswith(STRIDES) and name not in constants)
-    ]
+    aligned = [name for name in names if signature[name].startswith("*") or name in (*STRIDES, "tile_size")]
     source = ASTSource(
         kernel,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name != "new_tiles_per_head"},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     usage = resource_usage(made.asm["cubin"])
@@ -77,7 +75,7 @@ def compiled(kernel: Any, dtype: str, constants: dict[str, Any], capability: int
         usage["STACK"] + usage["LOCAL"],
         made.metadata.shared,
         len(re.findall(r"cp\.async\.cg", assembly)),
-        len(re.findall(r"mma\.sync|wgmma\.mma_async", assembly)),
+        len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", assembly)),
     )
 
 
@@ -100,8 +98,12 @@ def variants(dtype: str, head_dim: int) -> list[tuple[str, Any, dict[str, Any]]]
     for what, n_rows, capped in (("one token", 4, False), ("question", 400, False), ("question, capped", 400, True)):
         block_d, block_rows, block_pairs = blocks_for(n_rows, head_dim, DTYPES[dtype].itemsize)
         blocks = {"BLOCK_D": block_d, "BLOCK_ROWS": block_rows, "BLOCK_PAIRS": block_pairs, "CAPPED": capped}
-        found.append((what, attend_tiles, shape | blocks))
-    return [*found, ("merge", merge_tiles, shape | {"BLOCK_D": block_d, "BLOCK_TILES": 16})]
+        alone = {"q_len": 1} if n_rows == shape["GROUP"] else {}  # Triton makes a constant of an argument that is 1
+        found.append((what, attend_tiles, shape | blocks | alone))
+        if not capped:
+            merging = shape | {"BLOCK_D": block_d, "BLOCK_TILES": 16} | alone
+            found.append((f"{what}, merge", merge_tiles, merging))
+    return found
 
 
 def main() -> None:

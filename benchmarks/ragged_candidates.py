@@ -13,7 +13,6 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
-from torch.nn.attention import varlen
 
 from kvpress_moe.attention import bend
 from kvpress_moe.cache import RaggedLayer
@@ -27,6 +26,8 @@ def flash_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: floa
     The G·Q queries of a head are those of one sequence with one head, so that its pairs are read once. float16 and
     bfloat16 on CUDA, without a cap.
     """
+    from torch.nn.attention import varlen  # of torch 2.10
+
     if cap is not None:
         raise ValueError("flash-attn's call in torch knows no cap of the logits")
     grouped, logits = newest_logits(query, layer, scaling, cap)
@@ -104,5 +105,18 @@ def _own_heads(lengths: tuple[int, ...], n_rows: int, device: torch.device) -> f
 
 @cache
 def _flex(device_type: str):
-    """Compiled where it will be measured; uncompiled on a CPU, where the compiled one does not return the sums."""
-    return torch.compile(flex.flex_attention, dynamic=True) if device_type == "cuda" else flex.flex_attention
+    """
+    Compiled where it will be measured; uncompiled on a CPU, where the compiled one does not return the sums.
+
+    On a GPU a graph that breaks, or is compiled too often, is an error: timed uncompiled, it would mean nothing.
+    """
+    if device_type != "cuda":
+        return flex.flex_attention
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
+
+
+def forget() -> None:
+    """Let go of what is kept of a model's caches."""
+    _on_device.cache_clear()
+    _own_heads.cache_clear()

@@ -26,7 +26,7 @@ CROSSES_DEVICES = {aten.copy_.default, aten._to_copy.default}
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
 INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
-#: Operations for whose result the processor had to wait until the GPU was done, in order.
+#: Operations for whose result the processor had to wait until the GPU was done, in order. Copies to it are not counted.
 waits: list[str] = []
 
 
@@ -100,16 +100,12 @@ def compute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     written = {id(tensor.inner): tensor for tensor in pretended}
     inside = tree_map(lambda value: value.inner if isinstance(value, PretendedTensor) else value, (args, kwargs))
     results = operation(*inside[0], **inside[1])
-    unwrapped = (
-        [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor) and v not in pretended]
-        if (lands_here and not pretended)
-        else []
-    )
+    arrived = [] if pretended else [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
 
     def placed(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not lands_here:
             return value
-        if any(value is tensor for tensor in unwrapped):
+        if any(value is tensor for tensor in arrived):
             value = value.clone()  # a copy to another device shares no memory
         return written.get(id(value)) if id(value) in written else PretendedTensor(value)
 

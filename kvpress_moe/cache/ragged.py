@@ -190,7 +190,7 @@ class RaggedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of the layer."""
+        """Bytes of keys and values; tables made from the lengths (12 bytes for 128 pairs or more) are not counted."""
         return sum(t.nbytes for t in (self.flat_keys, self.flat_values, self.new_keys, self.new_values))
 
 

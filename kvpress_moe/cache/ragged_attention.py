@@ -31,10 +31,11 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
     ----------
     attention : {"torch", "triton"} or callable
         ``"torch"``, the default: plain PyTorch on any device. ``"triton"``: two kernels for CUDA devices, see
-        :mod:`kvpress_moe.cache.ragged_triton`; they have passed their tests in Triton's interpreter and compile for
-        compute capabilities 8.0 to 9.0, but no GPU has been measured, which is why they are not the default. Or a
-        function of your own, of the form of :func:`kvpress_moe.cache.ragged_torch.torch_attention`. Nothing falls back
-        to another: what a choice cannot serve is an error.
+        :mod:`kvpress_moe.cache.ragged_triton`; in float32 and float16 they pass their tests in Triton's interpreter, in
+        these and bfloat16 they compile for compute capabilities 8.0 to 9.0, but they have not run on a GPU, which is
+        why they are not the default. Or a function of your own, of the form of
+        :func:`kvpress_moe.cache.ragged_torch.torch_attention`. Nothing falls back to another: what a choice cannot
+        serve is an error, at the first token that meets a ragged layer.
 
     Returns
     -------
@@ -52,12 +53,15 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
     elif attention == "triton":
         try:
             from kvpress_moe.cache.ragged_triton import triton_attention as attention
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise SettingError(
-                "attention", "triton", "the package triton", "pip install kvpress-moe[triton], on Linux."
+                "attention",
+                "triton",
+                "the package triton, 3.6 or later",
+                f"On Linux: pip install 'kvpress-moe[triton]'. Importing it says: {error}",
             ) from error
     if not callable(attention):
-        raise SettingError("attention", attention, "'torch', 'triton' or a function", "")
+        raise SettingError("attention", attention, "'torch', 'triton' or a function", "Leave it at 'torch'.")
     before, _in_use = _in_use, attention
     return before
 

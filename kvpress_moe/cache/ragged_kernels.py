@@ -58,6 +58,7 @@ def attend_tiles(
         values = new_values + row * value_row + kv_head * value_head
         key_stride, value_stride = key_token, value_token
         last_seen = n_new - q_len + rows % q_len  # a query sees what came up to itself
+        end = tl.minimum(end, tl.max(tl.where(rows < n_rows, last_seen, 0), 0) + 1)  # and nobody of the block more
     else:
         head = tl.load(tiles + 3 * tile)
         start = tl.load(tiles + 3 * tile + 1)
@@ -67,7 +68,11 @@ def attend_tiles(
         last_seen = tl.full((BLOCK_ROWS,), 2147483647, tl.int32)  # all of the prompt
 
     query_heads = (head % N_HEADS) * GROUP + rows // q_len
-    at = (head // N_HEADS).to(tl.int64) * query_row + query_heads * query_head + (rows % q_len) * query_token
+    at = (
+        (head // N_HEADS).to(tl.int64) * query_row
+        + query_heads.to(tl.int64) * query_head
+        + (rows % q_len).to(tl.int64) * query_token
+    )
     asked = tl.load(query + at[:, None] + dims[None, :], mask=in_query & in_dims[None, :], other=0.0)
 
     highest = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)

@@ -35,7 +35,7 @@ def tile_size_for(n_pairs: int, longest: int, row_blocks: int) -> int:
     n_pairs : int
         Kept and new ones, of all heads.
     longest : int
-        Pairs of the longest head, kept or new.
+        Largest number of kept pairs of a head, or the number of new tokens, whichever is more.
     row_blocks : int
         Blocks of a head's queries.
     """
@@ -55,14 +55,28 @@ def blocks_for(n_rows: int, head_dim: int, element_size: int) -> tuple[int, int,
     return block_d, min(most, max(16, triton.next_power_of_2(n_rows))), most
 
 
-def check(query: Tensor) -> None:
+def check(query: Tensor, layer: RaggedLayer) -> None:
     """Raise UnsupportedInputError for what the kernels cannot serve."""
-    if query.device.type != "cuda" and not isinstance(attend_tiles, InterpretedFunction):
-        got, expected, remedy = f"tensors on {query.device}", "a CUDA device", "Call"
-    elif query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        got, expected, remedy = f"{query.dtype}", "float16, bfloat16 or float32", "Call"
-    elif torch.is_grad_enabled() and query.requires_grad:
-        got, expected, remedy = "queries that require a gradient", "none", "Decode under torch.no_grad(), or call"
+    pairs = (layer.flat_keys, layer.flat_values, layer.new_keys, layer.new_values)
+    interpreted = isinstance(attend_tiles, InterpretedFunction)
+    served = (torch.float16, torch.float32) if interpreted else (torch.float16, torch.bfloat16, torch.float32)
+    remedy = "Call"
+    if query.device.type != "cuda" and not interpreted:
+        got, expected = f"tensors on {query.device}", "a CUDA device"
+    elif not interpreted and torch.cuda.get_device_capability(query.device) < (8, 0):
+        got, expected = f"{torch.cuda.get_device_name(query.device)}", "a GPU of compute capability 8.0 or higher"
+    elif query.dtype not in served:
+        got, expected = f"{query.dtype}", f"one of {', '.join(map(str, served))}"
+    elif query.shape[-1] > 256:
+        got, expected = f"heads of {query.shape[-1]} dimensions", "at most 256"
+    elif {(t.device, t.dtype) for t in pairs} != {(query.device, query.dtype)}:
+        got = (
+            f"a query of {query.dtype} on {query.device}, pairs of {layer.flat_keys.dtype} on {layer.flat_keys.device}"
+        )
+        expected, remedy = "the same of both", "Bring the cache to the model's device and dtype, or call"
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, *pairs)):
+        got, expected = "queries, keys or values that require a gradient", "none"
+        remedy = "Decode under torch.no_grad(), or call"
     else:
         return
     raise UnsupportedInputError(
@@ -74,15 +88,18 @@ def triton_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: flo
     """
     What :func:`kvpress_moe.cache.ragged_torch.torch_attention` computes, in two kernels.
 
-    Deterministic: no atomic operation. Besides the output it holds float32 parts of (tiles · G·Q · D); a long question
-    has few tiles.
+    Deterministic: no atomic operation. Besides the output it holds float32 parts: one of D numbers for each tile of a
+    head and each of its G·Q queries. A long question has few tiles, two or so a head: at 32k tokens, 32 heads of 128
+    and 8 KV heads that is a gigabyte for the layer at work.
 
     Raises
     ------
     UnsupportedInputError
-        For a device that is not CUDA, float64, or queries that require a gradient.
+        For a device that is not CUDA (compute capability 8.0 or higher), another dtype than float16, bfloat16 and
+        float32 or two of them, heads of more than 256 dimensions, or anything that requires a gradient.
     """
-    check(query)
+    check(query, layer)
+    query = query if query.stride(-1) == 1 else query.contiguous()
     n_batch, num_heads, q_len, head_dim = query.shape
     n_kv_heads, n_new = layer.new_keys.shape[1:3]
     group = num_heads // n_kv_heads

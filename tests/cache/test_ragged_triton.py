@@ -66,7 +66,7 @@ def naive(query, layer, scaling, cap=None):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 16 pairs and hardly any programs to fill, so that heads of a few dozen pairs have several."""
+    """Tiles of 16 pairs, so that heads of a few dozen have several."""
     monkeypatch.setattr(ragged_triton, "SMALLEST_TILE", 16)
 
 
@@ -126,8 +126,8 @@ def test_a_question_longer_than_what_is_kept_has_tiles_as_long_as_itself(monkeyp
 
 def test_logits_far_from_zero_neither_overflow_nor_vanish(small_tiles):
     query, layer = made(40, q_len=3)
-    assert_close(triton_attention(query, layer, 300.0), naive(query, layer, 300.0), atol=1e-4, rtol=1e-4)
-    assert_close(triton_attention(query, layer, -300.0), naive(query, layer, -300.0), atol=1e-4, rtol=1e-4)
+    for scaling in (300.0, -300.0):  # logits of thousands, whose float32 is exact to some 1e-4
+        assert_close(triton_attention(query, layer, scaling), naive(query, layer, scaling), atol=1e-2, rtol=1e-2)
 
 
 def test_tokens_that_were_taken_back_are_not_seen(small_tiles):
@@ -137,6 +137,13 @@ def test_tokens_that_were_taken_back_are_not_seen(small_tiles):
     layer.new_values = layer.new_values.contiguous()  # keys and values lie differently
     assert not layer.new_keys.is_contiguous()
     assert_close(triton_attention(query, layer, 0.3), naive(query, layer, 0.3), atol=1e-5, rtol=1e-5)
+
+
+def test_queries_may_lie_in_memory_in_any_order(small_tiles):
+    query, layer = made(5, q_len=5)
+    turned = query.mT.contiguous().mT
+    assert turned.stride(-1) != 1
+    assert_close(triton_attention(turned, layer, 0.3), triton_attention(query, layer, 0.3))
 
 
 def test_rows_in_another_order_have_tiles_of_their_own(small_tiles):
@@ -237,11 +244,32 @@ def test_double_precision_is_refused(with_triton):
         triton_attention(query, layer, 1.0)
 
 
-def test_gradients_are_refused():
+@pytest.mark.parametrize("what", ["query", "new_keys", "new_values", "flat_keys"])
+def test_gradients_are_refused(what):
     query, layer = made(1)
-    with pytest.raises(UnsupportedInputError, match="require a gradient"):
-        triton_attention(query.requires_grad_(), layer, 1.0)
+    (query if what == "query" else getattr(layer, what)).requires_grad_()
+    with pytest.raises(UnsupportedInputError, match="got queries, keys or values that require a gradient"):
+        triton_attention(query, layer, 1.0)
     with torch.no_grad():
+        triton_attention(query, layer, 1.0)
+
+
+def test_a_query_of_another_dtype_than_the_cache_is_refused():
+    query, layer = made(1)
+    with pytest.raises(UnsupportedInputError, match=r"got a query of torch.float16 on .*, pairs of torch.float32"):
+        triton_attention(query.half(), layer, 1.0)
+
+
+def test_heads_too_large_for_a_block_are_refused():
+    query, layer = made(1, head_dim=264)
+    with pytest.raises(UnsupportedInputError, match="got heads of 264 dimensions, expected at most 256"):
+        triton_attention(query, layer, 1.0)
+
+
+@pytest.mark.skipif(ON_GPU, reason="compiled, they compute it")
+def test_the_interpreter_is_not_given_bfloat16_of_which_it_makes_nonsense():
+    query, layer = made(1, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedInputError, match="got torch.bfloat16, expected one of torch.float16, torch.float32"):
         triton_attention(query, layer, 1.0)
 
 
@@ -265,10 +293,10 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
         command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=True
     )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[4:]]
-    assert len(rows) == 2 * 2 * 4
+    assert len(rows) == 2 * 2 * 5
     for capability, dtype, _, kernel, _, spilled, _, wide_copies, products in rows:
         assert spilled == "0", (capability, dtype, kernel)
-        if kernel != "merge":
+        if "merge" not in kernel:
             assert int(wide_copies) > 0
             assert (int(products) > 0) == (dtype == "bf16")
 
@@ -296,5 +324,5 @@ def test_candidates_of_the_benchmark_compute_the_same(monkeypatch, n_new, q_len)
     capped = naive(query, layer, 0.3, 1.5)
     assert_close(ragged_candidates.flex_attention(query, layer, 0.3, 1.5), capped, atol=1e-5, rtol=1e-5)
     if not ON_GPU:
-        monkeypatch.setattr(ragged_candidates.varlen, "varlen_attn", flash_on_a_cpu)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash_on_a_cpu)
         assert_close(ragged_candidates.flash_attention(query, layer, 0.3), expected, atol=1e-5, rtol=1e-5)
