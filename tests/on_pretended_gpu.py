@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ from kvpress_moe.benchmark.runner import Evaluator, Plan, run
 from kvpress_moe.benchmark.speed import SpeedPlan, measure
 from kvpress_moe.cli import app
 from kvpress_moe.experts import KVPRESS_EXPERTS, NAMED_EXPERTS
-from kvpress_moe.training.recipe import Recipe
 from kvpress_moe.training.trainer import train
 from tests.pretend_gpu import NAME, pretended_gpu, register, waits
 from tests.tiny import byte_tokenizer, calibrated_routers, padded_tokens, prefill, tiny_model, tokens
+from tests.training.test_training import RECIPE
 
 Result = Any  # tensors, numbers, texts and lists of them: the same on every device
 CASES: dict[str, Callable[[str], Result]] = {}
@@ -192,17 +193,7 @@ def speed(device: str) -> Result:
 
 @case("training")
 def training(device: str) -> Result:
-    recipe = Recipe(
-        end_to_end=1,
-        experts=("learned", "keydiff", "cur"),
-        top_k=2,
-        samples=2,
-        length=500,
-        tasks=("kv_list", "prose"),
-        epochs=2,
-        bottleneck=8,
-        learned_width=8,
-    )
+    recipe = replace(RECIPE, end_to_end=1, samples=2, length=500, epochs=2)
     with tempfile.TemporaryDirectory() as directory:
         routers, _ = train(tiny_model("llama").to(device), byte_tokenizer(chat=True), recipe, Path(directory))
     return list(routers.state_dict().values())

@@ -189,9 +189,14 @@ class RaggedLayer(CacheLayerMixin):
         return self._tilings[tile_size]
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values of the prompt's pairs (N, D), and of the tokens since (B, H, T, D)."""
+        return self.flat_keys, self.flat_values, self.new_keys, self.new_values
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values; tables made from the lengths (12 bytes for 128 pairs or more) are not counted."""
-        return sum(t.nbytes for t in (self.flat_keys, self.flat_values, self.new_keys, self.new_values))
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class _Sliceable:

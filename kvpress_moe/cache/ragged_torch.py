@@ -43,7 +43,7 @@ def torch_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: floa
     sizes = [len(run) for run in keys]
     parts = [part.split(sizes) for part in (grouped, new_logits, new_values)]
     longest = max(run.shape[1] for run in keys)
-    differentiable = torch.is_grad_enabled() and (query.requires_grad or layer.new_keys.requires_grad)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, *layer.tensors))
     if (
         new_logits[..., 0].numel() * (longest + new_logits.shape[2]) <= LOGITS_AT_ONCE and not differentiable
     ):  # it writes in place

@@ -57,7 +57,6 @@ def blocks_for(n_rows: int, head_dim: int, element_size: int) -> tuple[int, int,
 
 def check(query: Tensor, layer: RaggedLayer) -> None:
     """Raise UnsupportedInputError for what the kernels cannot serve."""
-    pairs = (layer.flat_keys, layer.flat_values, layer.new_keys, layer.new_values)
     interpreted = isinstance(attend_tiles, InterpretedFunction)
     served = (torch.float16, torch.float32) if interpreted else (torch.float16, torch.bfloat16, torch.float32)
     remedy = "Call"
@@ -69,12 +68,12 @@ def check(query: Tensor, layer: RaggedLayer) -> None:
         got, expected = f"{query.dtype}", f"one of {', '.join(map(str, served))}"
     elif query.shape[-1] > 256:
         got, expected = f"heads of {query.shape[-1]} dimensions", "at most 256"
-    elif {(t.device, t.dtype) for t in pairs} != {(query.device, query.dtype)}:
+    elif {(t.device, t.dtype) for t in layer.tensors} != {(query.device, query.dtype)}:
         got = (
             f"a query of {query.dtype} on {query.device}, pairs of {layer.flat_keys.dtype} on {layer.flat_keys.device}"
         )
         expected, remedy = "the same of both", "Bring the cache to the model's device and dtype, or call"
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, *pairs)):
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, *layer.tensors)):
         got, expected = "queries, keys or values that require a gradient", "none"
         remedy = "Decode under torch.no_grad(), or call"
     else:
@@ -114,13 +113,12 @@ def triton_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: flo
     partial = query.new_empty(n_all, n_rows, head_dim, dtype=torch.float32)
     weights = query.new_empty(n_all, n_rows, dtype=torch.float32)
     output = query.new_empty(n_batch, q_len, num_heads, head_dim)
-    pairs = (layer.flat_keys, layer.flat_values, layer.new_keys, layer.new_values)
     strides = (*query.stride()[:3], *layer.new_keys.stride()[:3], *layer.new_values.stride()[:3])
     shape = {"N_HEADS": n_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
     with torch.cuda.device_of(query):  # Triton launches on the current device, whatever the tensors' is
         attend_tiles[(n_all, row_blocks)](
             query,
-            *pairs,
+            *layer.tensors,
             tiling.tiles,
             partial,
             weights,

@@ -407,3 +407,23 @@ def test_gradients_flow_through_ragged_attention(llama):
     (gradient,) = torch.autograd.grad(graph.square().sum(), weight)
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("what", ["query", "new_keys", "new_values", "flat_keys", "flat_values"])
+def test_a_gradient_for_any_of_the_tensors_is_that_of_dense_attention(what):
+    """Fine-tuning the value projection alone leaves queries and keys without one."""
+    keys, values, query = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 4, 2, 8)
+    new_keys, new_values = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 8)
+    layer = RaggedLayer.from_dense(keys, values, torch.ones(1, 2, 5, dtype=torch.bool))
+    layer.update(new_keys, new_values)
+    leaf = (query if what == "query" else getattr(layer, what)).requires_grad_()
+    got = ragged_torch.torch_attention(query, layer, 0.3)
+
+    all_keys = torch.cat((layer.flat_keys.view(1, 2, 5, 8), layer.new_keys), dim=2)
+    all_values = torch.cat((layer.flat_values.view(1, 2, 5, 8), layer.new_values), dim=2)
+    logits = query @ repeat_kv(all_keys, 2).mT * 0.3
+    logits = logits.masked_fill(torch.ones(2, 7, dtype=torch.bool).triu(6), -torch.inf)
+    expected = (logits.softmax(-1) @ repeat_kv(all_values, 2)).transpose(1, 2)
+    (gradient,) = torch.autograd.grad(got.square().sum(), leaf)
+    (reference,) = torch.autograd.grad(expected.square().sum(), leaf)
+    assert_close(gradient, reference)
