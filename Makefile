@@ -26,13 +26,13 @@ matrix: setup  ## every model family in every situation: writes docs/compatibili
 	$(BIN)/python -m tests.integration.matrix
 
 soak: setup  ## 2,000 prompts through the same presses: memory, hooks and statistics do not grow
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.soak
 
 kill: setup  ## training and benchmark runs killed at random moments end as if undisturbed
-	$(BIN)/python -m benchmarks.kill_runs
+	$(BIN)/python -m experiments.kill_runs
 
 faults: setup  ## every exception at every call of every stage, Ctrl-C at every function call
-	OMP_NUM_THREADS=1 ALL_FAULTS=1 $(BIN)/python -m pytest -s tests/test_faults.py
+	OMP_NUM_THREADS=1 ALL_FAULTS=1 $(BIN)/python -m pytest -s tests/press/test_faults.py
 
 fuzz: setup  ## damaged and forged files through every loader: 204,000 inputs, about a quarter of an hour
 	-$(BIN)/python -m pip install -q -c constraints.txt atheris

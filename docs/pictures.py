@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kvpress_moe import MoERouterPress, load_model, plots
 from kvpress_moe.cache import kept_pairs
-from kvpress_moe.plots.style import NORMAL, SMALL, Plot, heat_map, layer_axis, share_bar
-from kvpress_moe.prefill import Prefill
+from kvpress_moe.cache.prefill import Prefill
+from kvpress_moe.report.figures.style import NORMAL, SMALL, Plot, heat_map, layer_axis, share_bar
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "pictures"

@@ -19,9 +19,9 @@ from playwright.sync_api import Browser, sync_playwright
 from kvpress_moe.cli.ask import BUILT_IN_QUESTION
 from kvpress_moe.cli.options import read_context
 from kvpress_moe.explore import explore, make_press, page, read
-from kvpress_moe.explore.app import listen, make_app
-from kvpress_moe.explore.workshop import Workshop
-from kvpress_moe.models import load_model
+from kvpress_moe.explore.jobs import Workshop
+from kvpress_moe.explore.web_app import listen, make_app
+from kvpress_moe.model.loading import load_model
 
 IMAGES = Path(__file__).parent / "images"
 QUESTIONS = [BUILT_IN_QUESTION, "How much does the new crane lift?"]

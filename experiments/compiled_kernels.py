@@ -1,8 +1,8 @@
 """
 The Triton kernels of ragged attention, compiled for GPUs that need not be there: what each block takes of a GPU.
 
-    python -m benchmarks.compiled_kernels                      capabilities 8.0, 8.6, 9.0; all dtypes and head sizes
-    python -m benchmarks.compiled_kernels --capabilities 90 --dtypes bf16 --head-dims 128
+    python -m experiments.compiled_kernels                      capabilities 8.0, 8.6, 9.0; all dtypes and head sizes
+    python -m experiments.compiled_kernels --capabilities 90 --dtypes bf16 --head-dims 128
 
 Needs kvpress-moe[triton], which brings NVIDIA's assembler; no GPU. For every kernel: registers of a thread, bytes
 spilled to local memory, shared memory beside the most that the GPU gives a program, and counts of the instructions that
@@ -27,8 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvpress_moe.cache.ragged_kernels import attend_tiles, merge_tiles
-from kvpress_moe.cache.ragged_triton import blocks_for
+from kvpress_moe.cache.triton_backend import blocks_for
+from kvpress_moe.cache.triton_kernels import attend_tiles, merge_tiles
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # most that a program gets, by compute capability
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -1,8 +1,8 @@
 """
 What cache feedback adds on a stream whose kind changes half-way: prose, then key-value lists.
 
-    python benchmarks/feedback_stream.py                                   untrained routers, guide's and strong experts
-    python benchmarks/feedback_stream.py --router routers/top2 --samples 8
+    python experiments/feedback_stream.py                                   untrained routers, guide's and strong experts
+    python experiments/feedback_stream.py --router routers/top2 --samples 8
 
 One press with feedback and one without read the same prompts in the same order; what each keeps is asked the prompt's
 question, and its answer is compared with the full cache's (KL, nats). Feedback of one prompt acts from the next one on.
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from kvpress_moe import MoERouterPress, load_model
-from kvpress_moe.benchmark.asking import ask_full, read
+from kvpress_moe.benchmark.cache_eval import ask_full, read
 from kvpress_moe.benchmark.prompts import encode
 from kvpress_moe.benchmark.tasks import make_sample
-from kvpress_moe.prefill import Prefill
+from kvpress_moe.cache.prefill import Prefill
 
 STREAM = ("prose", "kv_list")
 

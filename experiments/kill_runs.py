@@ -1,8 +1,8 @@
 """
 Training and benchmark runs that are killed (SIGKILL) at random moments, go on, and have to end as if undisturbed.
 
-    python -m benchmarks.kill_runs                      20 runs of each command, each killed twice
-    python -m benchmarks.kill_runs --runs 40 --seed 1
+    python -m experiments.kill_runs                      20 runs of each command, each killed twice
+    python -m experiments.kill_runs --runs 40 --seed 1
 
 A tiny model with random weights. The moments are spread over the whole run: the n-th run's first kill falls at random
 into the n-th part of the undisturbed run's time, its second anywhere (it comes too late where little was left to do).
@@ -33,11 +33,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TRAIN = "train --samples 20 --length 512 --tasks kv_list,prose --experts learned,keydiff,cur --epochs 12"
 NEEDED = (
-    "kvpress_moe.benchmark.own_prefill",
+    "kvpress_moe.benchmark.multi_pass",
     "kvpress_moe.benchmark.runner",
-    "kvpress_moe.benchmark.scoring",
+    "kvpress_moe.benchmark.metrics",
     "kvpress_moe.cli",
-    "kvpress_moe.models",
+    "kvpress_moe.model.loading",
     "kvpress_moe.training.trainer",
     "tests.tiny",
     "transformers.models.llama.modeling_llama",

@@ -1,8 +1,8 @@
 """
 How many of the pairs that a press keeps in float32 it keeps in bfloat16 and float16 too.
 
-    python benchmarks/numerics.py                      the whole built-in text, 804 tokens
-    python benchmarks/numerics.py --n-tokens 300
+    python experiments/numerics.py                      the whole built-in text, 804 tokens
+    python experiments/numerics.py --n-tokens 300
 
 Two figures for each dtype. "stages": the press alone; it judges the float32 model's hidden states, keys and values,
 rounded to the dtype, with the rounded weights. "model": the model's own forward pass is in the dtype as well. A minute
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_moe import MoERouterPress, load_model
-from kvpress_moe.cache.ragged import RaggedLayer
-from kvpress_moe.model_support import language_model
-from kvpress_moe.shared_budget import Observation
+from kvpress_moe.budget.cross_layer import Observation
+from kvpress_moe.cache.ragged_layer import RaggedLayer
+from kvpress_moe.model.layers import language_model
 
 PRESSES: dict[str, Callable[[float], MoERouterPress]] = {
     "trained routers, budget global": lambda ratio: WatchedPress(ratio, cache_aware=False),

@@ -1,8 +1,8 @@
 """
 Where the trained press's time goes: CPU time of its stages as shares of a prefill, on one thread.
 
-    python benchmarks/profile_press.py                   4,096 tokens
-    python benchmarks/profile_press.py --tokens 1024
+    python experiments/profile_press.py                   4,096 tokens
+    python experiments/profile_press.py --tokens 1024
 
 CPU time, so that other processes disturb little; on one thread, since torch waits actively for the others. Prints a
 table; the last line is one JSON document.
@@ -25,9 +25,9 @@ import torch
 
 from kvpress_moe import MoERouterPress, load_model, press
 from kvpress_moe.benchmark.speed import read_prompt
+from kvpress_moe.budget.cross_layer import SharedBudget
 from kvpress_moe.cache import RaggedLayer
-from kvpress_moe.experts import Expert
-from kvpress_moe.shared_budget import SharedBudget
+from kvpress_moe.experts.registry import Expert
 
 #: Owner, function, and what the row is called; an expert's row is called after it.
 STAGES: tuple[tuple[Any, str, str], ...] = (

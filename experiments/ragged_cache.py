@@ -1,9 +1,9 @@
 """
 Bytes and decoding time of a ragged cache, beside a uniform cache of the same bytes, AdaKV's masking and the full cache.
 
-    python -m benchmarks.ragged_cache                              SmolLM2 and a small random Llama, 4k and 16k tokens
-    python -m benchmarks.ragged_cache --models random --lengths 2048 --rounds 3
-    python -m benchmarks.ragged_cache --models llama-8b --lengths 32768 --device cuda
+    python -m experiments.ragged_cache                              SmolLM2 and a small random Llama, 4k and 16k tokens
+    python -m experiments.ragged_cache --models random --lengths 2048 --rounds 3
+    python -m experiments.ragged_cache --models llama-8b --lengths 32768 --device cuda
 
 All caches of one model and length are decoded in turns within one run, round after round; medians are compared, so read
 the ratios, not the seconds. On a GPU the ragged caches are decoded by each of ``--attentions``: the package's two, and
@@ -23,11 +23,11 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from kvpress import AdaKVPress, ExpectedAttentionPress
 
-from benchmarks.ragged_candidates import flash_attention, flex_attention, forget
+from experiments.ragged_candidates import flash_attention, flex_attention, forget
 from kvpress_moe import MoERouterPress, load_model
 from kvpress_moe.benchmark.speed import RANDOM_MODELS
-from kvpress_moe.cache.ragged_attention import RaggedAttention, use_ragged_attention
-from kvpress_moe.prefill import Prefill, cache_bytes
+from kvpress_moe.cache.attention_dispatch import RaggedAttention, use_ragged_attention
+from kvpress_moe.cache.prefill import Prefill, cache_bytes
 
 RATIO = 0.75
 PROSE = "The harbour master writes a report every year, and this is the part about ships, cranes, fish, ice and fog. "

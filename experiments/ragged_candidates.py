@@ -1,5 +1,5 @@
 """
-Other ways to compute ragged attention on a GPU, for ``benchmarks/ragged_cache.py`` to measure beside the package's own.
+Other ways to compute ragged attention on a GPU, for ``experiments/ragged_cache.py`` to measure beside the package's own.
 
 Both let a library's kernel read the kept pairs where they lie, compute the few tokens that came since in plain PyTorch,
 and put the two together by their sums of exponentials. Whichever wins on a GPU belongs in the package, the others not.
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from kvpress_moe.attention import bend
 from kvpress_moe.cache import RaggedLayer
-from kvpress_moe.cache.ragged_torch import newest_logits
+from kvpress_moe.cache.torch_backend import newest_logits
+from kvpress_moe.model.attention import bend
 
 
 def flash_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:

@@ -1,11 +1,11 @@
 """
 What each part of a recipe is worth: routers trained with one thing changed, compared on the tune split.
 
-    python benchmarks/router_variants.py --shards runs/shards                     all variants, three samples a task
-    python benchmarks/router_variants.py --shards runs/shards --end-to-end 3      all of them tuned end to end as well
-    python benchmarks/router_variants.py --shards runs/shards --variants default "top 2" "learned alone"
-    python benchmarks/router_variants.py --shards runs/shards --variants default --routers routers/mine
-    python benchmarks/router_variants.py --shards runs/shards --prompts 48 --epochs 4     smaller, for a first look
+    python experiments/router_variants.py --shards runs/shards                     all variants, three samples a task
+    python experiments/router_variants.py --shards runs/shards --end-to-end 3      all of them tuned end to end as well
+    python experiments/router_variants.py --shards runs/shards --variants default "top 2" "learned alone"
+    python experiments/router_variants.py --shards runs/shards --variants default --routers routers/mine
+    python experiments/router_variants.py --shards runs/shards --prompts 48 --epochs 4     smaller, for a first look
 
 Layers are fitted one by one unless --end-to-end says how many epochs of tuning follow (ten minutes a variant on one
 core), or a variant's name does. Captured prompts stay in --shards, so that only the first variant pays for them (about
@@ -27,9 +27,9 @@ import torch
 from kvpress_moe import MoERouterPress, load_model
 from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.runner import Evaluator, Plan
-from kvpress_moe.checkpoint import load_routers, save_routers
 from kvpress_moe.routers import Routers
-from kvpress_moe.training.recipe import Recipe
+from kvpress_moe.routers.checkpoint import load_routers, save_routers
+from kvpress_moe.training.config import Recipe
 from kvpress_moe.training.trainer import train
 
 VARIANTS = {

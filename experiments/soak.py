@@ -1,8 +1,8 @@
 """
 Thousands of prompts through the same presses and the same model: nothing may grow.
 
-    python -m benchmarks.soak                       2,000 prompts, a tiny model with random weights
-    python -m benchmarks.soak --prompts 400 --seed 1
+    python -m experiments.soak                       2,000 prompts, a tiny model with random weights
+    python -m experiments.soak --prompts 400 --seed 1
 
 Three presses take turns: untrained routers, untrained ones with `track_misses`, and calibrated ones; the first and the
 last change between a budget for each head and one that all heads share. Prompts have 2 to 300 tokens at random, every

@@ -25,12 +25,12 @@ from fuzz.mutations import (
 )
 from kvpress_moe import MoERouterPress, RouterConfig, Routers, load_cache, load_routers, save_cache, save_routers
 from kvpress_moe.benchmark.records import COLUMNS, Records, read_header
-from kvpress_moe.benchmark.report.summary import load
-from kvpress_moe.cache import files as cache_files
-from kvpress_moe.cache.ragged import RaggedLayer
-from kvpress_moe.fingerprint import model_fingerprint
+from kvpress_moe.benchmark.results import load
+from kvpress_moe.cache import saved_cache as cache_files
+from kvpress_moe.cache.ragged_layer import RaggedLayer
+from kvpress_moe.model.fingerprint import model_fingerprint
 from kvpress_moe.training.capture import FORMAT, Shards
-from kvpress_moe.training.fitted import Fitted
+from kvpress_moe.training.checkpoints import Fitted
 from tests.tiny import prefill, tiny_model, tokens
 
 Files = dict[str, bytes]

@@ -14,7 +14,7 @@ _HOMES = {
     "CheckpointError": "kvpress_moe.errors",
     "ExpertError": "kvpress_moe.errors",
     "KVPressMoEError": "kvpress_moe.errors",
-    "MoERouterPress": "kvpress_moe.press",
+    "MoERouterPress": "kvpress_moe.press.moe_router_press",
     "NotFiniteError": "kvpress_moe.errors",
     "PiKVMoERouter": "kvpress_moe.routers",
     "RaggedCache": "kvpress_moe.cache",
@@ -26,10 +26,10 @@ _HOMES = {
     "UnsupportedModelError": "kvpress_moe.errors",
     "WriteError": "kvpress_moe.errors",
     "load_cache": "kvpress_moe.cache",
-    "load_model": "kvpress_moe.models",
-    "load_routers": "kvpress_moe.checkpoint",
+    "load_model": "kvpress_moe.model.loading",
+    "load_routers": "kvpress_moe.routers.checkpoint",
     "save_cache": "kvpress_moe.cache",
-    "save_routers": "kvpress_moe.checkpoint",
+    "save_routers": "kvpress_moe.routers.checkpoint",
     "use_ragged_attention": "kvpress_moe.cache",
 }
 

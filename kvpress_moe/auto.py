@@ -3,7 +3,7 @@
 import kvpress
 import kvpress.presses
 
-from kvpress_moe.press import MoERouterPress
+from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.routers import BaseMoERouter, PiKVMoERouter
 
 for _home in (kvpress, kvpress.presses):

@@ -10,13 +10,13 @@ try:
 except ImportError as error:
     raise ImportError("kvpress_moe.plots: matplotlib is missing. pip install kvpress-moe[plots]") from error
 
-from kvpress_moe.plots.kept import kept_positions as kept_positions
-from kvpress_moe.plots.kept import kept_share as kept_share
-from kvpress_moe.plots.ratios import over_ratio as over_ratio
-from kvpress_moe.plots.routing import expert_usage as expert_usage
-from kvpress_moe.plots.routing import hit_rates as hit_rates
-from kvpress_moe.plots.training import loss_by_layer as loss_by_layer
-from kvpress_moe.plots.training import training_curves as training_curves
+from kvpress_moe.report.figures.kept_pairs import kept_positions as kept_positions
+from kvpress_moe.report.figures.kept_pairs import kept_share as kept_share
+from kvpress_moe.report.figures.ratios import over_ratio as over_ratio
+from kvpress_moe.report.figures.routing import expert_usage as expert_usage
+from kvpress_moe.report.figures.routing import hit_rates as hit_rates
+from kvpress_moe.report.figures.training import loss_by_layer as loss_by_layer
+from kvpress_moe.report.figures.training import training_curves as training_curves
 
 __all__ = [
     "expert_usage",

@@ -28,7 +28,7 @@ from kvpress_moe.benchmark.records import read_records
 from kvpress_moe.benchmark.runner import Evaluator, Plan, run
 from kvpress_moe.benchmark.speed import SpeedPlan, measure
 from kvpress_moe.cli import app
-from kvpress_moe.experts import KVPRESS_EXPERTS, NAMED_EXPERTS
+from kvpress_moe.experts.registry import KVPRESS_EXPERTS, NAMED_EXPERTS
 from kvpress_moe.training.trainer import train
 from tests.pretend_gpu import NAME, pretended_gpu, register, waits
 from tests.tiny import byte_tokenizer, calibrated_routers, padded_tokens, prefill, tiny_model, tokens

@@ -19,7 +19,7 @@ from kvpress_moe import (
     load_routers,
     save_routers,
 )
-from kvpress_moe.fingerprint import fingerprint
+from kvpress_moe.model.fingerprint import fingerprint
 from tests.tiny import prefill, tiny_model, tokens
 
 WRONG = [

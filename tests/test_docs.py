@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpress_moe.models import DEFAULT_MODEL
+from kvpress_moe.model.loading import DEFAULT_MODEL
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["docs/guide.en.md", "docs/guide.zh.md", "README.md"]

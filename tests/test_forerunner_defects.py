@@ -16,9 +16,9 @@ from transformers import DynamicCache
 
 import kvpress_moe
 from kvpress_moe import MoERouterPress, load_routers, save_routers
-from kvpress_moe.experts import NAMED_EXPERTS
-from kvpress_moe.gate import gate, load_balance
-from kvpress_moe.windows import window_scores
+from kvpress_moe.experts.registry import NAMED_EXPERTS
+from kvpress_moe.experts.windows import window_scores
+from kvpress_moe.routers.gate import gate, load_balance
 from tests.tiny import lengths, prefill, tiny_model, tokens
 
 
@@ -51,9 +51,9 @@ def test_experts_are_chosen_per_token_not_per_batch(llama):
 
 
 def test_selective_judges_by_attention_not_by_float_noise(llama):
-    from kvpress_moe.experts import named_expert
-    from kvpress_moe.layer_call import LayerCall
-    from kvpress_moe.prefill import Prefill
+    from kvpress_moe.cache.prefill import Prefill
+    from kvpress_moe.experts.layer_call import LayerCall
+    from kvpress_moe.experts.registry import named_expert
 
     recorded = Prefill(llama, tokens(200))
     attention, kwargs, _ = recorded._calls[1]

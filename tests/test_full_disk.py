@@ -10,13 +10,13 @@ import pytest
 
 from kvpress_moe import SettingError, WriteError, save_cache, save_routers
 from kvpress_moe.benchmark.records import Records
-from kvpress_moe.benchmark.report import write_report
 from kvpress_moe.benchmark.runner import Evaluator, Plan, run
 from kvpress_moe.benchmark.speed import Row
-from kvpress_moe.benchmark.speed_report import draw
-from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.cli import main
-from kvpress_moe.training.recipe import Recipe
+from kvpress_moe.report.benchmark_report import write_report
+from kvpress_moe.report.speed_report import draw
+from kvpress_moe.routers.checkpoint import write_atomically
+from kvpress_moe.training.config import Recipe
 from kvpress_moe.training.trainer import train
 from tests.tiny import calibrated_routers, prefill, tokens
 

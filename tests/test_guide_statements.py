@@ -11,8 +11,8 @@ import torch
 from kvpress.utils import compute_n_kept
 
 from kvpress_moe import BaseMoERouter, MoERouterPress, PiKVMoERouter
-from kvpress_moe.experts import NAMED_EXPERTS
-from kvpress_moe.windows import rule_by_length
+from kvpress_moe.experts.registry import NAMED_EXPERTS
+from kvpress_moe.experts.windows import rule_by_length
 from tests.tiny import lengths, prefill, tiny_model, tokens
 
 

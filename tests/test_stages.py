@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpress.utils import compute_n_kept
 
-from kvpress_moe.budget import mixed_keep_fraction, pairs_kept, share
+from kvpress_moe.budget.allocation import mixed_keep_fraction, pairs_kept, share
+from kvpress_moe.budget.eviction import evict, kept_mask, select
+from kvpress_moe.budget.hit_rates import mass_by_expert, pairs_by_expert
 from kvpress_moe.errors import ExpertError
-from kvpress_moe.eviction import evict, kept_mask, select
-from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
-from kvpress_moe.selection import score_selection
+from kvpress_moe.experts.custom import score_selection
 from tests import reference
 
 

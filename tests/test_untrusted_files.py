@@ -20,7 +20,7 @@ from fuzz.trial import forget_peak, peak, resident, try_files, try_one
 from kvpress_moe import CheckpointError, RouterConfig, Routers, load_cache, load_routers, save_routers
 from kvpress_moe.benchmark.records import Records, read_header, read_records
 from kvpress_moe.errors import SettingError
-from kvpress_moe.fingerprint import check_fingerprint, model_fingerprint
+from kvpress_moe.model.fingerprint import check_fingerprint, model_fingerprint
 from kvpress_moe.training.capture import Shards
 from tests.tiny import tiny_model
 
@@ -122,7 +122,7 @@ def test_a_hit_rate_may_be_unknown_but_not_infinite(saved):
 )
 def test_sizes_that_are_only_declared_are_refused_before_anything_is_built(saved, config, monkeypatch):
     change_card(saved, **config)
-    monkeypatch.setattr("kvpress_moe.checkpoint.Routers", lambda *_: pytest.fail("routers were built"))
+    monkeypatch.setattr("kvpress_moe.routers.checkpoint.Routers", lambda *_: pytest.fail("routers were built"))
     with pytest.raises(CheckpointError, match="router: "):
         load_routers(saved)
 

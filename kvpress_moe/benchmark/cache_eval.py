@@ -11,13 +11,13 @@ from kvpress.utils import get_prerope_query_states
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvpress_moe.attention import apply_rope, causal_logits
-from kvpress_moe.attention_view import AttentionView
-from kvpress_moe.benchmark.judging import Judged, Kept
 from kvpress_moe.benchmark.prompts import Prompt
+from kvpress_moe.benchmark.shared_prefill import Judged, Kept
 from kvpress_moe.cache import RaggedCache, RaggedLayer
 from kvpress_moe.cache.masks import WholeSlidingLayer
-from kvpress_moe.model_support import Attention, full_attentions
+from kvpress_moe.model.attention import apply_rope, causal_logits
+from kvpress_moe.model.attention_view import AttentionView
+from kvpress_moe.model.layers import Attention, full_attentions
 
 BATCH_BYTES = 2**30  # of keys and values that are asked at once
 

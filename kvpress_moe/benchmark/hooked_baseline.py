@@ -9,14 +9,14 @@ import kvpress
 import torch
 from transformers import DynamicCache
 
-from kvpress_moe.benchmark.judging import of_layer, seeded, set_ratio
 from kvpress_moe.benchmark.methods import Method
-from kvpress_moe.benchmark.own_prefill import attention_of
+from kvpress_moe.benchmark.multi_pass import attention_of
 from kvpress_moe.benchmark.prompts import Prompt
-from kvpress_moe.benchmark.protection import protect
+from kvpress_moe.benchmark.protected_tokens import protect
+from kvpress_moe.benchmark.shared_prefill import of_layer, seeded, set_ratio
 from kvpress_moe.cache import RaggedCache, RaggedLayer
 from kvpress_moe.cache.masks import fit_masks
-from kvpress_moe.model_support import full_attention_layers, full_attentions, language_model, slides
+from kvpress_moe.model.layers import full_attention_layers, full_attentions, language_model, slides
 
 if TYPE_CHECKING:
     from kvpress_moe.benchmark.runner import Evaluator

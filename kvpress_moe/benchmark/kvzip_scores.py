@@ -12,8 +12,8 @@ from kvpress import KVzipPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpress_moe.attention_view import AttentionView
-from kvpress_moe.model_support import Attention, language_model
+from kvpress_moe.model.attention_view import AttentionView
+from kvpress_moe.model.layers import Attention, language_model
 
 
 class ReplayScores(KVzipPress):  # type: ignore[misc]

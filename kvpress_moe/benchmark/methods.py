@@ -17,8 +17,8 @@ from kvpress import ScorerPress
 from kvpress.presses.base_press import BasePress
 
 from kvpress_moe.errors import SettingError
-from kvpress_moe.experts import KVPRESS_EXPERTS
-from kvpress_moe.press import MoERouterPress
+from kvpress_moe.experts.registry import KVPRESS_EXPERTS
+from kvpress_moe.press.moe_router_press import MoERouterPress
 
 Protect = Callable[[ScorerPress], ScorerPress]
 Group = Literal["reference", "baseline", "kvpress", "budget", "multi-pass", "ours", "third-party"]

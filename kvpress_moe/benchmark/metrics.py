@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from kvpress_moe.benchmark.asking import Answer
+from kvpress_moe.benchmark.cache_eval import Answer
 from kvpress_moe.benchmark.tasks.sample import Sample
 
 _SEPARATORS = re.compile(r"\s*(?:,|;|\n|\band\b)\s*")

@@ -14,12 +14,12 @@ from kvpress.presses.base_press import BasePress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpress_moe.benchmark.judging import Cell, Judged, Kept, allocate, pick, seeded, set_ratio, take_masked
+from kvpress_moe.benchmark.kvzip_scores import ReplayScores
 from kvpress_moe.benchmark.methods import Budget, Method
 from kvpress_moe.benchmark.prompts import Prompt
-from kvpress_moe.benchmark.protection import protect
-from kvpress_moe.model_support import language_model
-from kvpress_moe.replay import ReplayScores
+from kvpress_moe.benchmark.protected_tokens import protect
+from kvpress_moe.benchmark.shared_prefill import Cell, Judged, Kept, allocate, pick, seeded, set_ratio, take_masked
+from kvpress_moe.model.layers import language_model
 
 
 def judge_alone(

@@ -9,7 +9,7 @@ import torch
 from kvpress import ScorerPress
 
 from kvpress_moe.errors import SettingError
-from kvpress_moe.press import MoERouterPress
+from kvpress_moe.press.moe_router_press import MoERouterPress
 
 Press = TypeVar("Press", bound=ScorerPress)
 

@@ -28,7 +28,7 @@ class Plan:
     Parameters
     ----------
     model : str or None
-        As in :func:`kvpress_moe.models.load_model`.
+        As in :func:`kvpress_moe.model.loading.load_model`.
     methods, tasks : tuple of str or None
         ``None``: all that are not slow; all.
     ratios, lengths : tuple
@@ -95,8 +95,8 @@ class Evaluator:
     """
 
     def __init__(self, plan: Plan, loaded: tuple[Any, ...] | None = None):
-        from kvpress_moe.model_support import UNKNOWN_NORMS, check_model, some_layers_slide
-        from kvpress_moe.models import load_model
+        from kvpress_moe.model.layers import UNKNOWN_NORMS, check_model, some_layers_slide
+        from kvpress_moe.model.loading import load_model
 
         self.plan = plan
         self.methods: dict[str, Method] = find_methods(plan.methods) | find_methods(["full"])
@@ -161,10 +161,10 @@ class Evaluator:
 
         Without ``decode`` nothing is written out, and F1 scores are 0.
         """
-        from kvpress_moe.benchmark.asking import ask, ask_full
-        from kvpress_moe.benchmark.judging import judge
-        from kvpress_moe.benchmark.own_prefill import judge_alone
-        from kvpress_moe.benchmark.scoring import score
+        from kvpress_moe.benchmark.cache_eval import ask, ask_full
+        from kvpress_moe.benchmark.metrics import score
+        from kvpress_moe.benchmark.multi_pass import judge_alone
+        from kvpress_moe.benchmark.shared_prefill import judge
 
         plan = self.plan
         prompt = self.prompt(sample)
@@ -196,7 +196,7 @@ class Evaluator:
     def _keep_all(self, judged: Any, prompt: Prompt) -> Any:
         import torch
 
-        from kvpress_moe.benchmark.judging import Kept
+        from kvpress_moe.benchmark.shared_prefill import Kept
 
         layers = [judged.cache.layers[layer_idx] for layer_idx in judged.layers]
         masks = [torch.ones_like(layer.keys[0, :, :, 0], dtype=torch.bool) for layer in layers]
@@ -219,8 +219,8 @@ def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:
     from importlib.metadata import version
 
     from kvpress_moe import __version__
-    from kvpress_moe.fingerprint import model_fingerprint
-    from kvpress_moe.models import DEFAULT_MODEL
+    from kvpress_moe.model.fingerprint import model_fingerprint
+    from kvpress_moe.model.loading import DEFAULT_MODEL
 
     return {
         "format": FORMAT,
@@ -274,7 +274,7 @@ def run(
     evaluator : Evaluator, optional
         With the model, where it is loaded already.
     spread : callable, optional
-        Evaluates the work elsewhere (see :mod:`kvpress_moe.benchmark.spread`); in this process otherwise.
+        Evaluates the work elsewhere (see :mod:`kvpress_moe.benchmark.ray_backend`); in this process otherwise.
     progress : callable, optional
         Called with the number of samples that are done and of all.
 

@@ -17,16 +17,16 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from kvpress_moe.attention_view import own_layer_type
 from kvpress_moe.benchmark.methods import Budget, Method
-from kvpress_moe.benchmark.protection import protect
-from kvpress_moe.budget import share
-from kvpress_moe.eviction import best
-from kvpress_moe.experts import OwnExpert
-from kvpress_moe.layer_call import LayerCall
-from kvpress_moe.model_support import Attention, full_attention_layers, full_attentions, language_model
-from kvpress_moe.press import MoERouterPress
-from kvpress_moe.selection import fingerprints
+from kvpress_moe.benchmark.protected_tokens import protect
+from kvpress_moe.budget.allocation import share
+from kvpress_moe.budget.eviction import best
+from kvpress_moe.experts.custom import fingerprints
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.experts.registry import OwnExpert
+from kvpress_moe.model.attention_view import own_layer_type
+from kvpress_moe.model.layers import Attention, full_attention_layers, full_attentions, language_model
+from kvpress_moe.press.moe_router_press import MoERouterPress
 
 Cell = tuple[str, float]  # method, compression ratio
 
@@ -295,7 +295,7 @@ def allocate(scores: Sequence[Tensor], ratio: float, budget: str, min_share: flo
     Which pairs stay, by layer, under a budget: scores (H, S) per layer -> masks (H, S).
 
     "uniform" is ``ScorerPress.compress``'s own selection, which leaves open what becomes of equal scores, or, for
-    ``ours``, :func:`kvpress_moe.eviction.best`; "layer" and "global" are :func:`kvpress_moe.budget.share`.
+    ``ours``, :func:`kvpress_moe.budget.eviction.best`; "layer" and "global" are :func:`kvpress_moe.budget.allocation.share`.
     """
     n_kept = compute_n_kept(scores[0].shape[-1], ratio)
     if budget == "uniform" and ours:
@@ -330,7 +330,7 @@ def judge(
     layer as it passes gives exactly what the hooked press would keep. Held meanwhile: the full cache, one score per
     pair and scorer, one bit per pair and cell; never the hidden states of more than one layer.
 
-    Methods that need a prefill of their own are left to :func:`kvpress_moe.benchmark.own_prefill.judge_alone`.
+    Methods that need a prefill of their own are left to :func:`kvpress_moe.benchmark.multi_pass.judge_alone`.
 
     Parameters
     ----------

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.benchmark.kvzip_scores import ReplayScores
+from kvpress_moe.cache.prefill import cache_bytes
 from kvpress_moe.errors import SettingError
-from kvpress_moe.model_support import language_model
-from kvpress_moe.prefill import cache_bytes
-from kvpress_moe.press import MoERouterPress
-from kvpress_moe.replay import ReplayScores
-from kvpress_moe.router_setup import shipped_routers
+from kvpress_moe.model.layers import language_model
+from kvpress_moe.press.moe_router_press import MoERouterPress
+from kvpress_moe.routers.resolve import shipped_routers
 
 NONE = "no press"
 TRAINED = "MoERouter (trained)"  # where routers ship for the model

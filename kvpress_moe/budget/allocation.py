@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvpress_moe.eviction import best
+from kvpress_moe.budget.eviction import best
 
 
 def mixed_keep_fraction(usage: Sequence[int], keep_fractions: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpress_moe.budget import share
+from kvpress_moe.budget.allocation import share
 
 
 @dataclass

@@ -1,12 +1,12 @@
 """Caches after eviction: masks that fit shortened layers, and heads of different lengths, whose memory is freed."""
 
-from kvpress_moe.cache.files import SavedCache as SavedCache
-from kvpress_moe.cache.files import load_cache as load_cache
-from kvpress_moe.cache.files import save_cache as save_cache
-from kvpress_moe.cache.kept import kept_pairs as kept_pairs
-from kvpress_moe.cache.ragged import RaggedCache as RaggedCache
-from kvpress_moe.cache.ragged import RaggedLayer as RaggedLayer
-from kvpress_moe.cache.ragged_attention import use_ragged_attention as use_ragged_attention
+from kvpress_moe.cache.attention_dispatch import use_ragged_attention as use_ragged_attention
+from kvpress_moe.cache.kept_pairs import kept_pairs as kept_pairs
+from kvpress_moe.cache.ragged_layer import RaggedCache as RaggedCache
+from kvpress_moe.cache.ragged_layer import RaggedLayer as RaggedLayer
+from kvpress_moe.cache.saved_cache import SavedCache as SavedCache
+from kvpress_moe.cache.saved_cache import load_cache as load_cache
+from kvpress_moe.cache.saved_cache import save_cache as save_cache
 
 __all__ = [
     "RaggedCache",

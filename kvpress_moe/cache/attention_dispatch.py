@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpress_moe.attention import softcap
-from kvpress_moe.cache.ragged_torch import torch_attention
+from kvpress_moe.cache.torch_backend import torch_attention
 from kvpress_moe.errors import SettingError, UnsupportedInputError
-from kvpress_moe.model_support import hides_tokens
+from kvpress_moe.model.attention import softcap
+from kvpress_moe.model.layers import hides_tokens
 
 if TYPE_CHECKING:
-    from kvpress_moe.cache.ragged import RaggedLayer
+    from kvpress_moe.cache.ragged_layer import RaggedLayer
 
-#: ``(query, layer, scaling, cap) -> output``, see :func:`kvpress_moe.cache.ragged_torch.torch_attention`.
+#: ``(query, layer, scaling, cap) -> output``, see :func:`kvpress_moe.cache.torch_backend.torch_attention`.
 RaggedAttention = Callable[[Tensor, "RaggedLayer", float, float | None], Tensor]
 
 _in_use: RaggedAttention = torch_attention
@@ -31,10 +31,10 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
     ----------
     attention : {"torch", "triton"} or callable
         ``"torch"``, the default: plain PyTorch on any device. ``"triton"``: two kernels for CUDA devices, see
-        :mod:`kvpress_moe.cache.ragged_triton`; in float32 and float16 they pass their tests in Triton's interpreter, in
+        :mod:`kvpress_moe.cache.triton_backend`; in float32 and float16 they pass their tests in Triton's interpreter, in
         these and bfloat16 they compile for compute capabilities 8.0 to 9.0, but they have not run on a GPU, which is
         why they are not the default. Or a function of your own, of the form of
-        :func:`kvpress_moe.cache.ragged_torch.torch_attention`. Nothing falls back to another: what a choice cannot
+        :func:`kvpress_moe.cache.torch_backend.torch_attention`. Nothing falls back to another: what a choice cannot
         serve is an error, at the first token that meets a ragged layer.
 
     Returns
@@ -52,7 +52,7 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
         attention = torch_attention
     elif attention == "triton":
         try:
-            from kvpress_moe.cache.ragged_triton import triton_attention as attention
+            from kvpress_moe.cache.triton_backend import triton_attention as attention
         except ImportError as error:
             raise SettingError(
                 "attention",

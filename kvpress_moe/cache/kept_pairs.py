@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvpress_moe.cache.ragged import RaggedLayer
+from kvpress_moe.cache.ragged_layer import RaggedLayer
 from kvpress_moe.errors import UnsupportedInputError
-from kvpress_moe.selection import fingerprints
+from kvpress_moe.experts.custom import fingerprints
 
 # B = batch, H = KV heads, S = tokens of the prompt, D = head dim
 
@@ -25,8 +25,8 @@ def kept_pairs(full: Cache, compressed: Cache) -> dict[int, Tensor]:
     Parameters
     ----------
     full, compressed : Cache
-        Of the same prompt, before tokens were generated: :attr:`kvpress_moe.prefill.Prefill.cache` and what
-        :meth:`kvpress_moe.prefill.Prefill.compress` returns. Tokens that a ragged layer has read since do no harm.
+        Of the same prompt, before tokens were generated: :attr:`kvpress_moe.cache.prefill.Prefill.cache` and what
+        :meth:`kvpress_moe.cache.prefill.Prefill.compress` returns. Tokens that a ragged layer has read since do no harm.
         Pairs that a press of kvpress only masks (AdaKVPress and others) are still in the cache, and count as kept;
         see :meth:`kvpress_moe.cache.RaggedCache.from_masked`.
 

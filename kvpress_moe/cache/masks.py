@@ -8,7 +8,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from kvpress_moe.model_support import slides
+from kvpress_moe.model.layers import slides
 
 
 class ShortenedLayer(DynamicLayer):

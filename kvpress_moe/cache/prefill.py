@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.cache.masks import fit_masks
-from kvpress_moe.model_support import Attention, language_model
+from kvpress_moe.model.layers import Attention, language_model
 
 
 class Prefill:

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from kvpress_moe.cache.attention_dispatch import register_ragged_attention
 from kvpress_moe.cache.masks import fit_masks
-from kvpress_moe.cache.ragged_attention import register_ragged_attention
 from kvpress_moe.cache.tiling import Tiling
 from kvpress_moe.errors import UnsupportedInputError
-from kvpress_moe.model_support import full_attention_layers, language_model
+from kvpress_moe.model.layers import full_attention_layers, language_model
 
 # B = batch, H = KV heads, S = tokens of the prompt, T = tokens since, D = head dim, N = kept pairs in all
 
@@ -29,7 +29,7 @@ class RaggedLayer(CacheLayerMixin):
     tokens that came since are dense, shape (B, H, T, D), because no head evicts them. ``get_seq_length`` counts the
     tokens read, not the pairs kept, so that positions go on rightly.
 
-    Attention over it is computed by :mod:`kvpress_moe.cache.ragged_attention`; ``update`` hands transformers a
+    Attention over it is computed by :mod:`kvpress_moe.cache.attention_dispatch`; ``update`` hands transformers a
     placeholder on the meta device, on which any other attention fails loudly.
 
     Parameters

@@ -16,12 +16,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvpress_moe.cache.masks import ShortenedLayer, WholeSlidingLayer
-from kvpress_moe.cache.ragged import RaggedLayer
-from kvpress_moe.checkpoint import write_atomically
+from kvpress_moe.cache.ragged_layer import RaggedLayer
 from kvpress_moe.errors import CheckpointError, UnsupportedInputError
-from kvpress_moe.fingerprint import check_fingerprint, check_form, fingerprint
-from kvpress_moe.model_support import Attention, language_model
-from kvpress_moe.untrusted import (
+from kvpress_moe.files import (
     MAX_JSON,
     check_finite,
     check_shapes,
@@ -31,6 +28,9 @@ from kvpress_moe.untrusted import (
     parse_json,
     read_shapes,
 )
+from kvpress_moe.model.fingerprint import check_fingerprint, check_form, fingerprint
+from kvpress_moe.model.layers import Attention, language_model
+from kvpress_moe.routers.checkpoint import write_atomically
 
 FORMAT = "kvpress-moe cache 1"
 _MIN_COSINE = 0.9999  # pairs of a fine-tune or of a 4-bit copy are other pairs

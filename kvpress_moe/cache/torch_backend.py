@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvpress_moe.attention import bend
+from kvpress_moe.model.attention import bend
 
 if TYPE_CHECKING:
-    from kvpress_moe.cache.ragged import RaggedLayer
+    from kvpress_moe.cache.ragged_layer import RaggedLayer
 
 LOGITS_AT_ONCE = 2**19  # what a run of heads may hold in memory; longer runs are cut
 
@@ -30,7 +30,7 @@ def torch_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: floa
         With those tokens appended.
     scaling : float
     cap : float, optional
-        Bound of the logits, see :func:`kvpress_moe.attention.bend`.
+        Bound of the logits, see :func:`kvpress_moe.model.attention.bend`.
 
     Returns
     -------

@@ -15,11 +15,11 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from kvpress_moe.cache.ragged_kernels import attend_tiles, merge_tiles
+from kvpress_moe.cache.triton_kernels import attend_tiles, merge_tiles
 from kvpress_moe.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
-    from kvpress_moe.cache.ragged import RaggedLayer
+    from kvpress_moe.cache.ragged_layer import RaggedLayer
 
 SMALLEST_TILE = 128  # pairs; a program that reads fewer costs more to start than it computes
 PROGRAMS = 512  # tiles to aim for: about four for each multiprocessor of a large GPU
@@ -85,7 +85,7 @@ def check(query: Tensor, layer: RaggedLayer) -> None:
 
 def triton_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
     """
-    What :func:`kvpress_moe.cache.ragged_torch.torch_attention` computes, in two kernels.
+    What :func:`kvpress_moe.cache.torch_backend.torch_attention` computes, in two kernels.
 
     Deterministic: no atomic operation. Besides the output it holds float32 parts: one of D numbers for each tile of a
     head and each of its G·Q queries. A long question has few tiles, two or so a head: at 32k tokens, 32 heads of 128

@@ -1,4 +1,4 @@
-"""The Triton kernels behind :mod:`kvpress_moe.cache.ragged_triton`, which launches them."""
+"""The Triton kernels behind :mod:`kvpress_moe.cache.triton_backend`, which launches them."""
 
 import triton
 import triton.language as tl

@@ -21,8 +21,8 @@ from kvpress_moe.cli.options import (
 )
 from kvpress_moe.cli.progress import progress_bar
 from kvpress_moe.errors import SettingError
-from kvpress_moe.expert_names import parse_experts
-from kvpress_moe.lengths import check_length
+from kvpress_moe.experts.names import parse_experts
+from kvpress_moe.model.context_length import check_length
 
 BUILT_IN_QUESTION = "What is the code of the old safe in the lighthouse?"
 
@@ -109,10 +109,10 @@ def run(
     step("importing", total=1)
     from kvpress.pipeline import KVPressTextGenerationPipeline
 
-    from kvpress_moe.answering import answer_each
-    from kvpress_moe.models import load_model
-    from kvpress_moe.prefill import Prefill, cache_bytes
-    from kvpress_moe.press import MoERouterPress
+    from kvpress_moe.cache.answering import answer_each
+    from kvpress_moe.cache.prefill import Prefill, cache_bytes
+    from kvpress_moe.model.loading import load_model
+    from kvpress_moe.press.moe_router_press import MoERouterPress
 
     press = MoERouterPress(**settings)
     step("loading the model", total=1)
@@ -174,10 +174,10 @@ def run_cache(
     step("importing", total=1)
     from kvpress.pipeline import KVPressTextGenerationPipeline
 
-    from kvpress_moe.answering import answer_each
     from kvpress_moe.cache import load_cache
-    from kvpress_moe.models import load_model
-    from kvpress_moe.prefill import cache_bytes
+    from kvpress_moe.cache.answering import answer_each
+    from kvpress_moe.cache.prefill import cache_bytes
+    from kvpress_moe.model.loading import load_model
 
     step("loading the model", total=1)
     model, tokenizer = load_model(model_name, device)

@@ -75,7 +75,7 @@ def bench(
 
     from rich.console import Console
 
-    from kvpress_moe.benchmark.naive import COMPARED, compare
+    from kvpress_moe.benchmark.hooked_baseline import COMPARED, compare
     from kvpress_moe.benchmark.runner import Evaluator, Plan, run
 
     if list_all:
@@ -106,7 +106,7 @@ def bench(
         return
     spread = None
     if ray is not None:
-        from kvpress_moe.benchmark.spread import over_ray
+        from kvpress_moe.benchmark.ray_backend import over_ray
 
         spread = over_ray(ray)
     command = shlex.join(["kvpress-moe", *sys.argv[1:]])

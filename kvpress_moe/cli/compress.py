@@ -21,8 +21,8 @@ from kvpress_moe.cli.options import (
 )
 from kvpress_moe.cli.progress import progress_bar
 from kvpress_moe.errors import SettingError
-from kvpress_moe.expert_names import parse_experts
-from kvpress_moe.lengths import check_length
+from kvpress_moe.experts.names import parse_experts
+from kvpress_moe.model.context_length import check_length
 
 EPILOG = """Examples:
 
@@ -56,9 +56,9 @@ def compress(
         from transformers import DynamicCache
 
         from kvpress_moe.cache import save_cache
-        from kvpress_moe.models import load_model
-        from kvpress_moe.prefill import cache_bytes
-        from kvpress_moe.press import MoERouterPress
+        from kvpress_moe.cache.prefill import cache_bytes
+        from kvpress_moe.model.loading import load_model
+        from kvpress_moe.press.moe_router_press import MoERouterPress
 
         press = MoERouterPress(ratio, experts=parse_experts(experts), budget=budget, router=router)
         step("loading the model", total=1)

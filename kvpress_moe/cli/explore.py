@@ -13,7 +13,7 @@ from kvpress_moe.cli.ask import BUILT_IN_QUESTION
 from kvpress_moe.cli.options import Budget, Device, Experts, Model, Ratio, Router, read_context
 from kvpress_moe.cli.progress import progress_bar
 from kvpress_moe.errors import SettingError
-from kvpress_moe.expert_names import parse_experts
+from kvpress_moe.experts.names import parse_experts
 
 EPILOG = """Examples:
 
@@ -64,10 +64,10 @@ def explore(
         raise SettingError("out", got, "a file in a directory that exists", "For example --out page.html.")
     with progress_bar() as step:
         step("importing", total=1)
-        from kvpress_moe.checkpoint import write_atomically
         from kvpress_moe.explore import explore as explored
         from kvpress_moe.explore import make_press, page, read
-        from kvpress_moe.models import load_model
+        from kvpress_moe.model.loading import load_model
+        from kvpress_moe.routers.checkpoint import write_atomically
 
         settings = {"compression_ratio": ratio, "experts": parse_experts(experts), "budget": budget, "router": router}
         press = make_press(settings)
@@ -97,9 +97,9 @@ def run_app(port: int, settings: dict[str, Any], model: str | None, device: str,
     with ExitStack() as stack:
         with progress_bar() as step:
             step("importing", total=1)
-            from kvpress_moe.explore.app import listen, make_app, serve
-            from kvpress_moe.explore.workshop import Workshop
-            from kvpress_moe.models import load_model
+            from kvpress_moe.explore.jobs import Workshop
+            from kvpress_moe.explore.web_app import listen, make_app, serve
+            from kvpress_moe.model.loading import load_model
 
             listening = stack.enter_context(closing(listen(port)))
             step("loading the model", total=1)

@@ -32,8 +32,8 @@ def report(
     """
     Write report.md, plots and one self-contained page, report.html, from the records alone.
     """
-    from kvpress_moe.benchmark.report import write_report
     from kvpress_moe.cli.bench import split_names
+    from kvpress_moe.report.benchmark_report import write_report
 
     written = write_report(runs, out or runs[0], ours, split_names(tasks), split_names(members) or ())
     print(json.dumps({"written": [str(path) for path in written]}, separators=(",", ":")))

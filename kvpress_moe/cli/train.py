@@ -68,7 +68,7 @@ def train(
     from rich.console import Console
 
     from kvpress_moe.cli.bench import split_names
-    from kvpress_moe.training.recipe import Recipe
+    from kvpress_moe.training.config import Recipe
 
     given: dict[str, Any] = {
         "experts": split_names(experts),
@@ -95,10 +95,10 @@ def train(
 
     import torch
 
-    from kvpress_moe.checkpoint import save_routers
-    from kvpress_moe.models import load_model
+    from kvpress_moe.model.loading import load_model
+    from kvpress_moe.routers.checkpoint import save_routers
     from kvpress_moe.training import trainer
-    from kvpress_moe.training.crew import launched
+    from kvpress_moe.training.distributed import launched
 
     start = time.perf_counter()
     crew = launched(device)

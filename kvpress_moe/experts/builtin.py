@@ -7,10 +7,10 @@ from kvpress import LagKVPress
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvpress_moe.attention import per_kv_head
 from kvpress_moe.errors import ExpertError
-from kvpress_moe.layer_call import LayerCall
-from kvpress_moe.mixing import rank_within_head
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.experts.mixing import rank_within_head
+from kvpress_moe.model.attention import per_kv_head
 
 
 def score_selective(call: LayerCall, kernel_size: int = 5) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvpress_moe.attention import window_attention_mass
-from kvpress_moe.attention_view import AttentionView, slice_start
-from kvpress_moe.model_support import Attention
+from kvpress_moe.model.attention import window_attention_mass
+from kvpress_moe.model.attention_view import AttentionView, slice_start
+from kvpress_moe.model.layers import Attention
 
 if TYPE_CHECKING:
     from kvpress_moe.routers import BaseMoERouter

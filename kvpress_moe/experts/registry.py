@@ -13,11 +13,11 @@ import torch
 from kvpress import ScorerPress
 from torch import Tensor
 
-from kvpress_moe.attention import latest_attention, softcap
 from kvpress_moe.errors import ExpertError, SettingError
-from kvpress_moe.layer_call import LayerCall
-from kvpress_moe.scorers import score_learned, score_selective, score_temporal
-from kvpress_moe.windows import score_window, window_keep_fraction
+from kvpress_moe.experts.builtin import score_learned, score_selective, score_temporal
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.experts.windows import score_window, window_keep_fraction
+from kvpress_moe.model.attention import latest_attention, softcap
 
 ScoreFunction = Callable[..., Tensor]
 

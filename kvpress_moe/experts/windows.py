@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.experts.layer_call import LayerCall
 
 WINDOWS = {  # name: (share of first tokens, share of last tokens)
     "aggressive": (0.2, 0.1),

@@ -13,13 +13,13 @@ from kvpress.pipeline import KVPressTextGenerationPipeline
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpress_moe.answering import answer_each
+from kvpress_moe.cache.answering import answer_each
+from kvpress_moe.cache.prefill import Prefill, cache_bytes
 from kvpress_moe.errors import SettingError, UnsupportedInputError
 from kvpress_moe.explore.payload import payload
-from kvpress_moe.explore.record import RecordingPress
+from kvpress_moe.explore.recording_press import RecordingPress
 from kvpress_moe.explore.tokens import compared, pieces
-from kvpress_moe.lengths import check_length
-from kvpress_moe.prefill import Prefill, cache_bytes
+from kvpress_moe.model.context_length import check_length
 from kvpress_moe.routers import Routers
 
 Step = Callable[..., Any]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpress_moe.errors import BusyError, KVPressMoEError, SettingError
 from kvpress_moe.explore.exploration import explore, make_press, read
 from kvpress_moe.explore.page import page
-from kvpress_moe.explore.record import RecordingPress
+from kvpress_moe.explore.recording_press import RecordingPress
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kvpress_moe.explore.record import LayerRecord
+from kvpress_moe.explore.recording_press import LayerRecord
 
 FORMAT = 1
 

@@ -9,11 +9,11 @@ import kvpress
 import torch
 from torch import Tensor
 
-from kvpress_moe.experts import Expert
-from kvpress_moe.layer_call import LayerCall
-from kvpress_moe.mixing import rank_within_head
-from kvpress_moe.press import MoERouterPress
-from kvpress_moe.shared_budget import Observation
+from kvpress_moe.budget.cross_layer import Observation
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.experts.mixing import rank_within_head
+from kvpress_moe.experts.registry import Expert
+from kvpress_moe.press.moe_router_press import MoERouterPress
 
 #: Scorers that judge otherwise when another ratio is asked for.
 READ_THE_RATIO = (kvpress.StreamingLLMPress, kvpress.CompactorPress, kvpress.CriticalKVPress)

@@ -9,10 +9,10 @@ from contextlib import suppress
 from typing import Any
 
 from kvpress_moe.errors import BusyError, SettingError
-from kvpress_moe.expert_names import parse_experts
-from kvpress_moe.experts import EXPERT_SETS, KVPRESS_EXPERTS, NAMED_EXPERTS
+from kvpress_moe.experts.names import parse_experts
+from kvpress_moe.experts.registry import EXPERT_SETS, KVPRESS_EXPERTS, NAMED_EXPERTS
+from kvpress_moe.explore.jobs import Workshop
 from kvpress_moe.explore.page import as_json, asset, assets, policy
-from kvpress_moe.explore.workshop import Workshop
 
 try:
     import uvicorn

@@ -9,10 +9,10 @@ from kvpress.utils import get_prerope_query_states
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
-from kvpress_moe.model_support import Attention
+from kvpress_moe.model.layers import Attention
 
 if TYPE_CHECKING:
-    from kvpress_moe.layer_call import LayerCall
+    from kvpress_moe.experts.layer_call import LayerCall
 
 
 def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
-from kvpress_moe.model_support import Attention
+from kvpress_moe.model.layers import Attention
 
 #: Layers whose norms of queries and keys kvpress does not know, and the ones with the same norms that it knows.
 NORMED_ALIKE: dict[type[nn.Module], type[nn.Module]] = {Qwen3MoeAttention: Qwen3Attention}

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpress_moe.errors import CheckpointError
-from kvpress_moe.model_support import Attention, language_model
-from kvpress_moe.untrusted import is_number, is_text, is_whole
+from kvpress_moe.files import is_number, is_text, is_whole
+from kvpress_moe.model.layers import Attention, language_model
 
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 _N_SAMPLES = 64

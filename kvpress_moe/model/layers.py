@@ -51,7 +51,7 @@ SUPPORTED_MODELS = (
     Qwen3MoeForCausalLM,
 )
 
-#: Those whose norms of queries and keys kvpress's own presses leave out, see :mod:`kvpress_moe.attention_view`.
+#: Those whose norms of queries and keys kvpress's own presses leave out, see :mod:`kvpress_moe.model.attention_view`.
 UNKNOWN_NORMS = (OlmoeForCausalLM, Qwen3MoeForCausalLM)
 
 

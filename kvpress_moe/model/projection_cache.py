@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvpress_moe.model_support import Attention, language_model
+from kvpress_moe.model.layers import Attention, language_model
 
 NAMES = ("q_proj", "k_proj", "qkv_proj")
 

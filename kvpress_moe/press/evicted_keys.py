@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpress_moe.attention import causal_logits, latest_queries, layer_logits, per_kv_head
-from kvpress_moe.eviction import evict, kept_mask
-from kvpress_moe.feedback import mass_by_expert
-from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.budget.eviction import evict, kept_mask
+from kvpress_moe.budget.hit_rates import mass_by_expert
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.model.attention import causal_logits, latest_queries, layer_logits, per_kv_head
 
 
 class MissTracker:

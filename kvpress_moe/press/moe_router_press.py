@@ -17,22 +17,20 @@ from kvpress.utils import compute_n_kept, extract_keys_and_values
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvpress_moe.at_work import at_work, is_at_work
-from kvpress_moe.attention import per_kv_head
-from kvpress_moe.budget import mixed_keep_fraction, pairs_kept
+from kvpress_moe.budget.allocation import mixed_keep_fraction, pairs_kept
+from kvpress_moe.budget.cross_layer import Observation, SharedBudget
+from kvpress_moe.budget.eviction import evict, kept_mask, select
+from kvpress_moe.budget.hit_rates import mass_by_expert, pairs_by_expert
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.cache.masks import fit_masks, fit_masks_after_forward
-from kvpress_moe.checkpoint import save_routers
 from kvpress_moe.errors import ExpertError, SettingError, UnsupportedModelError
-from kvpress_moe.eviction import evict, kept_mask, select
-from kvpress_moe.experts import Expert, OwnExpert, expert_specs, make_expert
-from kvpress_moe.feedback import mass_by_expert, pairs_by_expert
-from kvpress_moe.finite import active_experts, check_finite
-from kvpress_moe.layer_call import LayerCall
-from kvpress_moe.memory import RoutingMemory
-from kvpress_moe.misses import MissTracker
-from kvpress_moe.mixing import mix, mix_calibrated, ranks_of
-from kvpress_moe.model_support import (
+from kvpress_moe.experts.custom import score_selection
+from kvpress_moe.experts.expert_list import ExpertStrategies
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.experts.mixing import mix, mix_calibrated, ranks_of
+from kvpress_moe.experts.registry import Expert, OwnExpert, expert_specs, make_expert
+from kvpress_moe.model.attention import per_kv_head
+from kvpress_moe.model.layers import (
     check_can_serve_padding,
     check_can_turn_ragged,
     check_forward,
@@ -46,10 +44,19 @@ from kvpress_moe.model_support import (
     last_to_compress,
     slides,
 )
-from kvpress_moe.padding import join_rows, rows_alone, text_starts
-from kvpress_moe.projections import Projections
-from kvpress_moe.reading import Reading
-from kvpress_moe.router_setup import (
+from kvpress_moe.model.projection_cache import Projections
+from kvpress_moe.press.evicted_keys import MissTracker
+from kvpress_moe.press.exclusive_use import at_work, is_at_work
+from kvpress_moe.press.nan_checks import active_experts, check_finite
+from kvpress_moe.press.padding import join_rows, rows_alone, text_starts
+from kvpress_moe.press.routing_memory import RoutingMemory
+from kvpress_moe.press.settings import CHECKS, Default, check_number_of_experts, check_top_k_fits, check_tracking
+from kvpress_moe.press.statistics import RoutingStats
+from kvpress_moe.press.transaction import Reading
+from kvpress_moe.routers import RouterConfig, Routers
+from kvpress_moe.routers.calibration import LearnedExpert
+from kvpress_moe.routers.checkpoint import save_routers
+from kvpress_moe.routers.resolve import (
     belong,
     check_routers,
     fits,
@@ -58,13 +65,6 @@ from kvpress_moe.router_setup import (
     untrained_routers,
     warn_untrained,
 )
-from kvpress_moe.routers import RouterConfig, Routers
-from kvpress_moe.routers.calibration import LearnedExpert
-from kvpress_moe.selection import score_selection
-from kvpress_moe.settings import CHECKS, Default, check_number_of_experts, check_top_k_fits, check_tracking
-from kvpress_moe.shared_budget import Observation, SharedBudget
-from kvpress_moe.stats import RoutingStats
-from kvpress_moe.strategies import ExpertStrategies
 
 DEFAULT_EXPERTS, DEFAULT_TOP_K = 4, 2  # the guide's
 N_SINK = 4  # first tokens that hit rates leave out
@@ -311,7 +311,7 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
 
         kvpress's own context manager, which owns the compression hooks, plus three things: inputs that a press would
         compress wrongly without a word are refused before the first layer runs, a prompt that fails is undone (see
-        :class:`kvpress_moe.reading.Reading`), and the ``rotary_emb`` that kvpress puts on the attention layers is taken
+        :class:`kvpress_moe.press.transaction.Reading`), and the ``rotary_emb`` that kvpress puts on the attention layers is taken
         off again.
 
         Raises
@@ -418,7 +418,7 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
 
     def save_pretrained(self, directory: str | Path, metrics: dict[str, Any] | None = None) -> Path:
         """
-        Write the routers in use to a directory, see :func:`kvpress_moe.checkpoint.save_routers`.
+        Write the routers in use to a directory, see :func:`kvpress_moe.routers.checkpoint.save_routers`.
 
         Raises
         ------
@@ -692,7 +692,7 @@ class MoERouterPress(ScorerPress):  # type: ignore[misc]
     # ── statistics ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def get_stats(self) -> dict[str, Any]:
-        """What was counted since the last reset, see :meth:`kvpress_moe.stats.RoutingStats.as_dict`."""
+        """What was counted since the last reset, see :meth:`kvpress_moe.press.statistics.RoutingStats.as_dict`."""
         return self._stats.as_dict(self.num_experts)
 
     def reset_stats(self) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpress_moe.errors import NotFiniteError
-from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.experts.layer_call import LayerCall
 
 
 def is_finite(states: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def check_finite(call: LayerCall, scores: Tensor | None = None, mass: Tensor | N
     call : LayerCall
     scores : Tensor, shape (B, H, S), optional
         Mixed ones. Calibrated, they estimate a logarithm of attention and have to be finite; ranks always are, and
-        :meth:`kvpress_moe.experts.Expert.score` looks at what an expert says alone.
+        :meth:`kvpress_moe.experts.registry.Expert.score` looks at what an expert says alone.
     mass : Tensor, optional
         Attention that was paid to the pairs.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpress_moe.errors import UnsupportedInputError
-from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.experts.layer_call import LayerCall
 
 
 def text_starts(mask: Tensor | None, position_ids: Tensor | None) -> list[int] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpress_moe.layer_call import LayerCall
+from kvpress_moe.experts.layer_call import LayerCall
 
 
 class RoutingMemory:

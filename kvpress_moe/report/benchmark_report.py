@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from kvpress_moe.benchmark.report.markdown import markdown, ranked, tables
-from kvpress_moe.benchmark.report.page import page
-from kvpress_moe.benchmark.report.summary import Results, load
-from kvpress_moe.checkpoint import write_atomically
+from kvpress_moe.benchmark.results import Results, load
 from kvpress_moe.errors import SettingError
+from kvpress_moe.report.html_page import page
+from kvpress_moe.report.markdown import markdown, ranked, tables
+from kvpress_moe.routers.checkpoint import write_atomically
 
 
 def write_report(
@@ -55,7 +55,7 @@ def write_report(
             raise SettingError("members", member, f"some of {', '.join(results.methods)}", "")
     results.members = tuple(members)
     try:
-        from kvpress_moe.benchmark.report.plots import draw
+        from kvpress_moe.report.figures.benchmark import draw
 
         out.mkdir(parents=True, exist_ok=True)
         plots = draw(results, reference, out)

@@ -9,10 +9,10 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from kvpress_moe.benchmark.report.markdown import Table, facts
-from kvpress_moe.benchmark.report.summary import Results
+from kvpress_moe.benchmark.results import Results
+from kvpress_moe.report.markdown import Table, facts
 
-_STYLE = files("kvpress_moe.benchmark.report").joinpath("page.css").read_text(encoding="utf-8")
+_STYLE = files("kvpress_moe.report").joinpath("page.css").read_text(encoding="utf-8")
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 
 #: The page may show its own style and its own images; it loads nothing, runs nothing, sends nothing.

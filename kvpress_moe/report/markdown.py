@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvpress_moe.benchmark.report.summary import (
+from kvpress_moe.benchmark.results import (
     SOLVED,
     Estimate,
     Results,

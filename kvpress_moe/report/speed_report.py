@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvpress_moe.benchmark.speed import KVZIP, NONE, OURS, Row
-from kvpress_moe.checkpoint import write_atomically
+from kvpress_moe.routers.checkpoint import write_atomically
 
 
 def growth(rows: Sequence[Row], name: str) -> dict[str, tuple[float, float]]:
@@ -84,7 +84,7 @@ def _by_setting(rows: Sequence[Row]) -> dict[tuple[int, int], list[Row]]:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Prefill time over that of no press, and extra peak memory, over length (smallest batch), as PNG."""
-    from kvpress_moe.plots.style import COLOURS, MARKERS, Plot
+    from kvpress_moe.report.figures.style import COLOURS, MARKERS, Plot
 
     figure = Plot(9, 4)
     times, memory = figure.subplots(1, 2)

@@ -2,9 +2,9 @@
 
 from kvpress_moe.routers.base import BaseMoERouter as BaseMoERouter
 from kvpress_moe.routers.base import RouterOutput as RouterOutput
-from kvpress_moe.routers.container import ROUTERS as ROUTERS
-from kvpress_moe.routers.container import RouterConfig as RouterConfig
-from kvpress_moe.routers.container import Routers as Routers
 from kvpress_moe.routers.pikv import PiKVMoERouter as PiKVMoERouter
+from kvpress_moe.routers.routers import ROUTERS as ROUTERS
+from kvpress_moe.routers.routers import RouterConfig as RouterConfig
+from kvpress_moe.routers.routers import Routers as Routers
 
 __all__ = ["ROUTERS", "BaseMoERouter", "PiKVMoERouter", "RouterConfig", "RouterOutput", "Routers"]

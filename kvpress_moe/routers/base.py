@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from kvpress_moe.gate import gate, load_balance
 from kvpress_moe.routers.calibration import Calibration, LearnedExpert
+from kvpress_moe.routers.gate import gate, load_balance
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class BaseMoERouter(nn.Module):
     Two linear maps with a bottleneck; softmax, top-k, renormalised.
 
     The second map starts at zero: an untrained router prefers no expert, and its ties go round (see
-    :func:`kvpress_moe.gate.preference_order`). The first starts from a seed, so that two routers built alike are alike.
+    :func:`kvpress_moe.routers.gate.preference_order`). The first starts from a seed, so that two routers built alike are alike.
 
     Parameters
     ----------

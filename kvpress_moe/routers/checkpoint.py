@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from kvpress_moe.errors import CheckpointError, WriteError
-from kvpress_moe.fingerprint import check_form
+from kvpress_moe.files import fill, open_tensors, read_json, read_shapes
+from kvpress_moe.model.fingerprint import check_form
 from kvpress_moe.routers import RouterConfig, Routers
-from kvpress_moe.untrusted import fill, open_tensors, read_json, read_shapes
 
 WEIGHTS = "routers.safetensors"
 CONFIG = "routers.json"

@@ -8,15 +8,15 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
-from kvpress_moe.checkpoint import load_routers, read_fingerprint
 from kvpress_moe.errors import CheckpointError
-from kvpress_moe.fingerprint import check_fingerprint, fingerprint, sizes
-from kvpress_moe.model_support import Attention
+from kvpress_moe.model.fingerprint import check_fingerprint, fingerprint, sizes
+from kvpress_moe.model.layers import Attention
 from kvpress_moe.routers import RouterConfig, Routers
+from kvpress_moe.routers.checkpoint import load_routers, read_fingerprint
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = Path(__file__).parent / "data" / "routers"
+SHIPPED = Path(__file__).parents[1] / "data" / "routers"
 
 
 @cache  # once a process: a press is built per request by some

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvpress_moe.files import is_number, is_text, is_whole
 from kvpress_moe.routers.base import BaseMoERouter
 from kvpress_moe.routers.pikv import PiKVMoERouter
-from kvpress_moe.untrusted import is_number, is_text, is_whole
 
 ROUTERS: dict[str, type[BaseMoERouter]] = {"base": BaseMoERouter, "pikv": PiKVMoERouter}
 
@@ -116,7 +116,7 @@ class Routers(nn.Module):
     ----------
     config : RouterConfig
     fingerprint : dict, optional
-        Of the model they belong to, see :func:`kvpress_moe.fingerprint.fingerprint`. ``None``: any model of the right
+        Of the model they belong to, see :func:`kvpress_moe.model.fingerprint.fingerprint`. ``None``: any model of the right
         size.
     """
 

@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpress_moe.benchmark.asking import ask_full
-from kvpress_moe.benchmark.judging import prepared
+from kvpress_moe.benchmark.cache_eval import ask_full
+from kvpress_moe.benchmark.kvzip_scores import ReplayScores
 from kvpress_moe.benchmark.prompts import Prompt
-from kvpress_moe.checkpoint import write_atomically
+from kvpress_moe.benchmark.shared_prefill import prepared
 from kvpress_moe.errors import SettingError
-from kvpress_moe.experts import Expert
-from kvpress_moe.layer_call import LayerCall
-from kvpress_moe.mixing import rank_within_head
-from kvpress_moe.model_support import Attention, full_attention_layers, language_model
-from kvpress_moe.replay import ReplayScores
-from kvpress_moe.untrusted import check_finite, is_text, open_tensors, read_json, read_shapes
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.experts.mixing import rank_within_head
+from kvpress_moe.experts.registry import Expert
+from kvpress_moe.files import check_finite, is_text, open_tensors, read_json, read_shapes
+from kvpress_moe.model.layers import Attention, full_attention_layers, language_model
+from kvpress_moe.routers.checkpoint import write_atomically
 
 FORMAT = 2  # of shards
 _AXES = {"hidden": "LSC", "ranks": "LEHS", "replay": "LHS", "answer": "LHS", "writes": "LHS"}

@@ -10,9 +10,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.errors import CheckpointError
-from kvpress_moe.untrusted import fill, open_tensors
+from kvpress_moe.files import fill, open_tensors
+from kvpress_moe.routers.checkpoint import write_atomically
 
 FORMAT = 2  # of fitted layers
 

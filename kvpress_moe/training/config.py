@@ -7,9 +7,9 @@ from typing import Any
 
 from kvpress_moe.benchmark.tasks import TASKS, find_tasks
 from kvpress_moe.errors import SettingError
-from kvpress_moe.experts import make_expert
-from kvpress_moe.training.objective import TEACHERS
-from kvpress_moe.untrusted import is_number, is_whole
+from kvpress_moe.experts.registry import make_expert
+from kvpress_moe.files import is_number, is_whole
+from kvpress_moe.training.losses import TEACHERS
 
 #: Task kinds that training never sees, so that the benchmark can tell learning from memorising.
 HELD_OUT = ("variable_tracking", "code")
@@ -36,7 +36,7 @@ class Recipe:
         Kinds of prompts (train split of the benchmark's).
     teacher : {"replay", "answer", "both"}
     value_weight : float
-        See :func:`kvpress_moe.training.objective.target`.
+        See :func:`kvpress_moe.training.losses.target`.
     router_type : {"pikv", "base"}
     bottleneck, learned_width : int
         Widths of the gate and of the learned expert.
@@ -45,7 +45,7 @@ class Recipe:
     gate : bool
         False leaves the gate at equal weights: a static mixture, for ablations.
     dropout, aux_loss_weight, budget_weight, learning_rate : float
-        ``budget_weight`` is that of :func:`kvpress_moe.training.objective.budget_loss`, beside the squared error's 1.
+        ``budget_weight`` is that of :func:`kvpress_moe.training.losses.budget_loss`, beside the squared error's 1.
     epochs, seed : int
     end_to_end : int
         Epochs of :class:`kvpress_moe.training.end_to_end.EndToEnd` that follow; 0: none.

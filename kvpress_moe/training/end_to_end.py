@@ -14,16 +14,16 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpress_moe.benchmark.asking import step
+from kvpress_moe.benchmark.cache_eval import step
 from kvpress_moe.errors import NotFiniteError
-from kvpress_moe.model_support import full_attention_layers
+from kvpress_moe.model.layers import full_attention_layers
 from kvpress_moe.routers import Routers
 from kvpress_moe.routers.calibration import LearnedExpert
-from kvpress_moe.training.fit import fold_scaling, predict, unfold_scaling
-from kvpress_moe.training.kept_cache import Pairs, filled, kept_cache
-from kvpress_moe.training.lesson import Captured, Lesson, question, repetition
+from kvpress_moe.training.layerwise import fold_scaling, predict, unfold_scaling
+from kvpress_moe.training.prompt_cache import Pairs, filled, kept_cache
 from kvpress_moe.training.soft_budget import soft_share
-from kvpress_moe.training.soft_reading import reading_softly
+from kvpress_moe.training.soft_eviction import reading_softly
+from kvpress_moe.training.tuning_samples import Captured, Lesson, question, repetition
 from kvpress_moe.training.tuning_state import load_state, save_state
 
 FORMAT = 1  # of the method: states of another one do not go on

@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kvpress_moe.gate import gate, load_balance
-from kvpress_moe.mixing import mix_calibrated
+from kvpress_moe.experts.mixing import mix_calibrated
 from kvpress_moe.routers.base import BaseMoERouter
 from kvpress_moe.routers.calibration import Calibration, LearnedExpert
-from kvpress_moe.training.objective import budget_loss
+from kvpress_moe.routers.gate import gate, load_balance
+from kvpress_moe.training.losses import budget_loss
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def predict(
     """
     Scores (N, H) of tokens, and the load-balancing loss.
 
-    The sum of :func:`kvpress_moe.mixing.mix_calibrated`, of tokens from many prompts and with gradients.
+    The sum of :func:`kvpress_moe.experts.mixing.mix_calibrated`, of tokens from many prompts and with gradients.
 
     Parameters
     ----------

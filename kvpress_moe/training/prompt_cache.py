@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.errors import CheckpointError
-from kvpress_moe.untrusted import check_finite, open_tensors, read_shapes
+from kvpress_moe.files import check_finite, open_tensors, read_shapes
+from kvpress_moe.routers.checkpoint import write_atomically
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # keys and values of every layer, (1, H, S, D) each
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvpress_moe.budget import share
+from kvpress_moe.budget.allocation import share
 
 
 def soft_share(
@@ -18,7 +18,7 @@ def soft_share(
     temperature: float,
 ) -> Float[Tensor, "U S"]:
     """
-    Log of how far each pair stays under the budget of :func:`kvpress_moe.budget.share`: ``log sigmoid(margin / T)``.
+    Log of how far each pair stays under the budget of :func:`kvpress_moe.budget.allocation.share`: ``log sigmoid(margin / T)``.
 
     A pair's margin is its score minus the threshold that the budget leaves it: the best score that has to go, or, in a
     unit that the floor helps, its own last score that stays. Pairs that stay are above a half, pairs that go at or

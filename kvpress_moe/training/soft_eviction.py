@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpress_moe.errors import UnsupportedModelError
-from kvpress_moe.model_support import Attention, language_model
+from kvpress_moe.model.layers import Attention, language_model
 
 
 def check_reads_softly(model: PreTrainedModel) -> None:

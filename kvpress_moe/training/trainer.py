@@ -17,19 +17,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.errors import SettingError
-from kvpress_moe.experts import Expert, make_expert
-from kvpress_moe.fingerprint import model_fingerprint
-from kvpress_moe.model_support import check_model, full_attention_layers
+from kvpress_moe.experts.registry import Expert, make_expert
+from kvpress_moe.model.fingerprint import model_fingerprint
+from kvpress_moe.model.layers import check_model, full_attention_layers
 from kvpress_moe.routers import RouterConfig, Routers
 from kvpress_moe.training import end_to_end
 from kvpress_moe.training.capture import FORMAT, Shards, capture
-from kvpress_moe.training.crew import Crew
-from kvpress_moe.training.fit import LayerData, fit_layer
-from kvpress_moe.training.fitted import Fitted
-from kvpress_moe.training.lesson import Captured, Lesson
-from kvpress_moe.training.objective import tail_weights, target
-from kvpress_moe.training.recipe import Recipe
-from kvpress_moe.training.soft_reading import check_reads_softly
+from kvpress_moe.training.checkpoints import Fitted
+from kvpress_moe.training.config import Recipe
+from kvpress_moe.training.distributed import Crew
+from kvpress_moe.training.layerwise import LayerData, fit_layer
+from kvpress_moe.training.losses import tail_weights, target
+from kvpress_moe.training.soft_eviction import check_reads_softly
+from kvpress_moe.training.tuning_samples import Captured, Lesson
 
 KEPT_SHARES = (0.5, 0.25, 0.1)
 

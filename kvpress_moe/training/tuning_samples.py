@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kvpress_moe.benchmark.kvzip_scores import chat_suffix
 from kvpress_moe.benchmark.prompts import Prompt
-from kvpress_moe.replay import chat_suffix
 
 REPEATED = 96  # tokens that the model repeats
 

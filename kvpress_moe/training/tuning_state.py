@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kvpress_moe.checkpoint import write_atomically
 from kvpress_moe.errors import CheckpointError
-from kvpress_moe.untrusted import check_finite, check_shapes, is_number, open_tensors, parse_json, read_shapes
+from kvpress_moe.files import check_finite, check_shapes, is_number, open_tensors, parse_json, read_shapes
+from kvpress_moe.routers.checkpoint import write_atomically
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's
 

@@ -24,7 +24,7 @@ def chat_model(model_directory, chat_tokenizer, tmp_path):
 
 
 def test_records_are_the_same_and_a_dead_workers_sample_is_done_again(chat_model, tmp_path, monkeypatch):
-    from kvpress_moe.benchmark.spread import over_ray
+    from kvpress_moe.benchmark.ray_backend import over_ray
 
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     flag = tmp_path / "died"

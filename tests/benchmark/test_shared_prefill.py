@@ -6,15 +6,15 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.benchmark.asking import ask, ask_full, batches, hit_rate, stack
-from kvpress_moe.benchmark.judging import Kept, allocate, judge, of_layer
+from kvpress_moe.benchmark.cache_eval import ask, ask_full, batches, hit_rate, stack
+from kvpress_moe.benchmark.hooked_baseline import answer_hooked
 from kvpress_moe.benchmark.methods import find_methods, touches_windows
-from kvpress_moe.benchmark.naive import answer_hooked
-from kvpress_moe.benchmark.own_prefill import judge_alone
+from kvpress_moe.benchmark.multi_pass import judge_alone
 from kvpress_moe.benchmark.prompts import Prompt
-from kvpress_moe.budget import share
+from kvpress_moe.benchmark.shared_prefill import Kept, allocate, judge, of_layer
+from kvpress_moe.budget.allocation import share
 from kvpress_moe.cache import RaggedCache
-from kvpress_moe.model_support import full_attentions, language_model
+from kvpress_moe.model.layers import full_attentions, language_model
 from tests.tiny import FAMILIES, decoder, kept_positions, prefill, tiny_model, tokens
 
 RATIOS = (0.5, 0.8)

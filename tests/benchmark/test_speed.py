@@ -21,10 +21,10 @@ from kvpress_moe.benchmark.speed import (
     measure,
     peak_bytes,
 )
-from kvpress_moe.benchmark.speed_report import growth, markdown
 from kvpress_moe.cli import app
 from kvpress_moe.errors import SettingError
-from kvpress_moe.press import MoERouterPress
+from kvpress_moe.press.moe_router_press import MoERouterPress
+from kvpress_moe.report.speed_report import growth, markdown
 from tests.tiny import decoder, prefill, tokens
 
 PLAN = SpeedPlan(lengths=(128, 192), batches=(1, 2), rounds=2, new_tokens=3)

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from kvpress_moe.benchmark.asking import Answer
-from kvpress_moe.benchmark.scoring import score
+from kvpress_moe.benchmark.cache_eval import Answer
+from kvpress_moe.benchmark.metrics import score
 from kvpress_moe.benchmark.tasks import SPLITS, TASKS, find_tasks, make_sample
 from kvpress_moe.benchmark.tasks.continuation import beginning
 from kvpress_moe.benchmark.tasks.filling import fill, hide, swept_depth

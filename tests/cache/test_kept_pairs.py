@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress, UnsupportedInputError
 from kvpress_moe.cache import RaggedLayer, kept_pairs
-from kvpress_moe.prefill import Prefill
+from kvpress_moe.cache.prefill import Prefill
 from tests.tiny import kept_positions, prefill, tiny_model, tokens
 
 PROMPT = 80

@@ -13,9 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from kvpress_moe import MoERouterPress, SettingError, UnsupportedInputError
-from kvpress_moe.budget import share
+from kvpress_moe.budget.allocation import share
 from kvpress_moe.cache import RaggedCache, RaggedLayer, ragged_torch
-from kvpress_moe.prefill import Prefill, cache_bytes
+from kvpress_moe.cache.prefill import Prefill, cache_bytes
 from tests.tiny import decoder, nothing, positions_of, prefill, tiny_model, tokens
 
 PROMPT = 90

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from kvpress_moe import CheckpointError, MoERouterPress, UnsupportedInputError, load_cache, save_cache
-from kvpress_moe.prefill import cache_bytes
+from kvpress_moe.cache.prefill import cache_bytes
 from tests.tiny import greedy, prefill, tiny_model, tokens
 
 PROMPT = 90
@@ -91,7 +91,7 @@ def test_a_failed_save_leaves_the_old_file(book, llama, monkeypatch):
     def full_disk(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("kvpress_moe.cache.files.save_file", full_disk)
+    monkeypatch.setattr("kvpress_moe.cache.saved_cache.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_cache(book, prefill(llama, tokens(PROMPT)), llama, tokens(PROMPT))
     assert book.read_bytes() == before

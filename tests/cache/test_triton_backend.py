@@ -19,12 +19,12 @@ from torch.testing import assert_close
 
 triton = pytest.importorskip("triton")
 
-from benchmarks import ragged_candidates
+from experiments import ragged_candidates
 from kvpress_moe import MoERouterPress, SettingError, UnsupportedInputError, use_ragged_attention
 from kvpress_moe.cache import RaggedLayer, ragged_triton
-from kvpress_moe.cache.ragged_torch import torch_attention
-from kvpress_moe.cache.ragged_triton import tile_size_for, triton_attention
 from kvpress_moe.cache.tiling import Tiling
+from kvpress_moe.cache.torch_backend import torch_attention
+from kvpress_moe.cache.triton_backend import tile_size_for, triton_attention
 from tests.tiny import prefill, tiny_model, tokens
 
 ON_GPU = torch.cuda.is_available()
@@ -232,7 +232,7 @@ def test_an_unknown_attention_is_refused_and_nothing_changes(wrong):
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "kvpress_moe.cache.ragged_triton")
+    monkeypatch.delitem(sys.modules, "kvpress_moe.cache.triton_backend")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(SettingError, match=r"attention: got 'triton'.*pip install"):
         use_ragged_attention("triton")
@@ -287,7 +287,7 @@ def test_without_a_gpu_or_the_interpreter_the_error_says_so(monkeypatch):
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     """For H100 and A100: within their shared memory, nothing spilled, bfloat16 on tensor cores."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compiled_kernels", "--capabilities", "80", "90"]
+    command = [sys.executable, "-m", "experiments.compiled_kernels", "--capabilities", "80", "90"]
     command += ["--dtypes", "bf16", "fp32", "--head-dims", "128"]
     done = subprocess.run(
         command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=True

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from kvpress_moe.cli import app, main
 from kvpress_moe.cli.ask import run
 from kvpress_moe.cli.options import read_context
-from kvpress_moe.training.recipe import Recipe
+from kvpress_moe.training.config import Recipe
 from tests.tiny import tiny_model
 
 TEXT = "The council has promised an answer before the spring. " * 8
@@ -68,7 +68,9 @@ def test_text_comes_from_standard_input_too(model_directory):
 
 
 def test_layers_that_are_not_compressed_are_not_counted_as_such(text_file, chat_tokenizer, monkeypatch):
-    monkeypatch.setattr("kvpress_moe.models.load_model", lambda *args: (tiny_model("gemma3_text"), chat_tokenizer))
+    monkeypatch.setattr(
+        "kvpress_moe.model.loading.load_model", lambda *args: (tiny_model("gemma3_text"), chat_tokenizer)
+    )
     output = ask(text_file, "What?", "--max-new-tokens", "2").output
     assert "50% of the pairs of 2 of 3 layers removed" in " ".join(output.split())
 
@@ -90,7 +92,7 @@ def test_the_built_in_text_holds_the_answer_to_the_built_in_question():
 def test_the_text_is_prefilled_once(text_file, model_directory, monkeypatch):
     prompts = []
     monkeypatch.setattr(
-        "kvpress_moe.models.load_model", lambda name, device: (counting(tiny_model("llama"), prompts), tokenizer)
+        "kvpress_moe.model.loading.load_model", lambda name, device: (counting(tiny_model("llama"), prompts), tokenizer)
     )
     from transformers import AutoTokenizer
 
@@ -161,7 +163,7 @@ def test_a_cache_on_disk_answers_as_the_live_one(text_file, model_directory, tmp
 
 
 def test_compress_refuses_before_any_work(text_file, model_directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvpress_moe.models.load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("kvpress_moe.model.loading.load_model", lambda *args: pytest.fail("the model was loaded"))
     out = ["--out", str(tmp_path / "book.kv")]
     for arguments, text in (
         ([text_file, "--out", str(tmp_path / "no" / "book.kv")], "out: got"),

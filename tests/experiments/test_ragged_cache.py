@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.ragged_cache import ATTENTIONS, measure, printed, rows_of
+from experiments.ragged_cache import ATTENTIONS, measure, printed, rows_of
 from kvpress_moe.benchmark.speed import small_llama
 from kvpress_moe.cache import ragged_attention
-from kvpress_moe.cache.ragged_torch import torch_attention
+from kvpress_moe.cache.torch_backend import torch_attention
 from tests.tiny import tokens
 
 

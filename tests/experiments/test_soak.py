@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.soak import grown, make_presses, soak
+from experiments.soak import grown, make_presses, soak
 from kvpress_moe import MoERouterPress
 from tests.tiny import tiny_model
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpress_moe.mixing import mix, mix_calibrated, rank_within_head
+from kvpress_moe.experts.mixing import mix, mix_calibrated, rank_within_head
 from tests import reference
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.explore import Reading, read
 from kvpress_moe.explore.payload import payload
-from kvpress_moe.explore.record import LayerRecord
+from kvpress_moe.explore.recording_press import LayerRecord
 from kvpress_moe.routers import RouterConfig, Routers
 
 TEXT = "The crane lifts twelve tons. A cutter went aground in the fog.\n" * 6

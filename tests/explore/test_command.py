@@ -40,7 +40,7 @@ def test_a_text_becomes_a_page(model_directory, tmp_path):
 
 
 def test_wrong_use_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvpress_moe.models.load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("kvpress_moe.model.loading.load_model", lambda *args: pytest.fail("the model was loaded"))
     out = ["--out", str(tmp_path / "page.html")]
     for arguments, text in (
         ([], "out: got None"),

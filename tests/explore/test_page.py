@@ -8,8 +8,8 @@ import pytest
 import torch
 from kvpress.utils import compute_n_kept
 
-from kvpress_moe.budget import share
-from kvpress_moe.eviction import best
+from kvpress_moe.budget.allocation import share
+from kvpress_moe.budget.eviction import best
 from kvpress_moe.explore import explore, make_press, page
 from tests.explore.made import TEXT, calibrated_routers, reading, still, synthetic
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from kvpress_moe.cli import app as cli
 from kvpress_moe.errors import SettingError
-from kvpress_moe.explore.app import MAX_BYTES, listen, make_app, serve
-from kvpress_moe.explore.workshop import KEPT_JOBS, Workshop
+from kvpress_moe.explore.jobs import KEPT_JOBS, Workshop
+from kvpress_moe.explore.web_app import MAX_BYTES, listen, make_app, serve
 from tests.explore.made import TEXT
 from tests.explore.test_command import explore
 
@@ -100,7 +100,7 @@ def test_a_text_that_is_too_long_fails_with_its_length_and_frees_the_model(clien
 
 
 def test_an_unforeseen_failure_is_told_and_frees_the_model(client, workshop, monkeypatch, caplog):
-    monkeypatch.setattr("kvpress_moe.explore.workshop.read", lambda *args: 1 / 0)
+    monkeypatch.setattr("kvpress_moe.explore.jobs.read", lambda *args: 1 / 0)
     job = post(client).json()["job"]
     workshop.work()
     assert client.get(f"/jobs/{job}").json()["error"] == "ZeroDivisionError: division by zero"
@@ -214,7 +214,7 @@ def test_an_interrupt_ends_the_server_in_order(workshop, capfd):
 
 
 def test_without_its_packages_the_app_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "kvpress_moe.explore.app")
+    monkeypatch.delitem(sys.modules, "kvpress_moe.explore.web_app")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert str(explore("--serve").exception).endswith("pip install 'kvpress-moe[serve]'")
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qu
 from kvpress_moe import MoERouterPress
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.errors import KVPressMoEError
-from kvpress_moe.model_support import slides
+from kvpress_moe.model.layers import slides
 from tests.tiny import byte_tokenizer, decoder, greedy, padded_tokens, prefill, tiny_model, tokens
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"

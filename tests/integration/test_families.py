@@ -13,11 +13,11 @@ from kvpress.utils import compute_n_kept, get_prerope_key_states
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.attention import latest_attention
-from kvpress_moe.attention_view import AttentionView
-from kvpress_moe.layer_call import LayerCall
-from kvpress_moe.model_support import slides
-from kvpress_moe.projections import Projections
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.model.attention import latest_attention
+from kvpress_moe.model.attention_view import AttentionView
+from kvpress_moe.model.layers import slides
+from kvpress_moe.model.projection_cache import Projections
 from tests.tiny import FAMILIES, decoder, kept_positions, lengths, overlap, prefill, tiny_model, tokens
 
 PROMPT, QUESTION = 100, 5

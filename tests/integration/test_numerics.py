@@ -1,13 +1,13 @@
-"""What is kept does not hang on the dtype: benchmarks/numerics.py measures it on a real model, here a tiny one does."""
+"""What is kept does not hang on the dtype: experiments/numerics.py measures it on a real model, here a tiny one does."""
 
 import copy
 
 import pytest
 import torch
 
-from benchmarks.numerics import WatchedPress, compare, kept_pairs, prefill, share_kept
-from kvpress_moe.experts import named_expert
-from kvpress_moe.layer_call import LayerCall
+from experiments.numerics import WatchedPress, compare, kept_pairs, prefill, share_kept
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.experts.registry import named_expert
 from tests.tiny import distinct_tokens, tiny_model
 
 PROMPT = 250
@@ -42,7 +42,7 @@ def test_half_precision_keeps_the_pairs_that_float32_keeps(dtype, experts):
 
 def test_the_benchmark_compares_all_presses_in_both_dtypes(monkeypatch):
     model = tiny_model("llama")
-    monkeypatch.setattr("benchmarks.numerics.PRESSES", {"guide": lambda ratio: WatchedPress(ratio, cache_aware=False)})
+    monkeypatch.setattr("experiments.numerics.PRESSES", {"guide": lambda ratio: WatchedPress(ratio, cache_aware=False)})
     rows = compare(model, distinct_tokens(60))
     assert [(row["dtype"], row["ratio"]) for row in rows] == [
         (dtype, ratio) for dtype in ("bfloat16", "float16") for ratio in (0.5, 0.75, 0.9)

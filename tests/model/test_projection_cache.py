@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.projections import Projections
+from kvpress_moe.model.projection_cache import Projections
 from tests.tiny import decoder, prefill, tiny_model, tokens
 
 EXPERTS = ["leverage", "expected_attention", "non_causal"]

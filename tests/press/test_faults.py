@@ -12,7 +12,7 @@ from kvpress import ChunkPress
 from transformers import DynamicCache
 
 from kvpress_moe import ExpertError, MoERouterPress
-from kvpress_moe.at_work import _HELD
+from kvpress_moe.press.exclusive_use import _HELD
 from tests.tiny import calibrated_routers, prefill, tiny_model, tokens
 
 #: `make faults` raises every exception at every call; the suite takes the exceptions in turn.
@@ -22,39 +22,39 @@ PROMPT, FAILING, NEXT = tokens(30, seed=1), tokens(40, seed=2), tokens(36, seed=
 
 #: What a prompt goes through, first to last. The last ones are reached with a shared or a uniform budget only.
 STAGES = (
-    "kvpress_moe.press.forward_arguments",
-    "kvpress_moe.press.MoERouterPress._checkpoint",
-    "kvpress_moe.press.check_forward",
+    "kvpress_moe.press.moe_router_press.forward_arguments",
+    "kvpress_moe.press.moe_router_press.MoERouterPress._checkpoint",
+    "kvpress_moe.press.moe_router_press.check_forward",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward",
     "transformers.models.llama.modeling_llama.LlamaAttention.forward",
     "transformers.models.llama.modeling_llama.LlamaMLP.forward",
     "transformers.cache_utils.DynamicLayer.update",
-    "kvpress_moe.press.MoERouterPress.forward_hook",
-    "kvpress_moe.press.MoERouterPress.compress",
-    "kvpress_moe.projections.Projections.of",
-    "kvpress_moe.press.MoERouterPress.route",
-    "kvpress_moe.routers.container.Routers.place",
+    "kvpress_moe.press.moe_router_press.MoERouterPress.forward_hook",
+    "kvpress_moe.press.moe_router_press.MoERouterPress.compress",
+    "kvpress_moe.model.projection_cache.Projections.of",
+    "kvpress_moe.press.moe_router_press.MoERouterPress.route",
+    "kvpress_moe.routers.routers.Routers.place",
     "kvpress_moe.routers.base.BaseMoERouter.forward",
     "kvpress_moe.routers.base.gate",
-    "kvpress_moe.memory.RoutingMemory.align",
-    "kvpress_moe.press.active_experts",
-    "kvpress_moe.stats.RoutingStats.add",
-    "kvpress_moe.press.MoERouterPress.mix",
-    "kvpress_moe.experts.Expert.score",
-    "kvpress_moe.layer_call.window_attention_mass",
-    "kvpress_moe.press.check_finite",
-    "kvpress_moe.press.MoERouterPress.n_kept",
-    "kvpress_moe.press.MoERouterPress.record",
+    "kvpress_moe.press.routing_memory.RoutingMemory.align",
+    "kvpress_moe.press.moe_router_press.active_experts",
+    "kvpress_moe.press.statistics.RoutingStats.add",
+    "kvpress_moe.press.moe_router_press.MoERouterPress.mix",
+    "kvpress_moe.experts.registry.Expert.score",
+    "kvpress_moe.experts.layer_call.window_attention_mass",
+    "kvpress_moe.press.moe_router_press.check_finite",
+    "kvpress_moe.press.moe_router_press.MoERouterPress.n_kept",
+    "kvpress_moe.press.moe_router_press.MoERouterPress.record",
     "kvpress_moe.routers.pikv.PiKVMoERouter.observe",
-    "kvpress_moe.press.fit_masks",
-    "kvpress_moe.press.select",
-    "kvpress_moe.press.evict",
-    "kvpress_moe.press.MoERouterPress.remember",
-    "kvpress_moe.press.check_can_turn_ragged",
-    "kvpress_moe.shared_budget.SharedBudget.add",
-    "kvpress_moe.shared_budget.SharedBudget.decide",
-    "kvpress_moe.shared_budget.share",
-    "kvpress_moe.press.RaggedLayer.from_dense",
+    "kvpress_moe.press.moe_router_press.fit_masks",
+    "kvpress_moe.press.moe_router_press.select",
+    "kvpress_moe.press.moe_router_press.evict",
+    "kvpress_moe.press.moe_router_press.MoERouterPress.remember",
+    "kvpress_moe.press.moe_router_press.check_can_turn_ragged",
+    "kvpress_moe.budget.cross_layer.SharedBudget.add",
+    "kvpress_moe.budget.cross_layer.SharedBudget.decide",
+    "kvpress_moe.budget.cross_layer.share",
+    "kvpress_moe.press.moe_router_press.RaggedLayer.from_dense",
 )
 
 
@@ -224,7 +224,7 @@ def test_a_generated_token_that_fails_is_not_half_counted(llama, monkeypatch, er
         cache = DynamicCache()
         llama.model(PROMPT, past_key_values=cache)
         before = state(press)
-        with failing(monkeypatch, "kvpress_moe.misses.MissTracker.masses", 1, error), pytest.raises(error):
+        with failing(monkeypatch, "kvpress_moe.press.evicted_keys.MissTracker.masses", 1, error), pytest.raises(error):
             llama.model(tokens(1), past_key_values=cache)
     assert state(press) == before
 

@@ -12,9 +12,9 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.experts import KVPRESS_EXPERTS, NAMED_EXPERTS, Expert, named_expert
-from kvpress_moe.mixing import rank_within_head
-from kvpress_moe.prefill import Prefill
+from kvpress_moe.cache.prefill import Prefill
+from kvpress_moe.experts.mixing import rank_within_head
+from kvpress_moe.experts.registry import KVPRESS_EXPERTS, NAMED_EXPERTS, Expert, named_expert
 from tests.tiny import calibrated_routers, lengths, tiny_model
 
 RATIOS = [0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95]

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from kvpress_moe import ExpertError, MoERouterPress, NotFiniteError
-from kvpress_moe.finite import is_finite
+from kvpress_moe.press.nan_checks import is_finite
 from tests.test_at_work import kept
 from tests.tiny import calibrated_routers, decoder, prefill, tiny_model, tokens
 

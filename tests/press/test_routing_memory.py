@@ -4,8 +4,8 @@ import torch
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from kvpress_moe.layer_call import LayerCall
-from kvpress_moe.memory import RoutingMemory
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.press.routing_memory import RoutingMemory
 from tests.tiny import tokens
 
 E = 3

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kvpress_moe.benchmark.records import COLUMNS
-from kvpress_moe.benchmark.report.markdown import costs, overview, per_task, ranked, skills, versus, versus_best_of_task
-from kvpress_moe.benchmark.report.summary import best_single, load, mean_over_tasks, oracle_values
+from kvpress_moe.benchmark.results import best_single, load, mean_over_tasks, oracle_values
 from kvpress_moe.errors import SettingError
+from kvpress_moe.report.markdown import costs, overview, per_task, ranked, skills, versus, versus_best_of_task
 
 GROUPS = {"full": "reference", "random": "baseline", "snapkv": "kvpress", "cur": "kvpress", "<b>moe</b>": "ours"}
 TASKS = ("needle_noise", "kv_list", "prose")
@@ -217,7 +217,7 @@ class _Cells(HTMLParser):
 
 def test_the_page_is_whole_in_itself_and_takes_names_as_text(results, tmp_path):
     pytest.importorskip("matplotlib")
-    from kvpress_moe.benchmark.report import write_report
+    from kvpress_moe.report.benchmark_report import write_report
 
     written = write_report([tmp_path / "run"], tmp_path / "out")
     assert {path.name for path in written} == {

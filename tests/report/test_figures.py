@@ -13,11 +13,11 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
 from kvpress_moe import MoERouterPress, SettingError, plots
-from kvpress_moe.benchmark.report.summary import load, mean_over_tasks
+from kvpress_moe.benchmark.results import load, mean_over_tasks
 from kvpress_moe.cache import kept_pairs
-from kvpress_moe.checkpoint import save_routers
-from kvpress_moe.prefill import Prefill
+from kvpress_moe.cache.prefill import Prefill
 from kvpress_moe.routers import RouterConfig, Routers
+from kvpress_moe.routers.checkpoint import save_routers
 from tests.benchmark.test_report import RATIOS, TASKS, write_run
 from tests.tiny import tokens
 

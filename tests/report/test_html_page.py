@@ -37,7 +37,7 @@ def evil_run(directory):
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory):
     pytest.importorskip("matplotlib")
-    from kvpress_moe.benchmark.report import write_report
+    from kvpress_moe.report.benchmark_report import write_report
 
     directory = tmp_path_factory.mktemp("evil")
     run, names = evil_run(directory / "run")

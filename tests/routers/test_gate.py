@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvpress_moe.gate import assign_experts, expert_capacity, gate, load_balance, preference_order
+from kvpress_moe.routers.gate import assign_experts, expert_capacity, gate, load_balance, preference_order
 from tests import reference
 
 

@@ -134,7 +134,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_fragments(tmp_path, monkeypatc
     def full_disk(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("kvpress_moe.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("kvpress_moe.routers.checkpoint.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_routers(Routers(CONFIG), tmp_path)
     assert (directory / "routers.safetensors").read_bytes() == before

@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from kvpress_moe.benchmark.asking import read, stack
-from kvpress_moe.benchmark.judging import Judged, Kept
+from kvpress_moe.benchmark.cache_eval import read, stack
 from kvpress_moe.benchmark.prompts import Prompt, encode
+from kvpress_moe.benchmark.shared_prefill import Judged, Kept
 from kvpress_moe.benchmark.tasks import make_sample
-from kvpress_moe.budget import share
+from kvpress_moe.budget.allocation import share
 from kvpress_moe.errors import CheckpointError, NotFiniteError, UnsupportedModelError
-from kvpress_moe.model_support import full_attention_layers, language_model
+from kvpress_moe.model.layers import full_attention_layers, language_model
 from kvpress_moe.training import end_to_end
+from kvpress_moe.training.config import Recipe
 from kvpress_moe.training.end_to_end import EndToEnd
-from kvpress_moe.training.kept_cache import filled
-from kvpress_moe.training.lesson import REPEATED, question, repetition
-from kvpress_moe.training.recipe import Recipe
+from kvpress_moe.training.prompt_cache import filled
 from kvpress_moe.training.soft_budget import soft_share
-from kvpress_moe.training.soft_reading import reading_softly
+from kvpress_moe.training.soft_eviction import reading_softly
 from kvpress_moe.training.trainer import train
+from kvpress_moe.training.tuning_samples import REPEATED, question, repetition
 from tests.tiny import FAMILIES, tiny_model
 
 RECIPE = Recipe(

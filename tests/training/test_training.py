@@ -15,21 +15,21 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.benchmark.judging import prepared
+from kvpress_moe.benchmark.kvzip_scores import ReplayScores, chat_suffix
 from kvpress_moe.benchmark.prompts import encode
+from kvpress_moe.benchmark.shared_prefill import prepared
 from kvpress_moe.benchmark.tasks import make_sample
-from kvpress_moe.checkpoint import load_routers, save_routers
 from kvpress_moe.errors import ExpertError, SettingError
-from kvpress_moe.experts import make_expert
-from kvpress_moe.model_support import full_attention_layers
-from kvpress_moe.replay import ReplayScores, chat_suffix
-from kvpress_moe.router_setup import SHIPPED
+from kvpress_moe.experts.registry import make_expert
+from kvpress_moe.model.layers import full_attention_layers
 from kvpress_moe.routers import BaseMoERouter
+from kvpress_moe.routers.checkpoint import load_routers, save_routers
+from kvpress_moe.routers.resolve import SHIPPED
 from kvpress_moe.training.capture import capture, written_norm
-from kvpress_moe.training.crew import Crew
-from kvpress_moe.training.fit import LayerData, fit_layer, fold_scaling, predict
-from kvpress_moe.training.objective import FLOOR, budget_loss, tail_weights, target
-from kvpress_moe.training.recipe import Recipe
+from kvpress_moe.training.config import Recipe
+from kvpress_moe.training.distributed import Crew
+from kvpress_moe.training.layerwise import LayerData, fit_layer, fold_scaling, predict
+from kvpress_moe.training.losses import FLOOR, budget_loss, tail_weights, target
 from kvpress_moe.training.trainer import prompts, train
 from tests.tiny import FAMILIES, decoder, prefill, tiny_model
 
@@ -150,8 +150,8 @@ import torch
 from pathlib import Path
 from tests.tiny import byte_tokenizer, tiny_model
 from tests.training.test_training import RECIPE
-from kvpress_moe.checkpoint import save_routers
-from kvpress_moe.training.crew import launched
+from kvpress_moe.routers.checkpoint import save_routers
+from kvpress_moe.training.distributed import launched
 from kvpress_moe.training.trainer import train
 torch.set_num_threads(1)
 crew = launched("cpu")
@@ -245,8 +245,8 @@ def test_the_press_gives_the_scores_that_were_fitted(llama, trained, prompt):
         )
 
     def rank(name, module, layer, kwargs):
-        from kvpress_moe.layer_call import LayerCall
-        from kvpress_moe.mixing import rank_within_head
+        from kvpress_moe.experts.layer_call import LayerCall
+        from kvpress_moe.experts.mixing import rank_within_head
 
         call = LayerCall(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
         return rank_within_head(make_expert(name).score(call, 0.5))
@@ -471,7 +471,7 @@ def test_routers_that_ship_load_and_say_how_they_were_made(directory):
 def test_routers_ship_for_the_model_they_were_trained_for_alone(llama, trained, prompt, tmp_path, monkeypatch):
     """Named experts, another router type or another model of the same size leave them aside."""
     save_routers(trained[0], tmp_path / "tiny", dtype=torch.float16)
-    monkeypatch.setattr("kvpress_moe.router_setup.SHIPPED", tmp_path)
+    monkeypatch.setattr("kvpress_moe.routers.resolve.SHIPPED", tmp_path)
     press = MoERouterPress(0.7)
     prefill(llama, prompt.context, press)
     assert (list(press.expert_strategies.values()), press.top_k, press.scope) == (list(RECIPE.experts), 2, "global")

@@ -1,4 +1,4 @@
-// The budget rule of kvpress_moe/budget.py and eviction.py: of equally good pairs the first stay.
+// The budget rule of kvpress_moe/budget/allocation.py and eviction.py: of equally good pairs the first stay.
 
 // kvpress.utils.compute_n_kept
 function nKept(S, ratio) {

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from kvpress_moe.errors import SettingError
-from kvpress_moe.plots.style import NORMAL, SMALL, Plot, heat_map, layer_axis, layer_map, share_bar
+from kvpress_moe.report.figures.style import NORMAL, SMALL, Plot, heat_map, layer_axis, layer_map, share_bar
 
 
 def kept_positions(kept: Mapping[int, Tensor], bins: int = 128) -> Figure:

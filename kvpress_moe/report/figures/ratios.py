@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvpress_moe.benchmark.report import compared
-from kvpress_moe.benchmark.report.markdown import ranked
-from kvpress_moe.benchmark.report.summary import Estimate, Results, best_single, load, mean_over_tasks
+from kvpress_moe.benchmark.results import Estimate, Results, best_single, load, mean_over_tasks
 from kvpress_moe.errors import SettingError
-from kvpress_moe.plots.style import COLOURS, MARKERS, NORMAL, OTHERS, REFERENCE, SMALL, Plot, label
+from kvpress_moe.report.benchmark_report import compared
+from kvpress_moe.report.figures.style import COLOURS, MARKERS, NORMAL, OTHERS, REFERENCE, SMALL, Plot, label
+from kvpress_moe.report.markdown import ranked
 
 #: What can be drawn, and what it is called.
 METRICS = {
@@ -39,7 +39,7 @@ def over_ratio(
     Parameters
     ----------
     records : Results, path or sequence of paths
-        Of runs: directories that ``kvpress-moe bench`` wrote, or :func:`kvpress_moe.benchmark.report.summary.load`'s
+        Of runs: directories that ``kvpress-moe bench`` wrote, or :func:`kvpress_moe.benchmark.results.load`'s
         result.
     metric : {"kl", "score", "nll", "extra", "hit"}
         ``extra`` is the NLL beyond the full cache's. KL is drawn on a logarithmic scale.

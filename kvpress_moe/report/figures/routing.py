@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvpress_moe.errors import SettingError
-from kvpress_moe.plots.style import layer_map
+from kvpress_moe.report.figures.style import layer_map
 
 
 def expert_usage(stats: Mapping[str, Any], names: Sequence[str] | Mapping[int, str] | None = None) -> Figure:

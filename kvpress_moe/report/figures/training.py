@@ -13,8 +13,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from kvpress_moe.errors import SettingError
-from kvpress_moe.plots.style import COLOURS, NORMAL, SMALL, line_axis
-from kvpress_moe.untrusted import read_json
+from kvpress_moe.files import read_json
+from kvpress_moe.report.figures.style import COLOURS, NORMAL, SMALL, line_axis
 
 LOSS = "weighted squared error"
 
