@@ -18,6 +18,7 @@ from kvpress_moe import MoERouterPress, load_model, plots
 from kvpress_moe.cache import kept_pairs
 from kvpress_moe.cache.prefill import Prefill
 from kvpress_moe.report.figures.style import NORMAL, SMALL, Plot, heat_map, layer_axis, share_bar
+from kvpress_moe.routers import Routing
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "pictures"
@@ -29,9 +30,10 @@ SHOWN = ("moe_trained_global", "layer_by_layer", "kvzip_global", "adakv_keydiff"
 class WatchedPress(MoERouterPress):
     """Keeps the routing weights of the last prompt: layer -> (B, S, E)."""
 
-    def route(self, call) -> None:
-        super().route(call)
-        self.__dict__.setdefault("watched", {})[call.layer_idx] = call.weights[:, 0].clone()
+    def route(self, call) -> Routing:
+        routing = super().route(call)
+        self.__dict__.setdefault("watched", {})[call.layer_idx] = routing.weights[:, 0].clone()
+        return routing
 
 
 def routing_weights(weights: dict[int, Tensor], names: list[str], sentence: range, words: list[str]) -> Figure:

@@ -18,8 +18,8 @@ from playwright.sync_api import Browser, sync_playwright
 
 from kvpress_moe.cli.ask import BUILT_IN_QUESTION
 from kvpress_moe.cli.options import read_context
-from kvpress_moe.explore import explore, make_press, page, read
-from kvpress_moe.explore.jobs import Workshop
+from kvpress_moe.explore import explore, make_press, page, prefill_text
+from kvpress_moe.explore.jobs import JobRunner
 from kvpress_moe.explore.web_app import listen, make_app
 from kvpress_moe.model.loading import load_model
 
@@ -33,8 +33,8 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "h
 def main() -> None:
     """Read the text once, then take all pictures."""
     model, tokenizer = load_model()
-    reading = read(model, tokenizer, read_context(None), QUESTIONS, 32, lambda *args, **kwargs: None)
-    html = page(explore(reading, make_press({"compression_ratio": RATIO}), lambda *args, **kwargs: None))
+    prefilled = prefill_text(model, tokenizer, read_context(None), QUESTIONS, 32, lambda *args, **kwargs: None)
+    html = page(explore(prefilled, make_press({"compression_ratio": RATIO}), lambda *args, **kwargs: None))
     IMAGES.mkdir(exist_ok=True)
     with TemporaryDirectory() as directory, sync_playwright() as playwright:
         path = Path(directory) / "page.html"
@@ -43,7 +43,7 @@ def main() -> None:
         shoot_page(browser, path.as_uri(), "explore.png", DESK, full_page=True)
         shoot_page(browser, path.as_uri(), "explore-dark.png", {**DESK, "color_scheme": "dark"}, layer="20")
         shoot_page(browser, path.as_uri(), "explore-phone.png", PHONE, layer="17")
-        shoot_app(browser, Workshop(model, tokenizer))
+        shoot_app(browser, JobRunner(model, tokenizer))
         browser.close()
 
 
@@ -72,11 +72,11 @@ def save(picture: bytes, name: str) -> None:
     )
 
 
-def shoot_app(browser: Browser, workshop: Workshop) -> None:
+def shoot_app(browser: Browser, runner: JobRunner) -> None:
     """The app, two settings side by side."""
     defaults = {"text": read_context(None), "question": BUILT_IN_QUESTION, "ratio": RATIO}
     with listen(0) as listening:
-        server = uvicorn.Server(uvicorn.Config(make_app(workshop, defaults), log_level="warning", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(make_app(runner, defaults), log_level="warning", lifespan="off"))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         tab = browser.new_page(viewport={"width": 1500, "height": 1500})

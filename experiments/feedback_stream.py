@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kvpress_moe import MoERouterPress, load_model
-from kvpress_moe.benchmark.cache_eval import ask_full, read
+from kvpress_moe.benchmark.cache_eval import evaluate_full_cache, read
 from kvpress_moe.benchmark.prompts import encode
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.cache.prefill import Prefill
@@ -56,7 +56,7 @@ def main() -> None:
         for index in range(args.samples):
             prompt = encode(make_sample(kind, count_tokens, args.length, index, 0, "tune"), tokenizer)
             prefill = Prefill(model, prompt.context)
-            full = ask_full(model, prefill.compress(None), prompt).logits.log_softmax(-1)
+            full = evaluate_full_cache(model, prefill.compress(None), prompt).logits.log_softmax(-1)
             for (name, mode), press in compared.items():
                 cache = prefill.compress(press)
                 with torch.no_grad():

@@ -23,19 +23,20 @@ from unittest.mock import patch
 
 import torch
 
-from kvpress_moe import MoERouterPress, load_model, press
+from kvpress_moe import MoERouterPress, load_model
 from kvpress_moe.benchmark.speed import read_prompt
 from kvpress_moe.budget.cross_layer import SharedBudget
 from kvpress_moe.cache import RaggedLayer
-from kvpress_moe.experts.registry import Expert
+from kvpress_moe.experts import mixing
+from kvpress_moe.experts.expert import Expert
 
 #: Owner, function, and what the row is called; an expert's row is called after it.
 STAGES: tuple[tuple[Any, str, str], ...] = (
     (MoERouterPress, "compress", "the press, all in all"),
     (MoERouterPress, "route", "router and gate"),
     (Expert, "score", "expert"),
-    (press, "ranks_of", "ranks within the head, experts' scores included"),
-    (press, "mix_calibrated", "sum of the calibrated terms"),
+    (mixing, "ranks_of", "ranks within the head, experts' scores included"),
+    (mixing, "mix_calibrated", "sum of the calibrated terms"),
     (MoERouterPress, "observe", "attention of the latest queries, for hit rates"),
     (SharedBudget, "decide", "decision of the shared budget"),
     (RaggedLayer, "from_dense", "copy of what stays"),

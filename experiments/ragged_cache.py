@@ -25,7 +25,7 @@ from kvpress import AdaKVPress, ExpectedAttentionPress
 
 from experiments.ragged_candidates import flash_attention, flex_attention, forget
 from kvpress_moe import MoERouterPress, load_model
-from kvpress_moe.benchmark.speed import RANDOM_MODELS
+from kvpress_moe.benchmark.random_models import RANDOM_MODELS
 from kvpress_moe.cache.attention_dispatch import RaggedAttention, use_ragged_attention
 from kvpress_moe.cache.prefill import Prefill, cache_bytes
 

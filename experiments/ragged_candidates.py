@@ -16,7 +16,7 @@ from torch.nn.attention import flex_attention as flex
 
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.cache.torch_backend import newest_logits
-from kvpress_moe.model.attention import bend
+from kvpress_moe.model.attention import apply_softcap
 
 
 def flash_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
@@ -60,7 +60,7 @@ def flex_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float
         grouped.reshape(1, 1, -1, head_dim),
         layer.flat_keys[None, None],
         layer.flat_values[None, None],
-        score_mod=None if cap is None else lambda score, *_: bend(score, cap),
+        score_mod=None if cap is None else lambda score, *_: apply_softcap(score, cap),
         block_mask=mask,
         scale=1.0,
         return_aux=flex.AuxRequest(lse=True),

@@ -1,5 +1,5 @@
 """
-What each part of a recipe is worth: routers trained with one thing changed, compared on the tune split.
+What each part of a config is worth: routers trained with one thing changed, compared on the tune split.
 
     python experiments/router_variants.py --shards runs/shards                     all variants, three samples a task
     python experiments/router_variants.py --shards runs/shards --end-to-end 3      all of them tuned end to end as well
@@ -25,11 +25,12 @@ import numpy as np
 import torch
 
 from kvpress_moe import MoERouterPress, load_model
+from kvpress_moe.benchmark.evaluator import Evaluator
 from kvpress_moe.benchmark.methods import Method
-from kvpress_moe.benchmark.runner import Evaluator, Plan
+from kvpress_moe.benchmark.plan import Plan
 from kvpress_moe.routers import Routers
 from kvpress_moe.routers.checkpoint import load_routers, save_routers
-from kvpress_moe.training.config import Recipe
+from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.trainer import train
 
 VARIANTS = {
@@ -49,9 +50,9 @@ VARIANTS = {
     "top 2, aux loss 0.001": {"top_k": 2, "aux_loss_weight": 0.001},
     "top 2, aux loss 0.1": {"top_k": 2, "aux_loss_weight": 0.1},
     "top 2, aux loss 1": {"top_k": 2, "aux_loss_weight": 1.0},
-    "end to end": {"end_to_end": Recipe().end_to_end},
-    "end to end, answers alone": {"end_to_end": Recipe().end_to_end, "replay_weight": 0.0},
-    "end to end, replay weight 0.2": {"end_to_end": Recipe().end_to_end, "replay_weight": 0.2},
+    "end to end": {"end_to_end": TrainingConfig().end_to_end},
+    "end to end, answers alone": {"end_to_end": TrainingConfig().end_to_end, "replay_weight": 0.0},
+    "end to end, replay weight 0.2": {"end_to_end": TrainingConfig().end_to_end, "replay_weight": 0.2},
 }
 
 
@@ -87,7 +88,7 @@ def main() -> None:
         "--routers", nargs="*", type=Path, default=[], help="directories of trained routers, beside them"
     )
     parser.add_argument("--prompts", type=int, default=120, help="to train on; the shipped routers had 120")
-    parser.add_argument("--epochs", type=int, default=Recipe().epochs)
+    parser.add_argument("--epochs", type=int, default=TrainingConfig().epochs)
     parser.add_argument("--end-to-end", type=int, default=0, help="epochs")
     parser.add_argument("--out", type=Path, help="keep the trained routers here, a directory for each variant")
     parser.add_argument("--samples", type=int, default=3, help="a task")
@@ -97,9 +98,9 @@ def main() -> None:
     model, tokenizer = load_model()
     trained = {}
     for name in args.variants:
-        plain = Recipe(samples=args.prompts, epochs=args.epochs, end_to_end=args.end_to_end)
-        recipe = replace(plain, **VARIANTS[name])
-        trained[name], metrics = train(model, tokenizer, recipe, args.shards)
+        plain = TrainingConfig(samples=args.prompts, epochs=args.epochs, end_to_end=args.end_to_end)
+        config = replace(plain, **VARIANTS[name])
+        trained[name], metrics = train(model, tokenizer, config, args.shards)
         if args.out:
             save_routers(trained[name], args.out / name.replace(" ", "-"), metrics)
         print(f"trained: {name}, loss {np.mean(metrics['loss_by_layer']):.3f}", flush=True)

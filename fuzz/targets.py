@@ -29,8 +29,6 @@ from kvpress_moe.benchmark.results import load
 from kvpress_moe.cache import saved_cache as cache_files
 from kvpress_moe.cache.ragged_layer import RaggedLayer
 from kvpress_moe.model.fingerprint import model_fingerprint
-from kvpress_moe.training.capture import FORMAT, Shards
-from kvpress_moe.training.checkpoints import Fitted
 from tests.tiny import prefill, tiny_model, tokens
 
 Files = dict[str, bytes]
@@ -227,63 +225,9 @@ class ResumedTarget(RecordsTarget):
         assert read_header(self.directory)["methods"]["knorm"]
 
 
-class FittedTarget(Target):
-    name = "fitted layers"
-
-    def make_seeds(self) -> list[Files]:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        fitted = Fitted(self.directory, {"recipe": 1})
-        fitted.save(0, Routers(CONFIG).layers[0], [0.7, 0.5])
-        self.file = fitted.path(0).relative_to(self.directory)
-        self.fitted = fitted
-        self.router = Routers(replace(CONFIG, num_layers=1)).layers[0]
-        return [self.read(str(self.file))]
-
-    def mutate(self, choices: Choices, files: Files) -> Files:
-        return {name: mutate_tensors(choices, data) for name, data in files.items()}
-
-    def load(self) -> None:
-        self.fitted.load(0, self.router)
-        assert all(tensor.isfinite().all() for name, tensor in self.router.state_dict().items() if name != "hit_rate")
-
-
-class ShardsTarget(Target):
-    name = "training shards"
-
-    def make_seeds(self) -> list[Files]:
-        from safetensors.torch import save
-
-        note = {"format": FORMAT, "model": {}, "seed": 0, "experts": ["knorm"]}
-        sizes = {
-            "hidden": (2, 5, 8),
-            "ranks": (2, 1, 2, 5),
-            "replay": (2, 2, 5),
-            "answer": (2, 2, 5),
-            "writes": (2, 2, 5),
-        }
-        shard = save({name: torch.rand(size).half() for name, size in sizes.items()})
-        return [{"recipe.json": json.dumps(note).encode(), "prose-0.safetensors": shard}]
-
-    def mutate(self, choices: Choices, files: Files) -> Files:
-        if choices.below(4) == 0:
-            files = files | {"recipe.json": changed_json(choices, files["recipe.json"])}
-        return files | {"prose-0.safetensors": mutate_tensors(choices, files["prose-0.safetensors"])}
-
-    def load(self) -> None:
-        shards = Shards(self.directory)
-        shards.claim({}, ["knorm"], 0)
-        shards.check(shards.path("prose/0"), {"L": 2, "C": 8, "H": 2, "E": 1})
-        for number in range(2):
-            (shard,) = shards.layer(number, [shards.path("prose/0")])
-            assert shard["hidden"].isfinite().all()
-            assert shard["ranks"].shape[0] == 1
-
-
 TARGETS: tuple[type[Target], ...] = (
     RoutersTarget,
     CachesTarget,
     RecordsTarget,
     ResumedTarget,
-    FittedTarget,
-    ShardsTarget,
 )

@@ -7,7 +7,7 @@ KVPressMoEError
 ├── UnsupportedInputError (ValueError)   an input (empty, padded, uncached) that a press cannot serve
 ├── CheckpointError (ValueError)         a router file that is broken or belongs to another model
 ├── ExpertError (RuntimeError)           an expert failed to score, or returned something that is no score
-├── BusyError (RuntimeError)             the explorer's model is at work on another text
+├── BusyError (RuntimeError)             the explorer's model is busy with another text
 ├── NotFiniteError (ArithmeticError)     NaN or infinity where they would decide which pairs stay
 └── WriteError (OSError)                 a file could not be written; what was there before is intact
 """

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from kvpress_moe.errors import WriteError
 
 # Parsed, JSON takes up to thirty times its size, and an entry of a safetensors header several times its own.
 MAX_JSON = 2**20  # bytes of one JSON text
@@ -122,7 +126,7 @@ def check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[in
             raise ValueError(f"tensor {name[:80]!r} has shape {found.get(name)}, expected {expected.get(name)}")
 
 
-def check_finite(tensor: Tensor, name: str) -> None:
+def check_tensor_finite(tensor: Tensor, name: str) -> None:
     """Raise ValueError if a tensor holds NaN or infinities; nothing of its size is allocated."""
     if tensor.numel() and not all(math.isfinite(end.item()) for end in tensor.aminmax()):
         raise ValueError(f"{name} holds NaN or infinite numbers")
@@ -149,5 +153,41 @@ def fill(module: nn.Module, tensors: Any, may_be_nan: str = "hit_rate") -> None:
     check_shapes(read_shapes(tensors), {name: tuple(own.shape) for name, own in state.items()})
     for name, own in state.items():
         tensor = tensors.get_tensor(name).to(own.dtype)
-        check_finite(tensor.nan_to_num(0.0, math.inf) if name.rpartition(".")[2] == may_be_nan else tensor, name)
+        check_tensor_finite(tensor.nan_to_num(0.0, math.inf) if name.rpartition(".")[2] == may_be_nan else tensor, name)
         own.copy_(tensor)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: a reader never sees half a file."""
+    write_together({path: write})
+
+
+def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
+    """
+    Write files that belong together: none of them is replaced before all of them have been written.
+
+    Raises
+    ------
+    WriteError
+        For want of room or permission; the files that were there before are intact, the temporary ones are gone.
+    """
+    temporaries: dict[Path, Path] = {}
+    path = next(iter(writes))
+    try:
+        for path, write in writes.items():
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporaries[path] = Path(name)
+            os.close(descriptor)
+            write(temporaries[path])
+            os.chmod(name, 0o644)  # mkstemp's are for their owner alone
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except BaseException as error:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise WriteError(
+                f"{path}: cannot be written ({error}), expected a directory with room and permission. What was there "
+                "before is intact. Make room, or name another place."
+            ) from error
+        raise

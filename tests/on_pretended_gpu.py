@@ -24,15 +24,18 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from kvpress_moe import MoERouterPress, RaggedCache, RouterConfig, Routers, load_cache, save_cache
+from kvpress_moe.benchmark.evaluator import Evaluator
+from kvpress_moe.benchmark.plan import Plan
 from kvpress_moe.benchmark.records import read_records
-from kvpress_moe.benchmark.runner import Evaluator, Plan, run
+from kvpress_moe.benchmark.runner import run
 from kvpress_moe.benchmark.speed import SpeedPlan, measure
 from kvpress_moe.cli import app
-from kvpress_moe.experts.registry import KVPRESS_EXPERTS, NAMED_EXPERTS
+from kvpress_moe.experts.kvpress_scorers import KVPRESS_EXPERTS
+from kvpress_moe.experts.registry import NAMED_EXPERTS
 from kvpress_moe.training.trainer import train
 from tests.pretend_gpu import NAME, pretended_gpu, register, waits
 from tests.tiny import byte_tokenizer, calibrated_routers, padded_tokens, prefill, tiny_model, tokens
-from tests.training.test_training import RECIPE
+from tests.training.test_training import CONFIG
 
 Result = Any  # tensors, numbers, texts and lists of them: the same on every device
 CASES: dict[str, Callable[[str], Result]] = {}
@@ -193,9 +196,9 @@ def speed(device: str) -> Result:
 
 @case("training")
 def training(device: str) -> Result:
-    recipe = replace(RECIPE, end_to_end=1, samples=2, length=500, epochs=2)
+    config = replace(CONFIG, end_to_end=1, samples=2, length=500, epochs=2)
     with tempfile.TemporaryDirectory() as directory:
-        routers, _ = train(tiny_model("llama").to(device), byte_tokenizer(chat=True), recipe, Path(directory))
+        routers, _ = train(tiny_model("llama").to(device), byte_tokenizer(chat=True), config, Path(directory))
     return list(routers.state_dict().values())
 
 

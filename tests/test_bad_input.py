@@ -250,7 +250,7 @@ def test_an_expert_that_fails_is_named_and_leaves_no_hooks(llama):
 def test_a_press_inside_its_own_block_is_refused_and_the_outer_block_goes_on(llama):
     press = MoERouterPress(0.5)
     with press(llama):
-        with pytest.raises(UnsupportedInputError, match="at work on this model already"), press(llama):
+        with pytest.raises(UnsupportedInputError, match="in use on this model already"), press(llama):
             pass
         cache = DynamicCache()
         with torch.no_grad():

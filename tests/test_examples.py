@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmark.test_report import write_run
+from tests.report.test_benchmark_report import write_run
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 

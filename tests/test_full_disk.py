@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 
 from kvpress_moe import SettingError, WriteError, save_cache, save_routers
+from kvpress_moe.benchmark.evaluator import Evaluator
+from kvpress_moe.benchmark.plan import Plan
 from kvpress_moe.benchmark.records import Records
-from kvpress_moe.benchmark.runner import Evaluator, Plan, run
+from kvpress_moe.benchmark.runner import run
 from kvpress_moe.benchmark.speed import Row
 from kvpress_moe.cli import main
+from kvpress_moe.files import write_atomically
 from kvpress_moe.report.benchmark_report import write_report
 from kvpress_moe.report.speed_report import draw
-from kvpress_moe.routers.checkpoint import write_atomically
-from kvpress_moe.training.config import Recipe
+from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.trainer import train
 from tests.tiny import calibrated_routers, prefill, tokens
 
@@ -41,7 +43,7 @@ def contents(directory):
 
 
 PLAN = Plan(methods=("knorm",), tasks=("kv_list",), ratios=(0.5, 0.75), lengths=(300,), limit=2)
-RECIPE = Recipe(experts=("learned", "keydiff"), top_k=2, samples=2, length=300, tasks=("kv_list",), epochs=1)
+CONFIG = TrainingConfig(experts=("learned", "keydiff"), top_k=2, samples=2, length=300, tasks=("kv_list",), epochs=1)
 ROWS = [
     Row("prefill", "no press", 512, 1, 1.0, 0.9, 1.1, 1.0, 0),
     Row("prefill", "SnapKV", 512, 1, 1.0, 0.9, 1.1, 1.1, 9),
@@ -60,7 +62,7 @@ def writers(llama, chat_tokenizer, tmp_path):
         "cache": lambda: save_cache(out / "book.kv", prefill(llama, ids), llama, ids),
         "records": lambda: run(PLAN, out, "bench", evaluator),
         "report": lambda: write_report([tmp_path / "run"], out),
-        "shards": lambda: train(llama, chat_tokenizer, RECIPE, out),
+        "shards": lambda: train(llama, chat_tokenizer, CONFIG, out),
         "speed": lambda: draw(ROWS, out / "speed.png"),
         "a run": lambda: run(PLAN, tmp_path / "run", "bench", evaluator),
     }

@@ -21,7 +21,7 @@ from kvpress_moe import CheckpointError, RouterConfig, Routers, load_cache, load
 from kvpress_moe.benchmark.records import Records, read_header, read_records
 from kvpress_moe.errors import SettingError
 from kvpress_moe.model.fingerprint import check_fingerprint, model_fingerprint
-from kvpress_moe.training.capture import Shards
+from kvpress_moe.training.shards import Shards
 from tests.tiny import tiny_model
 
 PACKAGE = Path(kvpress_moe.__file__).parent
@@ -215,7 +215,7 @@ def not_a_number(header, tensors, body):
         lambda header, *_: header["layers"][0].update(kind="quantised"),
         lambda header, *_: header.update(n_tokens=-1),
         lambda header, *_: header.update(fingerprint=[]),
-        lambda header, *_: header.update(recipe=["rm"]),
+        lambda header, *_: header.update(config=["rm"]),
     ],
 )
 def test_a_forged_cache_with_the_right_digest_is_refused(targets, change):

@@ -124,7 +124,7 @@ def tiny_model(family: str, *, attn_implementation: str = "sdpa", dtype=torch.fl
 
 
 def calibrated_routers(model: PreTrainedModel, experts=("learned", "keydiff", "cur"), seed: int = 0) -> Routers:
-    """Routers such as training leaves them, with random weights: gate, calibration and learned expert are at work."""
+    """Routers such as training leaves them, with random weights: gate, calibration and learned expert are used."""
     config = model.config.get_text_config(decoder=True)
     routers = Routers(
         RouterConfig(

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_moe.benchmark.prompts import Prompt
-from kvpress_moe.benchmark.shared_prefill import Judged, Kept
+from kvpress_moe.benchmark.selections import Kept, Selections
 from kvpress_moe.cache import RaggedCache, RaggedLayer
 from kvpress_moe.cache.masks import WholeSlidingLayer
 from kvpress_moe.model.attention import apply_rope, causal_logits
 from kvpress_moe.model.attention_view import AttentionView
+from kvpress_moe.model.hooks import hooked
 from kvpress_moe.model.layers import Attention, full_attentions
 
 BATCH_BYTES = 2**30  # of keys and values that are asked at once
@@ -75,7 +76,7 @@ class Answer:
 
 
 @torch.no_grad()
-def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Reference:
+def evaluate_full_cache(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Reference:
     """Ask the full cache (batch 1); it is as before afterwards."""
     n_read = cache.get_seq_length()
     masses: list[Tensor] = []
@@ -91,12 +92,10 @@ def ask_full(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Ref
         masses.append(of_head.sum(1))
         peaks.append(of_head.amax(1))
 
-    hooks = [attention.register_forward_hook(observe, with_kwargs=True) for attention in full_attentions(model)]
     try:
-        logits = read(model, cache, prompt, n_read)[0]
+        with hooked(full_attentions(model), observe):
+            logits = read(model, cache, prompt, n_read)[0]
     finally:
-        for hook in hooks:
-            hook.remove()
         cache.crop(n_read)
     return Reference(logits, torch.stack(masses), torch.stack(peaks))
 
@@ -144,13 +143,13 @@ def batches(
         yield batch
 
 
-def stack(judged: Judged, kept: Sequence[Kept]) -> RaggedCache:
+def stack(selections: Selections, kept: Sequence[Kept]) -> RaggedCache:
     """One ragged cache whose rows are what each method kept of a prompt's full cache; layers that slide are whole."""
     ragged = RaggedCache()
-    layers: list[Any] = judged.cache.layers
+    layers: list[Any] = selections.cache.layers
     for layer_idx, layer in enumerate(layers):
-        if layer_idx in judged.layers:
-            ragged.layers.append(_stack_layer(layer, judged.layers.index(layer_idx), kept))
+        if layer_idx in selections.layers:
+            ragged.layers.append(_stack_layer(layer, selections.layers.index(layer_idx), kept))
         else:
             whole: Any = WholeSlidingLayer()  # type: ignore[no-untyped-call]
             whole.update(*(pairs.expand(len(kept), -1, -1, -1) for pairs in (layer.keys, layer.values)))
@@ -174,9 +173,9 @@ def _stack_layer(layer: Any, number: int, kept: Sequence[Kept]) -> RaggedLayer:
 
 
 @torch.no_grad()
-def ask(
+def evaluate_caches(
     model: PreTrainedModel,
-    judged: Judged,
+    selections: Selections,
     prompt: Prompt,
     reference: Reference,
     kept: Sequence[Kept],
@@ -189,7 +188,7 @@ def ask(
     Parameters
     ----------
     model : PreTrainedModel
-    judged : Judged
+    selections : Selections
         With the prompt's full cache.
     prompt : Prompt
     reference : Reference
@@ -200,19 +199,19 @@ def ask(
     ended : callable
         Whether tokens decoded so far are a whole answer: what followed would not count.
     """
-    layers: list[Any] = judged.cache.layers
+    layers: list[Any] = selections.cache.layers
     bytes_per_pair = 2 * layers[0].keys.shape[-1] * layers[0].keys.element_size()
-    whole = [layer for layer_idx, layer in enumerate(layers) if layer_idx not in judged.layers]
+    whole = [layer for layer_idx, layer in enumerate(layers) if layer_idx not in selections.layers]
     bytes_beside = sum(layer.keys.nbytes + layer.values.nbytes for layer in whole)
     log_reference = reference.logits.float().log_softmax(-1)
     right = prompt.answer[0].to(reference.logits.device)
-    n_read = judged.cache.get_seq_length()
+    n_read = selections.cache.get_seq_length()
     likely = log_reference.exp()
     order = sorted(range(len(kept)), key=lambda index: kept[index].n_pairs)  # rows of one length are read together
     answers: list[Answer] = []
     for batch in batches([kept[index] for index in order], bytes_per_pair, bytes_beside):
         rows = [kept[order[index]] for index in batch]
-        cache = stack(judged, rows)
+        cache = stack(selections, rows)
         n_bytes = [_row_bytes(cache, row) for row in range(len(rows))]
         offsets = torch.tensor([row.next_position - n_read for row in rows], device=right.device)
         logits = read(model, cache, prompt, n_read, offsets)

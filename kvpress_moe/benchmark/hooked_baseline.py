@@ -13,13 +13,14 @@ from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.multi_pass import attention_of
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.protected_tokens import protect
-from kvpress_moe.benchmark.shared_prefill import of_layer, seeded, set_ratio
+from kvpress_moe.benchmark.shared_prefill import fixed_seed, set_ratio
 from kvpress_moe.cache import RaggedCache, RaggedLayer
 from kvpress_moe.cache.masks import fit_masks
-from kvpress_moe.model.layers import full_attention_layers, full_attentions, language_model, slides
+from kvpress_moe.model.hooks import bare_afterwards
+from kvpress_moe.model.layers import full_attention_layers, full_attentions, language_model, of_layer, slides
 
 if TYPE_CHECKING:
-    from kvpress_moe.benchmark.runner import Evaluator
+    from kvpress_moe.benchmark.evaluator import Evaluator
 
 #: Presses that need one pass and keep equal lengths, so that both ways can run them.
 COMPARED = (
@@ -53,19 +54,17 @@ def answer_hooked(
     def compress_seeded(module: Any, hidden_states: Any, keys: Any, values: Any, *rest: Any) -> Any:
         if slides(module.config, module.layer_idx):
             return keys, values
-        with seeded(module.layer_idx):
+        with fixed_seed(module.layer_idx):
             return compress(module, hidden_states, keys, values, *rest)
 
     object.__setattr__(press, "compress", compress_seeded)
     cache = DynamicCache()
-    with attention_of(model, method.eager), press(model):
+    with bare_afterwards(model), attention_of(model, method.eager), press(model):
         for attention in full_attentions(model):
             attention.rotary_emb = of_layer(attention.rotary_emb, attention)
         model.model(input_ids=prompt.context.to(model.device), past_key_values=cache)
     n_read = prompt.context.shape[1]
     attentions = [layer.self_attn for layer in language_model(model).layers]
-    for attention in attentions:
-        attention._modules.pop("rotary_emb", None)
     lengths = {cache.get_seq_length(layer_idx) for layer_idx in full_attention_layers(model)}
     if len(lengths) > 1 or any(getattr(attention, "masked_key_indices", None) is not None for attention in attentions):
         # kvpress's own way fails here: masks need equal lengths, and keys that no query sees are not always found.

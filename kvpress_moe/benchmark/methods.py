@@ -17,7 +17,7 @@ from kvpress import ScorerPress
 from kvpress.presses.base_press import BasePress
 
 from kvpress_moe.errors import SettingError
-from kvpress_moe.experts.registry import KVPRESS_EXPERTS
+from kvpress_moe.experts.kvpress_scorers import KVPRESS_EXPERTS
 from kvpress_moe.press.moe_router_press import MoERouterPress
 
 Protect = Callable[[ScorerPress], ScorerPress]

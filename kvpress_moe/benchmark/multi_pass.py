@@ -18,22 +18,24 @@ from kvpress_moe.benchmark.kvzip_scores import ReplayScores
 from kvpress_moe.benchmark.methods import Budget, Method
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.protected_tokens import protect
-from kvpress_moe.benchmark.shared_prefill import Cell, Judged, Kept, allocate, pick, seeded, set_ratio, take_masked
+from kvpress_moe.benchmark.selections import Cell, Kept, Selections
+from kvpress_moe.benchmark.shared_prefill import allocate, fixed_seed, pick, set_ratio, take_masked
+from kvpress_moe.model.hooks import bare_afterwards
 from kvpress_moe.model.layers import language_model
 
 
-def judge_alone(
+def select_in_own_prefill(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    judged: Judged,
+    selections: Selections,
     methods: dict[str, Method],
     cells: Iterable[Cell],
     sinks: int,
     recent: int,
     min_share: float = 0.2,
 ) -> None:
-    """Add to ``judged`` what the methods keep that need a prefill of their own; arguments as in ``judge``."""
+    """Add to ``selections`` what the methods keep that need a prefill of their own; arguments as in ``select_pairs``."""
     input_ids = prompt.context.to(model.device)
     replay: tuple[list[Tensor], float] | None = None
     for name, ratio in cells:
@@ -41,31 +43,32 @@ def judge_alone(
         if method.scorer == "kvzip":
             if replay is None:
                 start = time.perf_counter()
-                scores = ReplayScores().of(model, tokenizer, input_ids, judged.cache, prompt.n_prefix)[judged.layers]
+                scores = ReplayScores().of(model, tokenizer, input_ids, selections.cache, prompt.n_prefix)[
+                    selections.layers
+                ]
                 scores[..., :sinks] = scores[..., max(0, scores.shape[-1] - recent) :] = torch.inf
                 replay = list(scores), time.perf_counter() - start
             masks = allocate(replay[0], ratio, cast(Budget, method.budget), min_share)
-            judged.kept[name, ratio] = Kept(masks, None, input_ids.shape[1], replay[1])
+            selections.kept[name, ratio] = Kept(masks, None, input_ids.shape[1], replay[1])
         elif method.own_prefill:
             press = method.make(partial(protect, sinks=sinks, recent=recent))
             set_ratio(press, ratio)
-            judged.kept[name, ratio] = prefill_alone(model, input_ids, press, judged, method.eager)
+            selections.kept[name, ratio] = select_hooked(model, input_ids, press, selections, method.eager)
 
 
-def prefill_alone(
-    model: PreTrainedModel, input_ids: Tensor, press: BasePress, judged: Judged, eager: bool = False
+def select_hooked(
+    model: PreTrainedModel, input_ids: Tensor, press: BasePress, selections: Selections, eager: bool = False
 ) -> Kept:
     """Prefill under a press in the ordinary way and read off what it left; its cost is what exceeds the shared one."""
     cache = DynamicCache()
     start = time.perf_counter()
-    with torch.no_grad(), attention_of(model, eager), seeded(0), press(model):
+    with torch.no_grad(), bare_afterwards(model), attention_of(model, eager), fixed_seed(0), press(model):
         model.model(input_ids=input_ids.to(model.device), past_key_values=cache)
-    seconds = max(0.0, time.perf_counter() - start - judged.prefill_seconds)
+    seconds = max(0.0, time.perf_counter() - start - selections.prefill_seconds)
     altered = []
     layers: list[Any] = cache.layers
     for layer, block in zip(layers, language_model(model).layers, strict=True):
         masked = take_masked(block.self_attn)
-        block.self_attn._modules.pop("rotary_emb", None)
         mask = torch.ones(layer.keys.shape[1:3], dtype=torch.bool, device=layer.keys.device)
         if masked is not None:
             mask[masked[1].to(mask.device), masked[2].to(mask.device)] = False

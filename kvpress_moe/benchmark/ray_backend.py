@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from kvpress_moe.benchmark.runner import Cell, Evaluator, Plan
+from kvpress_moe.benchmark.evaluator import Evaluator
+from kvpress_moe.benchmark.plan import Cell, Plan
 from kvpress_moe.benchmark.tasks import Sample
 from kvpress_moe.errors import SettingError
 

@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from kvpress_moe.errors import SettingError
-from kvpress_moe.files import MAX_JSON, check_is_file, is_number, is_text, is_whole, parse_json, read_json
-from kvpress_moe.routers.checkpoint import write_atomically
+from kvpress_moe.files import (
+    MAX_JSON,
+    check_is_file,
+    is_number,
+    is_text,
+    is_whole,
+    parse_json,
+    read_json,
+    write_atomically,
+)
 
 FORMAT = 1
 COLUMNS = ("method", "ratio", "score", "nll", "kl", "hit", "pairs", "bytes", "seconds")

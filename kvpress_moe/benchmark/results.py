@@ -211,3 +211,20 @@ def oracle_values(
         if task in by_task:
             found[task] = by_task[task]
     return found
+
+
+def best_of_ours(results: Results) -> str:
+    """The best method of the group "ours" (a press of this package, a router of one's own); else the best of all."""
+    order = ranked(results)
+    return next((method for method in order if results.group(method) == "ours"), order[0])
+
+
+def ranked(results: Results, metric: str = "kl") -> list[str]:
+    """Methods by the mean of a metric at the middle ratio, best first; the full cache before all."""
+    middle = results.ratios[len(results.ratios) // 2]
+
+    def key(method: str) -> float:
+        value = mean_over_tasks(results.by_task((method, middle), metric)).mean
+        return value if np.isfinite(value) else np.inf
+
+    return sorted((method for method in results.methods if method != "full"), key=key)

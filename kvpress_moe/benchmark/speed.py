@@ -15,7 +15,7 @@ import torch
 from kvpress.presses.base_press import BasePress
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.kvzip_scores import ReplayScores
 from kvpress_moe.cache.prefill import cache_bytes
@@ -79,49 +79,6 @@ class Row:
     ratio: float
     extra_peak_bytes: int
     in_press: float | None = None
-
-
-def small_llama(n_tokens: int, device: str = "cpu", num_layers: int = 8, num_heads: int = 16) -> PreTrainedModel:
-    """A Llama with random weights whose attention dominates: heads of 64, four of which share a KV head."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=1000,
-            hidden_size=64 * num_heads,
-            intermediate_size=64 * num_heads,
-            num_hidden_layers=num_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=num_heads // 4,
-            max_position_embeddings=n_tokens + 1000,
-        )
-        model: PreTrainedModel = LlamaForCausalLM(config).eval().to(device)
-        return model
-
-
-def llama_8b(n_tokens: int, device: str = "cuda") -> PreTrainedModel:
-    """A model of the shape of Llama 3.1 8B, random weights in bfloat16 (15 GiB) made where they will be used."""
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        rope_theta=500_000.0,
-        max_position_embeddings=n_tokens + 1000,
-    )
-    with torch.device(device), torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: PreTrainedModel = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    return model
-
-
-#: Models with random weights, by the name that the command knows them by.
-RANDOM_MODELS: dict[str, Callable[[int, str], PreTrainedModel]] = {
-    "random": small_llama,
-    "tiny": partial(small_llama, num_layers=2, num_heads=8),
-    "llama-8b": llama_8b,
-}
 
 
 def seconds(device: torch.device, work: Callable[[], Any]) -> float:

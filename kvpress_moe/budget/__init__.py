@@ -1,1 +1,1 @@
-
+"""Budgets: how many pairs stay, which heads share them, and what the eviction cost."""

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.cache.torch_backend import torch_attention
 from kvpress_moe.errors import SettingError, UnsupportedInputError
-from kvpress_moe.model.attention import softcap
-from kvpress_moe.model.layers import hides_tokens
-
-if TYPE_CHECKING:
-    from kvpress_moe.cache.ragged_layer import RaggedLayer
+from kvpress_moe.model.attention import hides_tokens, softcap
 
 #: ``(query, layer, scaling, cap) -> output``, see :func:`kvpress_moe.cache.torch_backend.torch_attention`.
-RaggedAttention = Callable[[Tensor, "RaggedLayer", float, float | None], Tensor]
+RaggedAttention = Callable[[Tensor, RaggedPairs, float, float | None], Tensor]
 
 _in_use: RaggedAttention = torch_attention
 

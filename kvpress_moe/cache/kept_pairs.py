@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvpress_moe.cache.key_hash import KeyIndex
 from kvpress_moe.cache.ragged_layer import RaggedLayer
 from kvpress_moe.errors import UnsupportedInputError
-from kvpress_moe.experts.custom import fingerprints
 
 # B = batch, H = KV heads, S = tokens of the prompt, D = head dim
 
@@ -64,23 +64,21 @@ def _kept_in_layer(keys: Tensor, after: Any, layer_idx: int) -> Tensor:
             f"{keys.shape[0]} of {keys.shape[1]}. Compress a copy of this very cache."
         )
     kept = torch.zeros(keys.shape[:3], dtype=torch.bool)
-    numbers, order = fingerprints(keys).sort(dim=-1)
     for row in range(keys.shape[0]):
         for head in range(keys.shape[1]):
             place = f"layer {layer_idx}, head {head}"
-            if bool((numbers[row, head, 1:] == numbers[row, head, :-1]).any()):
+            index = KeyIndex(keys[row, head][None, None])
+            if bool(index.repeats()):
                 raise UnsupportedInputError(
                     f"full: {place} holds the same key twice, expected keys that tell positions apart, as rotary "
                     "embedding makes them."
                 )
-            stayed = left[row][head].to(keys.device)  # (K, D)
-            found = torch.searchsorted(numbers[row, head], fingerprints(stayed[None, None])[0, 0])
-            at = order[row, head, found.clamp(max=keys.shape[2] - 1)]
-            if not torch.equal(keys[row, head, at], stayed):
+            positions = index.find(left[row][head].to(keys.device)[None, None])  # (1, 1, K)
+            if positions is None:
                 raise UnsupportedInputError(
                     f"compressed: {place} holds keys that the full cache does not, expected some of its keys, "
                     "unchanged and without generated tokens. Compress a copy of this very cache, by a press that does "
                     "not change keys."
                 )
-            kept[row, head, at.cpu()] = True
+            kept[row, head, positions.flatten().cpu()] = True
     return kept

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.cache.masks import fit_masks
+from kvpress_moe.model.hooks import hooked
 from kvpress_moe.model.layers import Attention, language_model
 
 
@@ -46,14 +47,9 @@ class Prefill:
             self._calls.append((attention, kwargs, output[1]))
             on_layer()
 
-        stack = language_model(model)
-        hooks = [layer.self_attn.register_forward_hook(record, with_kwargs=True) for layer in stack.layers]
-        try:
-            with torch.no_grad():
-                model.model(input_ids=input_ids.to(model.device), past_key_values=self.cache)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        attentions = [layer.self_attn for layer in language_model(model).layers]
+        with torch.no_grad(), hooked(attentions, record):
+            model.model(input_ids=input_ids.to(model.device), past_key_values=self.cache)
 
     def compress(self, press: BasePress | None) -> DynamicCache:
         """

@@ -20,17 +20,17 @@ from kvpress_moe.cache.ragged_layer import RaggedLayer
 from kvpress_moe.errors import CheckpointError, UnsupportedInputError
 from kvpress_moe.files import (
     MAX_JSON,
-    check_finite,
     check_shapes,
+    check_tensor_finite,
     is_text,
     is_whole,
     open_tensors,
     parse_json,
     read_shapes,
+    write_atomically,
 )
 from kvpress_moe.model.fingerprint import check_fingerprint, check_form, fingerprint
 from kvpress_moe.model.layers import Attention, language_model
-from kvpress_moe.routers.checkpoint import write_atomically
 
 FORMAT = "kvpress-moe cache 1"
 _MIN_COSINE = 0.9999  # pairs of a fine-tune or of a 4-bit copy are other pairs
@@ -192,7 +192,7 @@ def _check_layer(facts: dict[str, Any], tensors: dict[str, Tensor], per_pair: tu
         expected["flat_keys"] = expected["flat_values"] = (sum(map(sum, lengths)), head_dim)
     check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected)
     for name, tensor in tensors.items():
-        check_finite(tensor, name)
+        check_tensor_finite(tensor, name)
     return n_batch
 
 

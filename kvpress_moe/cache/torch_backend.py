@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from kvpress_moe.model.attention import bend
-
-if TYPE_CHECKING:
-    from kvpress_moe.cache.ragged_layer import RaggedLayer
+from kvpress_moe.cache.ragged_pairs import RaggedPairs
+from kvpress_moe.model.attention import apply_softcap
 
 LOGITS_AT_ONCE = 2**19  # what a run of heads may hold in memory; longer runs are cut
 
 
-def torch_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
+def torch_attention(query: Tensor, layer: RaggedPairs, scaling: float, cap: float | None = None) -> Tensor:
     """
     Attention of the newest tokens over a ragged layer: each sees all kept pairs and what came since, up to itself.
 
@@ -26,7 +22,7 @@ def torch_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: floa
     ----------
     query : Tensor, shape (B, num_heads, Q, D)
         Queries of the layer's newest Q tokens.
-    layer : RaggedLayer
+    layer : RaggedPairs
         With those tokens appended.
     scaling : float
     cap : float, optional
@@ -54,7 +50,7 @@ def torch_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: floa
     return output.view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
 
 
-def newest_logits(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None) -> tuple[Tensor, Tensor]:
+def newest_logits(query: Tensor, layer: RaggedPairs, scaling: float, cap: float | None) -> tuple[Tensor, Tensor]:
     """
     Queries by KV head, and their logits over the T tokens that came since the prompt, which no head evicts.
 
@@ -67,7 +63,7 @@ def newest_logits(query: Tensor, layer: RaggedLayer, scaling: float, cap: float 
     """
     q_len, n_new = query.shape[2], layer.new_keys.shape[2]
     grouped = query.unflatten(1, (layer.new_keys.shape[1], -1)).flatten(2, 3) * scaling  # (B, H, G·Q, D)
-    logits = bend((grouped @ layer.new_keys.transpose(2, 3)).float(), cap)  # (B, H, G·Q, T)
+    logits = apply_softcap((grouped @ layer.new_keys.transpose(2, 3)).float(), cap)  # (B, H, G·Q, T)
     if q_len > 1:
         future = torch.ones(q_len, n_new, dtype=torch.bool, device=query.device).triu(n_new - q_len + 1)
         logits = logits.unflatten(2, (-1, q_len)).masked_fill(future, -torch.inf).flatten(2, 3)
@@ -98,7 +94,7 @@ def attend(
     outputs = []
     for some in zip(*(part.split(at_once) for part in (queries, new_logits, new_values, keys, values)), strict=True):
         queries, new_logits, new_values, keys, values = some
-        logits = torch.cat((bend((queries @ keys.mT).float(), cap), new_logits), dim=-1)
+        logits = torch.cat((apply_softcap((queries @ keys.mT).float(), cap), new_logits), dim=-1)
         weights = logits.softmax(dim=-1).to(queries.dtype)
         outputs.append(torch.baddbmm(weights[..., n_kept:] @ new_values, weights[..., :n_kept], values))
     return torch.cat(outputs)
@@ -124,7 +120,7 @@ def attend_padded(
     for run, run_queries, padded in zip(keys, queries, logits.split(sizes), strict=True):
         torch.bmm(run_queries, run.mT, out=padded[..., : run.shape[1]])
     if cap is not None:
-        logits = torch.where(logits == -torch.inf, logits, bend(logits.float(), cap))
+        logits = torch.where(logits == -torch.inf, logits, apply_softcap(logits.float(), cap))
     weights = torch.cat((logits.float(), new_logits), dim=-1).softmax(dim=-1).to(grouped.dtype)
     output = weights[..., longest:] @ new_values
     for run, kept, summed in zip(values, weights.split(sizes), output.split(sizes), strict=True):

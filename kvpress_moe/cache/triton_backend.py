@@ -8,18 +8,14 @@ longest head. The kept pairs are read where they lie, unpadded and uncopied.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.cache.triton_kernels import attend_tiles, merge_tiles
 from kvpress_moe.errors import UnsupportedInputError
-
-if TYPE_CHECKING:
-    from kvpress_moe.cache.ragged_layer import RaggedLayer
 
 SMALLEST_TILE = 128  # pairs; a program that reads fewer costs more to start than it computes
 PROGRAMS = 512  # tiles to aim for: about four for each multiprocessor of a large GPU
@@ -55,7 +51,7 @@ def blocks_for(n_rows: int, head_dim: int, element_size: int) -> tuple[int, int,
     return block_d, min(most, max(16, triton.next_power_of_2(n_rows))), most
 
 
-def check(query: Tensor, layer: RaggedLayer) -> None:
+def check(query: Tensor, layer: RaggedPairs) -> None:
     """Raise UnsupportedInputError for what the kernels cannot serve."""
     interpreted = isinstance(attend_tiles, InterpretedFunction)
     served = (torch.float16, torch.float32) if interpreted else (torch.float16, torch.bfloat16, torch.float32)
@@ -83,13 +79,13 @@ def check(query: Tensor, layer: RaggedLayer) -> None:
     )
 
 
-def triton_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
+def triton_attention(query: Tensor, layer: RaggedPairs, scaling: float, cap: float | None = None) -> Tensor:
     """
     What :func:`kvpress_moe.cache.torch_backend.torch_attention` computes, in two kernels.
 
     Deterministic: no atomic operation. Besides the output it holds float32 parts: one of D numbers for each tile of a
     head and each of its G·Q queries. A long question has few tiles, two or so a head: at 32k tokens, 32 heads of 128
-    and 8 KV heads that is a gigabyte for the layer at work.
+    and 8 KV heads that is a gigabyte for the layer that is computed.
 
     Raises
     ------

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpress_moe.cli.ask_tables import show, show_answers
 from kvpress_moe.cli.options import (
     Budget,
     Device,
@@ -21,7 +22,6 @@ from kvpress_moe.cli.options import (
 )
 from kvpress_moe.cli.progress import progress_bar
 from kvpress_moe.errors import SettingError
-from kvpress_moe.experts.names import parse_experts
 from kvpress_moe.model.context_length import check_length
 
 BUILT_IN_QUESTION = "What is the code of the old safe in the lighthouse?"
@@ -51,6 +51,7 @@ def ask(
     model: Model = None,
     device: Device = "cpu",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
+    layers: Annotated[bool, typer.Option("--layers", help="Show the experts layer by layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line that holds all figures.")] = False,
 ) -> None:
     """
@@ -69,10 +70,18 @@ def ask(
     else:
         context, questions = read_context(text), questions or ([BUILT_IN_QUESTION] if text is None else [])
         require_questions(questions)
-        settings = {"compression_ratio": ratio, "experts": parse_experts(experts), "budget": budget, "router": router}
         with progress_bar() as step:
+            step("importing", total=1)
+            from kvpress_moe.experts.registry import parse_experts
+
+            settings = {
+                "compression_ratio": ratio,
+                "experts": parse_experts(experts),
+                "budget": budget,
+                "router": router,
+            }
             result = run(context, questions, settings, model, device, max_new_tokens, step)
-        show(result, Console())
+        show(result, layers, Console())
     if as_json:
         from kvpress_moe.benchmark.records import rounded
 
@@ -106,7 +115,6 @@ def run(
     step : callable
         ``step(description, total, advance)`` reports progress.
     """
-    step("importing", total=1)
     from kvpress.pipeline import KVPressTextGenerationPipeline
 
     from kvpress_moe.cache.answering import answer_each
@@ -162,6 +170,7 @@ def run(
         "prefill_seconds": prefill_seconds,
         "methods": rows,
         "experts": names,
+        "top_k": press.top_k,
         "expert_usage_ratios": {layer: stats["router_stats"]["expert_usage_ratios"] for layer, stats in layers.items()},
         "cache_hit_rates": {layer: s["expert_compression_stats"]["cache_hit_rates"] for layer, s in layers.items()},
     }
@@ -202,62 +211,3 @@ def run_cache(
         "questions": questions,
         "answers": [" ".join(answer.split()) for answer in answers],
     }
-
-
-def show_answers(result: dict[str, Any], console: Any) -> None:
-    """Print the answers of a cache on disk."""
-    from rich.table import Table
-    from rich.text import Text
-
-    console.print(
-        f"[bold]{result['context_tokens']}[/] tokens in [bold]{result['mib']:.1f} MiB[/], loaded in "
-        f"{result['load_seconds']:.2f} s, answered in {result['answer_seconds']:.2f} s",
-        highlight=False,
-    )
-    table = Table()
-    for heading in ("question", "answer"):
-        table.add_column(heading, ratio=1)
-    for question, answer in zip(result["questions"], result["answers"], strict=True):
-        table.add_row(Text(question), Text(answer))
-    console.print(table)
-
-
-def show(result: dict[str, Any], console: Any) -> None:
-    """Print the result: a line about the run, the answers, and who judged in which layer."""
-    from rich.table import Table
-    from rich.text import Text
-
-    full = result["methods"][0]
-    n_pressed, n_layers = len(result["expert_usage_ratios"]), result["num_hidden_layers"]
-    layers = f"of {n_pressed} of {n_layers} layers " if n_pressed < n_layers else ""  # the others slide
-    console.print(
-        f"[bold]{result['context_tokens']}[/] tokens, prefilled once in [bold]{result['prefill_seconds']:.1f} s[/] on "
-        f"{result['device']}; {result['compression_ratio']:.0%} of the pairs {layers}removed, cache "
-        f"[bold]{full['mib']:.1f}[/] → [bold]{result['methods'][1]['mib']:.1f} MiB[/]",
-        highlight=False,
-    )
-    for number, question in enumerate(result["questions"]):
-        table = Table(title=Text(question), title_justify="left", title_style="bold", show_lines=False)
-        table.add_column("cache")
-        table.add_column("answer", ratio=1)
-        for heading in ("MiB", "compress s", "answer s"):
-            table.add_column(heading, justify="right")
-        for row in result["methods"]:
-            table.add_row(
-                row["method"],
-                Text(row["answers"][number]),
-                f"{row['mib']:.1f}",
-                f"{row['compression_seconds']:.2f}" if row is not full else "–",
-                f"{row['answer_seconds'] / len(result['questions']):.2f}",
-                style="bold" if row["method"] == "router" else None,
-            )
-        console.print(table)
-    if result["expert_usage_ratios"]:
-        table = Table(title="Who judged: share of the routing / hit rate", title_justify="left", title_style="bold")
-        table.add_column("layer", justify="right")
-        for name in result["experts"]:
-            table.add_column(name, justify="right")
-        for layer, shares in result["expert_usage_ratios"].items():
-            rates = result["cache_hit_rates"][layer]
-            table.add_row(str(layer), *(f"{s:.0%} / {r:.2f}" for s, r in zip(shares, rates, strict=True)))
-        console.print(table)

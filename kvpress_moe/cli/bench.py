@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpress_moe.cli.options import Device, Model
+from kvpress_moe.cli.options import Device, Model, numbers, split_names
 from kvpress_moe.cli.progress import timed_bar
-from kvpress_moe.errors import SettingError
 
 EPILOG = """Examples:
 
@@ -75,8 +74,10 @@ def bench(
 
     from rich.console import Console
 
+    from kvpress_moe.benchmark.evaluator import Evaluator
     from kvpress_moe.benchmark.hooked_baseline import COMPARED, compare
-    from kvpress_moe.benchmark.runner import Evaluator, Plan, run
+    from kvpress_moe.benchmark.plan import Plan
+    from kvpress_moe.benchmark.runner import run
 
     if list_all:
         show_all(Console())
@@ -119,19 +120,6 @@ def default_names() -> tuple[str, ...]:
     from kvpress_moe.benchmark.methods import find_methods
 
     return tuple(find_methods(None))
-
-
-def split_names(names: str | None) -> tuple[str, ...] | None:
-    """``"a,b"`` -> ``("a", "b")``."""
-    return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
-
-
-def numbers(field: str, text: str, kind: type) -> tuple[Any, ...]:
-    """``"0.5,0.9"`` -> ``(0.5, 0.9)``."""
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError as error:
-        raise SettingError(field, text, "numbers separated by commas", f"For example --{field} 0.5,0.9.") from error
 
 
 def show_all(console: Any) -> None:

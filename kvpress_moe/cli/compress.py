@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,6 @@ from kvpress_moe.cli.options import (
 )
 from kvpress_moe.cli.progress import progress_bar
 from kvpress_moe.errors import SettingError
-from kvpress_moe.experts.names import parse_experts
 from kvpress_moe.model.context_length import check_length
 
 EPILOG = """Examples:
@@ -57,6 +57,9 @@ def compress(
 
         from kvpress_moe.cache import save_cache
         from kvpress_moe.cache.prefill import cache_bytes
+        from kvpress_moe.experts.registry import parse_experts
+        from kvpress_moe.model.hooks import hooked
+        from kvpress_moe.model.layers import language_model
         from kvpress_moe.model.loading import load_model
         from kvpress_moe.press.moe_router_press import MoERouterPress
 
@@ -69,15 +72,10 @@ def compress(
 
         layers = loaded.config.get_text_config().num_hidden_layers
         step("prefill", total=layers)
-        stack = getattr(loaded.model, "language_model", loaded.model)
-        hooks = [layer.register_forward_hook(lambda *_: step("prefill", advance=1)) for layer in stack.layers]
         cache, started = DynamicCache(), time.perf_counter()
-        try:
-            with torch.no_grad(), press(loaded):
-                pipeline.model.model(input_ids=input_ids, past_key_values=cache)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        advance = partial(step, "prefill", advance=1)
+        with torch.no_grad(), press(loaded), hooked(language_model(loaded).layers, lambda *_: advance()):
+            pipeline.model.model(input_ids=input_ids, past_key_values=cache)
         prefill_seconds = time.perf_counter() - started
         save_cache(out, cache, loaded, input_ids, press)
     result = {

@@ -13,7 +13,6 @@ from kvpress_moe.cli.ask import BUILT_IN_QUESTION
 from kvpress_moe.cli.options import Budget, Device, Experts, Model, Ratio, Router, read_context
 from kvpress_moe.cli.progress import progress_bar
 from kvpress_moe.errors import SettingError
-from kvpress_moe.experts.names import parse_experts
 
 EPILOG = """Examples:
 
@@ -64,28 +63,29 @@ def explore(
         raise SettingError("out", got, "a file in a directory that exists", "For example --out page.html.")
     with progress_bar() as step:
         step("importing", total=1)
+        from kvpress_moe.experts.registry import parse_experts
         from kvpress_moe.explore import explore as explored
-        from kvpress_moe.explore import make_press, page, read
+        from kvpress_moe.explore import make_press, page, prefill_text
+        from kvpress_moe.files import write_atomically
         from kvpress_moe.model.loading import load_model
-        from kvpress_moe.routers.checkpoint import write_atomically
 
         settings = {"compression_ratio": ratio, "experts": parse_experts(experts), "budget": budget, "router": router}
         press = make_press(settings)
         step("loading the model", total=1)
         loaded, tokenizer = load_model(model, device)
         press.post_init_from_model(loaded)
-        reading = read(loaded, tokenizer, context, questions, max_new_tokens, step)
-        payload = explored(reading, press, step)
+        prefilled = prefill_text(loaded, tokenizer, context, questions, max_new_tokens, step)
+        payload = explored(prefilled, press, step)
         write_atomically(out, lambda path: path.write_text(page(payload), encoding="utf-8"))
     result = {
         "out": str(out),
         "context_tokens": len(payload["tokens"]),
-        "prefill_seconds": reading.seconds,
+        "prefill_seconds": prefilled.seconds,
         "page_mib": out.stat().st_size / 2**20,
         **{name: payload["about"][name] for name in ("full_mib", "compressed_mib")},
     }
     typer.echo(
-        f"{result['context_tokens']} tokens read in {reading.seconds:.1f} s; {result['page_mib']:.1f} MiB of page, "
+        f"{result['context_tokens']} tokens read in {prefilled.seconds:.1f} s; {result['page_mib']:.1f} MiB of page, "
         f"open it in a browser: {out}"
     )
     if as_json:
@@ -97,12 +97,12 @@ def run_app(port: int, settings: dict[str, Any], model: str | None, device: str,
     with ExitStack() as stack:
         with progress_bar() as step:
             step("importing", total=1)
-            from kvpress_moe.explore.jobs import Workshop
+            from kvpress_moe.explore.jobs import JobRunner
             from kvpress_moe.explore.web_app import listen, make_app, serve
             from kvpress_moe.model.loading import load_model
 
             listening = stack.enter_context(closing(listen(port)))
             step("loading the model", total=1)
-            workshop = Workshop(*load_model(model, device), max_new_tokens)
-        app = make_app(workshop, {"text": read_context(None), "question": BUILT_IN_QUESTION, **settings})
+            runner = JobRunner(*load_model(model, device), max_new_tokens)
+        app = make_app(runner, {"text": read_context(None), "question": BUILT_IN_QUESTION, **settings})
         serve(app, listening, lambda address: typer.echo(f"{address} (Ctrl+C ends)"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,3 +40,16 @@ def read_context(text: str | None) -> str:
     if not context.strip():
         raise SettingError("TEXT", text, "a text with something in it", "The file is empty.")
     return context
+
+
+def split_names(names: str | None) -> tuple[str, ...] | None:
+    """``"a,b"`` -> ``("a", "b")``."""
+    return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def numbers(field: str, text: str, kind: type) -> tuple[Any, ...]:
+    """``"0.5,0.9"`` -> ``(0.5, 0.9)``."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise SettingError(field, text, "numbers separated by commas", f"For example --{field} 0.5,0.9.") from error

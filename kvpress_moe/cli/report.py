@@ -32,7 +32,7 @@ def report(
     """
     Write report.md, plots and one self-contained page, report.html, from the records alone.
     """
-    from kvpress_moe.cli.bench import split_names
+    from kvpress_moe.cli.options import split_names
     from kvpress_moe.report.benchmark_report import write_report
 
     written = write_report(runs, out or runs[0], ours, split_names(tasks), split_names(members) or ())

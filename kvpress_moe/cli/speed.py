@@ -49,11 +49,12 @@ def speed(
     import torch
 
     from kvpress_moe import load_model
-    from kvpress_moe.benchmark.speed import OURS, RANDOM_MODELS, THEIRS, SpeedPlan, measure
-    from kvpress_moe.cli.bench import numbers, split_names
+    from kvpress_moe.benchmark.random_models import RANDOM_MODELS
+    from kvpress_moe.benchmark.speed import OURS, THEIRS, SpeedPlan, measure
+    from kvpress_moe.cli.options import numbers, split_names
     from kvpress_moe.errors import SettingError
+    from kvpress_moe.files import write_atomically
     from kvpress_moe.report.speed_report import as_json, draw, growth, markdown
-    from kvpress_moe.routers.checkpoint import write_atomically
 
     lengths_, batches_ = numbers("lengths", lengths, int), numbers("batches", batches, int)
     plan = SpeedPlan(lengths_, batches_, ratio, rounds, new_tokens, longest)

@@ -67,8 +67,8 @@ def train(
 
     from rich.console import Console
 
-    from kvpress_moe.cli.bench import split_names
-    from kvpress_moe.training.config import Recipe
+    from kvpress_moe.cli.options import split_names
+    from kvpress_moe.training.config import TrainingConfig
 
     given: dict[str, Any] = {
         "experts": split_names(experts),
@@ -90,8 +90,8 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     if "experts" in given and top_k is None:
         given["top_k"] = len(given["experts"])
-    recipe = replace(Recipe(), **given)
-    recipe.check()
+    config = replace(TrainingConfig(), **given)
+    config.check()
 
     import torch
 
@@ -101,11 +101,11 @@ def train(
     from kvpress_moe.training.distributed import launched
 
     start = time.perf_counter()
-    crew = launched(device)
-    loaded, tokenizer = load_model(model, crew.device if crew else device)
+    processes = launched(device)
+    loaded, tokenizer = load_model(model, processes.device if processes else device)
     with timed_bar() as progress:
-        routers, metrics = trainer.train(loaded, tokenizer, recipe, shards, progress, crew)
-    if crew and crew.rank:
+        routers, metrics = trainer.train(loaded, tokenizer, config, shards, progress, processes)
+    if processes and processes.rank:
         return  # the first process speaks for all
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     metrics["command"] = shlex.join(["kvpress-moe", *sys.argv[1:]])
@@ -113,6 +113,6 @@ def train(
     Console().print(f"Use them: MoERouterPress(router={str(out)!r})", markup=False, highlight=False)
     mean_loss = sum(metrics["loss_by_layer"]) / len(metrics["loss_by_layer"])
     summary = {"router": str(out), "prompts": metrics["prompts"], "loss": round(mean_loss, 4)}
-    if recipe.end_to_end:
+    if config.end_to_end:
         summary["divergence"] = metrics["end_to_end"][-1]["answer"]
     print(json.dumps({**summary, "seconds": metrics["seconds"]}, separators=(",", ":")))

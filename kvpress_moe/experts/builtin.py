@@ -1,4 +1,4 @@
-"""Expert functions of our own besides the windows: LayerCall in, scores (B, H, S) out."""
+"""Experts of this package besides the windows: LayerCall in, scores (B, H, S) out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpress_moe.errors import ExpertError
+from kvpress_moe.experts.expert import Expert
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.experts.mixing import rank_within_head
 from kvpress_moe.model.attention import per_kv_head
+from kvpress_moe.routers import Routing
 
 
 def score_selective(call: LayerCall, kernel_size: int = 5) -> Tensor:
@@ -35,19 +37,30 @@ def score_temporal(call: LayerCall) -> Tensor:
     return (rank_within_head(change) + recency) / 2
 
 
-def score_learned(call: LayerCall) -> Tensor:
-    """What the router's own expert reads off the hidden states: log importance (B, H, S)."""
-    if call.router is None or call.router.learned is None:
-        raise ExpertError(
-            "expert 'learned' is part of a trained router. Pass router= with one that has it, or leave it out of "
-            "`experts`."
-        )
-    if call.q_len != call.k_len:
-        raise ExpertError(
-            f"expert 'learned' got hidden states of {call.q_len} tokens for {call.k_len} pairs, expected one each. It "
-            "judges prompts, not a cache that is compressed again; leave it out of `experts`."
-        )
-    learned = call.router.learned
-    seen = call.ranks.flatten(1, 2).transpose(1, 2) if learned.num_seen else None  # (B, S, E·H)
-    importance: Tensor = learned(call.hidden_states, seen)
-    return importance.transpose(1, 2)
+class LearnedScorer(Expert):
+    """
+    The expert ``learned``: what the layer's trained router itself reads off the hidden states, log importance.
+
+    It is a part of the router (:class:`kvpress_moe.routers.learned_expert.LearnedExpert`) and has no weights here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("learned", _part_of_the_router, registered=True)
+
+    def _score(
+        self, call: LayerCall, compression_ratio: float | None, routing: Routing | None, ranks: Tensor | None
+    ) -> Tensor:
+        if routing is None or routing.router.learned is None:
+            return _part_of_the_router()
+        if call.q_len != call.k_len:
+            raise ExpertError(
+                f"expert 'learned' got hidden states of {call.q_len} tokens for {call.k_len} pairs, expected one each. "
+                "It judges prompts, not a cache that is compressed again; leave it out of `experts`."
+            )
+        return routing.router.learned.importance(call.hidden_states, ranks)
+
+
+def _part_of_the_router(*arguments: object) -> Tensor:
+    raise ExpertError(
+        "expert 'learned' is part of a trained router. Pass router= with one that has it, or leave it out of `experts`."
+    )

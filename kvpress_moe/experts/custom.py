@@ -1,26 +1,83 @@
-"""A custom expert that returns the pairs it would keep -> a score."""
+"""Experts of a subclass of the press: what ``_apply_expert_compression`` returns -> a score."""
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float, Int
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float
 from torch import Tensor
 
+from kvpress_moe.budget.eviction import kept_mask
+from kvpress_moe.cache.key_hash import KeyIndex
 from kvpress_moe.errors import ExpertError
+from kvpress_moe.experts.expert import Expert
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.routers import Routing
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: ``(keys, values, strategy, router_probs) -> score (B, H, S), or the (keys, values) that would be kept``
+ApplyCompression = Callable[[Tensor, Tensor, str, Tensor], Any]
 
 
-def fingerprints(keys: Float[Tensor, "B H S D"]) -> Int[Tensor, "B H S"]:
+class CustomStrategies:
+    """What a subclass of the press overrides to bring strategies of its own, by name."""
+
+    def _apply_expert_compression(
+        self, keys: Tensor, values: Tensor, strategy: str, router_probs: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """
+        Judge pairs by a strategy that the table of experts does not hold. For subclasses to override.
+
+        Parameters
+        ----------
+        keys, values : Tensor, shape (B, H, S, D)
+        strategy : str
+            The name that ``experts`` or ``expert_strategies`` gave.
+        router_probs : Tensor, shape (B, S, E)
+            Routing weights of the tokens (mean over heads where heads differ).
+
+        Returns
+        -------
+        Tensor or (Tensor, Tensor)
+            A score (B, H, S), higher = keep; or the keys and values (B, H, K, D) that the strategy would keep, a
+            selection of the given ones.
+        """
+        raise NotImplementedError
+
+    @property
+    def _own_compression(self) -> ApplyCompression | None:
+        overridden = type(self)._apply_expert_compression is not CustomStrategies._apply_expert_compression
+        return self._apply_expert_compression if overridden else None
+
+
+class CustomExpert(Expert):
     """
-    A 64-bit fingerprint of the bits of each key; exact, whatever the order of summation.
+    A strategy that the table of experts does not hold: the press's own method scores it.
 
-    Two tokens' keys differ by their rotary position, so equal fingerprints mean the same pair.
+    Parameters
+    ----------
+    name : str
+        The strategy.
+    apply : callable
+        ``MoERouterPress._apply_expert_compression`` of a subclass.
     """
-    bits = keys.contiguous().view(_BITS[keys.element_size()]).to(torch.int64)
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(2**62, (keys.shape[-1],), generator=generator).to(keys.device) * 2 + 1
-    return (bits * odd).sum(-1)  # wraps around, which is exact
+
+    def __init__(self, name: str, apply: ApplyCompression):
+        super().__init__(name, apply, registered=True)
+
+    def _score(
+        self, call: LayerCall, compression_ratio: float | None, routing: Routing | None, ranks: Tensor | None
+    ) -> Tensor:
+        assert routing is not None, "custom experts are asked by the press alone"
+        result: Any = self.scorer(call.keys, call.values, self.name, routing.weights.mean(1))
+        if isinstance(result, tuple) and len(result) == 2:
+            return score_selection(result[0], call.keys, self.name)
+        if isinstance(result, Tensor):
+            return result
+        raise ExpertError(
+            f"_apply_expert_compression returned {type(result).__name__} for {self.name!r}, expected a score of shape "
+            "(batch, KV heads, pairs) or a tuple (keys, values)."
+        )
 
 
 def score_selection(
@@ -34,12 +91,10 @@ def score_selection(
     ExpertError
         If ``kept_keys`` holds a key that was not given.
     """
-    given, kept = fingerprints(keys), fingerprints(kept_keys)
-    ordered, positions = given.sort(dim=-1)
-    found = torch.searchsorted(ordered, kept.contiguous()).clamp(max=given.shape[-1] - 1)
-    if not torch.equal(ordered.gather(-1, found), kept):
+    positions = KeyIndex(keys).find(kept_keys)
+    if positions is None:
         raise ExpertError(
             f"_apply_expert_compression returned keys for {strategy!r} that it was not given. Return a selection of "
             "the given pairs, unchanged, or a score of shape (batch, KV heads, pairs)."
         )
-    return torch.zeros(given.shape, device=keys.device).scatter_(-1, positions.gather(-1, found), 1.0)
+    return kept_mask(positions, keys.shape[2]).float()

@@ -1,8 +1,44 @@
-"""ExpertStrategies: the press's list of experts, read and written by index as the guide does."""
+"""The press's list of experts: made from what a user gave, read and written by index as the guide does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+from kvpress_moe.errors import SettingError
+from kvpress_moe.experts.custom import ApplyCompression, CustomExpert
+from kvpress_moe.experts.expert import Expert
+from kvpress_moe.experts.registry import make_expert
+
+
+def make_experts(specs: Sequence[Any], custom: ApplyCompression | None = None) -> list[Expert]:
+    """
+    Experts as a user gave them.
+
+    Parameters
+    ----------
+    specs : sequence
+        Names, kvpress scorers, functions or experts.
+    custom : callable, optional
+        Scores the strategies whose names the registry does not hold: a subclass's ``_apply_expert_compression``.
+
+    Raises
+    ------
+    SettingError
+        If there is none, or one is wrong.
+    """
+    if not specs:
+        raise SettingError("experts", specs, "at least one expert", "None takes the guide's.")
+    return [_make(spec, custom) for spec in specs]
+
+
+def _make(spec: Any, custom: ApplyCompression | None) -> Expert:
+    try:
+        return make_expert(spec)
+    except SettingError:
+        if custom is None or not isinstance(spec, str):
+            raise
+    return CustomExpert(spec, custom)
 
 
 class ExpertStrategies(MutableMapping[int, str]):
@@ -11,34 +47,34 @@ class ExpertStrategies(MutableMapping[int, str]):
 
     Parameters
     ----------
-    names : callable
-        () -> current names.
-    replace : callable
-        (index, what a user may give as an expert) -> None.
+    experts : callable
+        () -> the experts in use.
+    set_experts : callable
+        (specs of all experts) -> None.
     """
 
-    def __init__(self, names: Callable[[], list[str]], replace: Callable[[int, object], None]):
-        self._names = names
-        self._replace = replace
+    def __init__(self, experts: Callable[[], Sequence[Expert]], set_experts: Callable[[Sequence[Any]], None]):
+        self._experts = experts
+        self._set_experts = set_experts
 
     def __getitem__(self, index: int) -> str:
-        names = self._names()
-        if index not in range(len(names)):
-            raise KeyError(f"expert {index}: there are {len(names)} experts, numbered from 0")
-        return names[index]
+        experts = self._experts()
+        if index not in range(len(experts)):
+            raise KeyError(f"expert {index}: there are {len(experts)} experts, numbered from 0")
+        return experts[index].name
 
     def __setitem__(self, index: int, expert: object) -> None:
         self[index]  # a wrong index fails here
-        self._replace(index, expert)
+        self._set_experts([expert if i == index else other.spec for i, other in enumerate(self._experts())])
 
     def __delitem__(self, index: int) -> None:
         raise TypeError("experts cannot be deleted one by one; build a press with fewer")
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self._names())))
+        return iter(range(len(self._experts())))
 
     def __len__(self) -> int:
-        return len(self._names())
+        return len(self._experts())
 
     def __repr__(self) -> str:
         return repr(dict(self))

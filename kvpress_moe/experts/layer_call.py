@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from kvpress.utils import get_prerope_query_states
 from torch import Tensor
 from transformers import Cache
 
-from kvpress_moe.model.attention import window_attention_mass
+from kvpress_moe.model.attention import apply_rope, causal_logits
 from kvpress_moe.model.attention_view import AttentionView, slice_start
 from kvpress_moe.model.layers import Attention
 
-if TYPE_CHECKING:
-    from kvpress_moe.routers import BaseMoERouter
-
 WINDOW = 64  # the latest queries, as in SnapKV
-LATER: Any = None  # of a call that has not been routed yet
 
 
 @dataclass(eq=False)
@@ -44,18 +41,10 @@ class LayerCall:
         Attention weights; eager attention only.
     kwargs : mapping
         Keyword arguments of the attention layer's forward.
-    weights : Tensor, shape (B, 1 or H, S, E), optional
-        Routing weights of the pairs, once the call has been routed; per head only where a cache is compressed again.
-    router : BaseMoERouter, optional
-        The router that gave them.
-    ranks : Tensor, shape (B, E, H, S), optional
-        Ranks within the head that the experts besides ``learned`` gave, where they were asked already.
     projected : dict of str -> Tensor (B, Q, …)
         What the layer projected of the hidden states in its own forward, by the projection's name.
     row : int
         Of the batch, where this call is about one row of a padded one.
-    active : sequence of int
-        Experts with a non-zero weight somewhere, once the call has been routed.
     """
 
     module: Attention
@@ -64,12 +53,8 @@ class LayerCall:
     values: Tensor
     attentions: Tensor | None
     kwargs: Mapping[str, Any]
-    weights: Tensor = LATER
-    router: BaseMoERouter = LATER
-    ranks: Tensor = LATER
     projected: dict[str, Tensor] = field(default_factory=dict)
     row: int = 0
-    active: Sequence[int] = ()
 
     @property
     def layer_idx(self) -> int:
@@ -130,11 +115,6 @@ class LayerCall:
         return {**self.kwargs, "position_embeddings": self.position_embeddings}
 
     @cached_property
-    def routed(self) -> Tensor:
-        """Which expert judges which pair: bool, shape of ``weights``."""
-        return self.weights > 0
-
-    @cached_property
     def window(self) -> int:
         """Number of latest queries that are observed: 64, at most half of the cached tokens."""
         return max(1, min(WINDOW, self.k_len // 2, self.q_len))
@@ -143,3 +123,22 @@ class LayerCall:
     def window_mass(self) -> Tensor:
         """Attention that each query head's latest queries pay to every pair, shape (B, num_heads, S), float32, mean."""
         return window_attention_mass(self)
+
+
+def latest_queries(call: LayerCall, n_queries: int) -> Tensor:
+    """Rotated queries of the newest tokens, shape (B, num_heads, n_queries, D)."""
+    states = get_prerope_query_states(call.view, call.hidden_states[:, -n_queries:])
+    cos, sin = call.position_embeddings
+    return apply_rope(states, cos[:, -n_queries:], sin[:, -n_queries:])
+
+
+def latest_attention(call: LayerCall, n_queries: int) -> Tensor:
+    """Attention of the newest tokens, each over itself and what came before: (B, num_heads, n_queries, S), float32."""
+    return causal_logits(call.module, latest_queries(call, n_queries), call.keys).softmax(dim=-1)
+
+
+def window_attention_mass(call: LayerCall) -> Tensor:
+    """Mean attention of the call's window of latest queries, per query head: (B, num_heads, S), float32."""
+    if call.attentions is not None and call.attentions.shape[-1] == call.k_len:
+        return call.attentions[..., -call.window :, :].float().mean(dim=-2)
+    return latest_attention(call, call.window).mean(dim=-2)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+
+from kvpress_moe.experts.expert import Expert
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.routers import Routing
+from kvpress_moe.routers.calibration import Calibration
 
 # B = batch, H = KV heads, S = cached tokens, E = experts; h is H, or 1 where all heads share their weights
 
@@ -86,6 +92,66 @@ def mix_calibrated(
         Of each head.
     """
     return weights.shape[-1] * (terms * of_experts(weights, experts)).sum(1) + offset[:, None]
+
+
+def calibrated_scores(
+    calibration: Calibration,
+    weights: Float[Tensor, "B h S E_all"],
+    active: Sequence[int],
+    ranks: Float[Tensor, "B E H S"] | None,
+    ranked: Sequence[int],
+    learned: int | None,
+    importance: Callable[[], Float[Tensor, "B H S"]],
+) -> Float[Tensor, "B H S"]:
+    """
+    The calibrated mixture of all active experts; the press and training both compute it here.
+
+    Parameters
+    ----------
+    calibration : Calibration
+        Of the layer's router.
+    weights : Tensor, shape (B, H or 1, S, all experts)
+        Routing weights.
+    active : sequence of int
+        Experts that judge any pair.
+    ranks : Tensor, shape (B, ranked experts, H, S), or None
+        Ranks within the head of the experts that score by ranks; None where none of those was asked.
+    ranked : sequence of int
+        Which ones they are. Active experts besides ``learned`` are among them.
+    learned : int or None
+        Index of the expert ``"learned"``.
+    importance : callable
+        () -> its log importance (B, H, S); called only where it is active.
+    """
+    terms: dict[int, Tensor] = {}
+    if ranks is not None:
+        terms = dict(zip(ranked, calibration.terms(ranks, ranked).unbind(1), strict=True))
+    if learned is not None and learned in active:
+        terms[learned] = calibration.slope[:, learned, None] * importance()  # in log attention already
+    stacked = torch.stack([terms[index] for index in active], dim=1)
+    return mix_calibrated(stacked, active, weights, calibration.offset)
+
+
+def mix_experts(
+    call: LayerCall, routing: Routing, experts: Sequence[Expert], compression_ratio: float | None
+) -> Float[Tensor, "B H S"]:
+    """Mixed score of the experts that judge any pair of a call; the others are not computed."""
+
+    def score(index: int) -> Tensor:
+        return experts[index].score(call, compression_ratio, routing)
+
+    router, active = routing.router, routing.active
+    if router.calibration is None:
+        return mix(score, active, routing.weights)
+    learned = next((index for index, expert in enumerate(experts) if expert.name == "learned"), None)
+    sees_others = learned in active and router.learned is not None and router.learned.num_seen > 0
+    ranked = [index for index in (range(len(experts)) if sees_others else active) if index != learned]
+    ranks = ranks_of(score, ranked) if ranked else None
+
+    def importance() -> Tensor:
+        return experts[cast(int, learned)].score(call, compression_ratio, routing, ranks)
+
+    return calibrated_scores(router.calibration, routing.weights, active, ranks, ranked, learned, importance)
 
 
 def of_experts(weights: Float[Tensor, "B h S E_all"], experts: Sequence[int]) -> Float[Tensor, "B E h S"]:

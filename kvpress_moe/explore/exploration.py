@@ -18,7 +18,7 @@ from kvpress_moe.cache.prefill import Prefill, cache_bytes
 from kvpress_moe.errors import SettingError, UnsupportedInputError
 from kvpress_moe.explore.payload import payload
 from kvpress_moe.explore.recording_press import RecordingPress
-from kvpress_moe.explore.tokens import compared, pieces
+from kvpress_moe.explore.tokens import mark_matches, pieces
 from kvpress_moe.model.context_length import check_length
 from kvpress_moe.routers import Routers
 
@@ -26,7 +26,7 @@ Step = Callable[..., Any]
 
 
 @dataclass
-class Reading:
+class PrefilledText:
     """
     A text that was read, with what the full cache answers.
 
@@ -74,14 +74,14 @@ def make_press(settings: Mapping[str, Any]) -> RecordingPress:
     return press
 
 
-def read(
+def prefill_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     context: str,
     questions: Sequence[str],
     max_new_tokens: int,
     step: Step,
-) -> Reading:
+) -> PrefilledText:
     """
     Prefill a text, and ask the full cache.
 
@@ -112,38 +112,38 @@ def read(
         max_new_tokens,
         on_answer=partial(step, "asking the full cache", advance=1),
     )
-    return Reading(pipeline, prefill, input_ids, questions, questions_ids, answers, max_new_tokens, seconds)
+    return PrefilledText(pipeline, prefill, input_ids, questions, questions_ids, answers, max_new_tokens, seconds)
 
 
-def explore(reading: Reading, press: RecordingPress, step: Step) -> dict[str, Any]:
+def explore(prefilled: PrefilledText, press: RecordingPress, step: Step) -> dict[str, Any]:
     """
     Compress a copy of what was read, ask it, and gather what the page shows.
 
     Parameters
     ----------
-    reading : Reading
+    prefilled : PrefilledText
     press : RecordingPress
         See :func:`make_press`.
     step : callable
-        As in :func:`read`.
+        As in :func:`prefill_text`.
 
     Raises
     ------
     UnsupportedInputError
         If the press judged no layer.
     """
-    pipeline, prefill = reading.pipeline, reading.prefill
+    pipeline, prefill = prefilled.pipeline, prefilled.prefill
     step("compressing", total=1)
     cache = prefill.compress(press)
     if not press.records:
         raise UnsupportedInputError("TEXT: no layer of this model was compressed, expected at least one to look at.")
-    step("asking the compressed cache", total=max(1, len(reading.questions)))
+    step("asking the compressed cache", total=max(1, len(prefilled.questions)))
     answers = answer_each(
         pipeline,
         cache,
-        reading.questions_ids,
-        reading.input_ids.shape[1],
-        reading.max_new_tokens,
+        prefilled.questions_ids,
+        prefilled.input_ids.shape[1],
+        prefilled.max_new_tokens,
         on_answer=partial(step, "asking the compressed cache", advance=1),
     )
     step("writing the page", total=1)
@@ -152,13 +152,13 @@ def explore(reading: Reading, press: RecordingPress, step: Step) -> dict[str, An
         return pieces(pipeline.tokenizer, pipeline.tokenizer.encode(answer, add_special_tokens=False))
 
     marked = []
-    for question, full, compressed in zip(reading.questions, reading.answers, answers, strict=True):
-        in_full, in_compressed = compared(tokens_of(full), tokens_of(compressed))
+    for question, full, compressed in zip(prefilled.questions, prefilled.answers, answers, strict=True):
+        in_full, in_compressed = mark_matches(tokens_of(full), tokens_of(compressed))
         marked.append({"question": question, "full": in_full, "compressed": in_compressed})
     layers = len(press.records)
     trained = cast(Routers, press.routers).config.trained
     return payload(
-        tokens=pieces(pipeline.tokenizer, reading.input_ids[0].tolist()),
+        tokens=pieces(pipeline.tokenizer, prefilled.input_ids[0].tolist()),
         records=dict(sorted(press.records.items())),
         experts=list(press.expert_strategies.values()),
         budget={"ratio": press.compression_ratio, "scope": press.scope, "min_share": press.min_share},
@@ -168,7 +168,7 @@ def explore(reading: Reading, press: RecordingPress, step: Step) -> dict[str, An
             "layers": f"{layers} of {len(prefill.cache.layers)} compressed",
             "experts": f"top {press.top_k} of {press.num_experts} judge each token",
             "routers": "trained" if trained else "untrained",
-            "prefill": f"{reading.seconds:.1f} s",
+            "prefill": f"{prefilled.seconds:.1f} s",
             "full_mib": round(cache_bytes(prefill.cache) / 2**20, 2),
             "compressed_mib": round(cache_bytes(cache) / 2**20, 2),
         },

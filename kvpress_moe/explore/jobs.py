@@ -1,4 +1,4 @@
-"""Workshop: a model that works on one text at a time, in a thread, and says how far it is."""
+"""JobRunner: a model that works on one text at a time, in a thread, and says how far it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.errors import BusyError, KVPressMoEError, SettingError
-from kvpress_moe.explore.exploration import explore, make_press, read
+from kvpress_moe.explore.exploration import explore, make_press, prefill_text
 from kvpress_moe.explore.page import page
 from kvpress_moe.explore.recording_press import RecordingPress
 
@@ -59,7 +59,7 @@ class Job:
         return {name: getattr(self, name) for name in names} | {"pages": len(self.pages)}
 
 
-class Workshop:
+class JobRunner:
     """
     Explores texts, one at a time.
 
@@ -94,13 +94,13 @@ class Workshop:
         SettingError
             If the text is empty or a setting is wrong.
         BusyError
-            If the model is at work.
+            If the model works on another text.
         """
         if not context.strip():
             raise SettingError("TEXT", "", "a text with something in it", "Paste or type one.")
         presses = [make_press(setting) for setting in settings]
         if not self._at_work.acquire(blocking=False):
-            raise BusyError("The model is at work on another text. Wait until it has finished.")
+            raise BusyError("The model works on another text. Wait until it has finished.")
         name = secrets.token_urlsafe(16)
         job = self.jobs[name] = Job()
         while len(self.jobs) > KEPT_JOBS:
@@ -115,8 +115,8 @@ class Workshop:
         try:
             for press in presses:  # routers that do not fit fail before the prefill
                 press.post_init_from_model(self.model)
-            reading = read(self.model, self.tokenizer, context, questions, self.max_new_tokens, job.step)
-            job.pages = [page(explore(reading, press, job.step)) for press in presses]
+            prefilled = prefill_text(self.model, self.tokenizer, context, questions, self.max_new_tokens, job.step)
+            job.pages = [page(explore(prefilled, press, job.step)) for press in presses]
             job.state = "done"
         except Exception as error:  # whatever it is, the browser waits for an answer
             job.error = str(error) if isinstance(error, KVPressMoEError) else f"{type(error).__name__}: {error}"

@@ -82,7 +82,7 @@ def payload(
     about : mapping of str -> str
         Facts to print: the model, sizes.
     answers : sequence of mapping
-        ``question``, and ``full`` and ``compressed`` as :func:`~kvpress_moe.explore.tokens.compared` marks them.
+        ``question``, and ``full`` and ``compressed`` as :func:`~kvpress_moe.explore.tokens.mark_matches` marks them.
     """
     return {
         "format": FORMAT,

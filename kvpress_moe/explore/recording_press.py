@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import kvpress
 import torch
 from torch import Tensor
 
 from kvpress_moe.budget.cross_layer import Observation
+from kvpress_moe.experts.expert import Expert
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.experts.mixing import rank_within_head
-from kvpress_moe.experts.registry import Expert
 from kvpress_moe.press.moe_router_press import MoERouterPress
-
-#: Scorers that judge otherwise when another ratio is asked for.
-READ_THE_RATIO = (kvpress.StreamingLLMPress, kvpress.CompactorPress, kvpress.CriticalKVPress)
+from kvpress_moe.routers import Routing
 
 
 @dataclass
@@ -47,17 +45,23 @@ class LayerRecord:
 
 
 class RememberingExpert(Expert):
-    """An expert that is asked once for the scores of a call, however often it is heard."""
+    """An expert that is asked once for the scores of a call, however often they are wanted."""
 
     def __init__(self, expert: Expert):
         super().__init__(expert.name, expert.scorer, expert.keep, expert.registered)
         self._expert = expert
-        self._heard: tuple[Tensor, Tensor] | None = None  # keys and their scores
+        self._last: tuple[Tensor, Tensor] | None = None  # keys and their scores
 
-    def score(self, call: LayerCall, compression_ratio: float | None) -> Tensor:
-        if self._heard is None or self._heard[0] is not call.keys:
-            self._heard = (call.keys, self._expert.score(call, compression_ratio))
-        return self._heard[1]
+    def score(
+        self,
+        call: LayerCall,
+        compression_ratio: float | None,
+        routing: Routing | None = None,
+        ranks: Tensor | None = None,
+    ) -> Tensor:
+        if self._last is None or self._last[0] is not call.keys:
+            self._last = (call.keys, self._expert.score(call, compression_ratio, routing, ranks))
+        return self._last[1]
 
 
 class RecordingPress(MoERouterPress):
@@ -76,33 +80,32 @@ class RecordingPress(MoERouterPress):
 
     def bound_to_ratio(self) -> list[str]:
         """Experts whose scores hold at this press's ratio alone."""
-        return [expert.name for expert in self._experts if isinstance(expert.scorer, READ_THE_RATIO)]
+        return [expert.name for expert in self._experts if expert.reads_ratio]
 
-    def _make_expert(self, given: Any) -> Expert:
-        return RememberingExpert(super()._make_expert(given))
+    def _make_experts(self, specs: Sequence[Any]) -> list[Expert]:
+        return [RememberingExpert(expert) for expert in super()._make_experts(specs)]
 
     @torch.no_grad()
-    def mix(self, call: LayerCall) -> Tensor:
-        scores = super().mix(call)
+    def mix(self, call: LayerCall, routing: Routing) -> Tensor:
+        scores = super().mix(call, routing)
         self.records[call.layer_idx] = LayerRecord(
-            weights=call.weights[0].mean(0).float().cpu(),
+            weights=routing.weights[0].mean(0).float().cpu(),
             scores=scores[0].float().cpu(),
-            moves=torch.stack([self._move(call, index) for index in range(self.num_experts)], dim=1),
+            moves=torch.stack([self._move(call, routing, index) for index in range(self.num_experts)], dim=1),
         )
         return scores
 
-    def _move(self, call: LayerCall, index: int) -> Tensor:
+    def _move(self, call: LayerCall, routing: Routing, index: int) -> Tensor:
         """What one expert adds to the pairs' scores (H, S), less its mean over the head."""
-        active = call.routed.flatten(0, 2).any(0)
-        if not active[index]:
+        if index not in routing.active:
             return torch.zeros(call.keys.shape[1:3])
-        if call.router.calibration is None and active.sum() > 1:  # ranks are mixed; a lone expert's scores would not be
-            part = rank_within_head(self._experts[index].score(call, self.compression_ratio))
-            part = part * call.weights[..., index]
+        if routing.router.calibration is None and len(routing.active) > 1:  # ranks are mixed; not where one is alone
+            part = rank_within_head(self._experts[index].score(call, self.compression_ratio, routing))
+            part = part * routing.weights[..., index]
         else:  # a sum over experts: with the others' weights at zero, the one's term stays, and the head's offset
-            alone = torch.zeros_like(call.weights)
-            alone[..., index] = call.weights[..., index]
-            part = super().mix(replace(call, weights=alone))
+            alone = torch.zeros_like(routing.weights)
+            alone[..., index] = routing.weights[..., index]
+            part = super().mix(call, replace(routing, weights=alone))
         part = part[0].double().cpu()
         move = (part - part.mean(-1, keepdim=True)).nan_to_num(nan=0)  # where scores are infinite
         largest = torch.finfo(torch.float32).max  # some scorers give it to pairs that have to stay

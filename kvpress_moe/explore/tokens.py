@@ -34,7 +34,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def compared(ours: Sequence[str], other: Sequence[str]) -> tuple[list[list[Any]], list[list[Any]]]:
+def mark_matches(ours: Sequence[str], other: Sequence[str]) -> tuple[list[list[Any]], list[list[Any]]]:
     """Each answer's pieces as [text, whether the other answer has it at the same place]; the longest matches align."""
     marked: list[list[list[Any]]] = [[[piece, 0] for piece in answer] for answer in (ours, other)]
     for block in SequenceMatcher(a=ours, b=other, autojunk=False).get_matching_blocks():

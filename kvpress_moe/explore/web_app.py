@@ -9,9 +9,9 @@ from contextlib import suppress
 from typing import Any
 
 from kvpress_moe.errors import BusyError, SettingError
-from kvpress_moe.experts.names import parse_experts
-from kvpress_moe.experts.registry import EXPERT_SETS, KVPRESS_EXPERTS, NAMED_EXPERTS
-from kvpress_moe.explore.jobs import Workshop
+from kvpress_moe.experts.kvpress_scorers import KVPRESS_EXPERTS
+from kvpress_moe.experts.registry import EXPERT_SETS, NAMED_EXPERTS, parse_experts
+from kvpress_moe.explore.jobs import JobRunner
 from kvpress_moe.explore.page import as_json, asset, assets, policy
 
 try:
@@ -38,7 +38,7 @@ HEADERS = {
 }
 
 
-def make_app(workshop: Workshop, defaults: Mapping[str, Any]) -> Starlette:
+def make_app(runner: JobRunner, defaults: Mapping[str, Any]) -> Starlette:
     """
     The app.
 
@@ -47,11 +47,11 @@ def make_app(workshop: Workshop, defaults: Mapping[str, Any]) -> Starlette:
 
     Parameters
     ----------
-    workshop : Workshop
+    runner : JobRunner
     defaults : mapping
         What the form shows at first: ``text``, ``question``, ``ratio``, ``experts``, ``budget``, ``router``.
     """
-    form, form_policy = form_page(workshop, defaults)
+    form, form_policy = form_page(runner, defaults)
 
     async def show_form(request: Request) -> Response:
         return HTMLResponse(form, headers={**HEADERS, "Content-Security-Policy": form_policy})
@@ -67,7 +67,7 @@ def make_app(workshop: Workshop, defaults: Mapping[str, Any]) -> Starlette:
             if len(body) > MAX_BYTES:
                 return refusal(413, f"The text is too long: more than {MAX_BYTES // 2**20} MiB.")
         try:
-            name = workshop.submit(*parse(body))
+            name = runner.submit(*parse(body))
         except BusyError as error:
             return refusal(409, str(error))
         except SettingError as error:
@@ -75,11 +75,11 @@ def make_app(workshop: Workshop, defaults: Mapping[str, Any]) -> Starlette:
         return JSONResponse({"job": name}, status_code=202, headers=HEADERS)
 
     async def progress(request: Request) -> Response:
-        job = workshop.jobs.get(request.path_params["job"])
+        job = runner.jobs.get(request.path_params["job"])
         return JSONResponse(job.as_dict(), headers=HEADERS) if job else refusal(404, "There is no such job any more.")
 
     async def show_page(request: Request) -> Response:
-        job, number = workshop.jobs.get(request.path_params["job"]), request.path_params["number"]
+        job, number = runner.jobs.get(request.path_params["job"]), request.path_params["number"]
         if job is None or number >= len(job.pages):
             return refusal(404, "There is no such page any more.")
         # the page's own policy stands in it; sandboxed it is of no origin, and cannot ask the app for anything
@@ -137,10 +137,10 @@ def parse(body: bytes | bytearray) -> tuple[str, list[str], list[dict[str, Any]]
     return context, [question] if question.strip() else [], presses
 
 
-def form_page(workshop: Workshop, defaults: Mapping[str, Any]) -> tuple[str, str]:
+def form_page(runner: JobRunner, defaults: Mapping[str, Any]) -> tuple[str, str]:
     """The form's text and its Content-Security-Policy."""
     style, program = assets("app.css"), assets("app.js")
-    config: Any = workshop.model.config
+    config: Any = runner.model.config
     data = {
         "defaults": dict(defaults),
         "experts": sorted({*EXPERT_SETS, *NAMED_EXPERTS, *KVPRESS_EXPERTS}),

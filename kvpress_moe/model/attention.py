@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from kvpress.utils import get_prerope_query_states
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
 from kvpress_moe.model.layers import Attention
 
 if TYPE_CHECKING:
-    from kvpress_moe.experts.layer_call import LayerCall
+    pass
 
 
 def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -24,7 +23,7 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def softcap(module: Attention) -> float | None:
     """
-    The bound that an attention layer bends its logits below (Gemma 2), None where it does not bend them.
+    The bound that an attention layer bends its logits below (Gemma 2), None where it does not apply_softcap them.
 
     transformers' SDPA attention does not, whatever the configuration says.
     """
@@ -33,7 +32,7 @@ def softcap(module: Attention) -> float | None:
     return None if config._attn_implementation == "sdpa" else cap
 
 
-def bend(logits: Tensor, cap: float | None) -> Tensor:
+def apply_softcap(logits: Tensor, cap: float | None) -> Tensor:
     """Logits between ``-cap`` and ``cap``; as they are for None."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -46,7 +45,7 @@ def layer_logits(module: Attention, queries: Tensor, keys: Tensor) -> Tensor:
     """
     grouped = queries.reshape(keys.shape[0], keys.shape[1], -1, keys.shape[-1])  # no copy of keys per query head
     logits = (grouped * module.scaling @ keys.transpose(2, 3)).float().view(*queries.shape[:3], keys.shape[2])
-    return bend(logits, softcap(module))
+    return apply_softcap(logits, softcap(module))
 
 
 def causal_logits(module: Attention, queries: Tensor, keys: Tensor) -> Tensor:
@@ -72,26 +71,13 @@ def causal_logits(module: Attention, queries: Tensor, keys: Tensor) -> Tensor:
     return logits
 
 
-def latest_queries(call: LayerCall, n_queries: int) -> Tensor:
-    """Rotated queries of the newest tokens, shape (B, num_heads, n_queries, D)."""
-    states = get_prerope_query_states(call.view, call.hidden_states[:, -n_queries:])
-    cos, sin = call.position_embeddings
-    return apply_rope(states, cos[:, -n_queries:], sin[:, -n_queries:])
-
-
-def latest_attention(call: LayerCall, n_queries: int) -> Tensor:
-    """Attention of the newest tokens, each over itself and what came before: (B, num_heads, n_queries, S), float32."""
-    return causal_logits(call.module, latest_queries(call, n_queries), call.keys).softmax(dim=-1)
-
-
-def window_attention_mass(call: LayerCall) -> Tensor:
-    """Mean attention of the call's window of latest queries, per query head: (B, num_heads, S), float32."""
-    if call.attentions is not None and call.attentions.shape[-1] == call.k_len:
-        return call.attentions[..., -call.window :, :].float().mean(dim=-2)
-    return latest_attention(call, call.window).mean(dim=-2)
-
-
 def per_kv_head(mass: Tensor, num_key_value_heads: int) -> Tensor:
     """Mean over the query heads that share a KV head: (B, num_heads, S) -> (B, H, S)."""
     by_head: Tensor = mass.unflatten(1, (num_key_value_heads, -1))
     return by_head.mean(dim=2)
+
+
+def hides_tokens(mask: Tensor) -> bool:
+    """Whether a mask (B, 1, Q, S), bool or additive, hides any of the S tokens from the newest one, as padding does."""
+    newest = mask[:, 0, -1]
+    return not bool((newest if newest.dtype == torch.bool else newest == 0).all())

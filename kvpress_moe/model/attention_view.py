@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
-from kvpress_moe.model.layers import Attention
+from kvpress_moe.model.layers import Attention, own_layer_type
 
 #: Layers whose norms of queries and keys kvpress does not know, and the ones with the same norms that it knows.
 NORMED_ALIKE: dict[type[nn.Module], type[nn.Module]] = {Qwen3MoeAttention: Qwen3Attention}
@@ -84,12 +83,6 @@ class AttentionView:
         normed: Tensor = (module.q_norm if name == "q_proj" else module.k_norm)(projected)
         limit = module.config.clip_qkv
         return normed if limit is None else normed.clamp(-limit, limit)
-
-
-def own_layer_type(module: Attention) -> str | None:
-    """The layer type that a rotary embedding of several types has to be told (Gemma 3); None where there is one."""
-    of_type = isinstance(module, Gemma3Attention) and hasattr(module, "layer_type")  # transformers 5
-    return cast(str, module.layer_type) if of_type else None
 
 
 def slice_start(whole: Tensor, given: Tensor) -> int | None:

@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
-import torch
-import transformers
-from kvpress.presses.base_press import SUPPORTED_MODELS as KVPRESS_MODELS
-from kvpress.presses.base_press import BasePress
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
-    Cache,
-    DynamicCache,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    MixtralForCausalLM,
-    OlmoeForCausalLM,
     PreTrainedModel,
-    QuantizedCache,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeForCausalLM,
-    StaticCache,
 )
-from transformers.cache_utils import DynamicLayer
-
-from kvpress_moe.errors import SettingError, UnsupportedInputError, UnsupportedModelError
-
-PADDED = (
-    "attention_mask: got a padded batch inside a wrapper, expected prompts of equal length without padding. After "
-    "compression the mask would hide the wrong pairs. Use MoERouterPress without a wrapper, or run prompts one by one."
-)
-
-COMPILED = (
-    "model: got a model compiled by torch.compile, expected the model as it was loaded. Compiled code does not see the "
-    "hooks that compress. Prefill with the model itself inside the block; decode with the compiled one after it."
-)
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 #: An attention module of any family; torch says of a module's attributes no more than ``Tensor | Module``.
 Attention: TypeAlias = Any
-
-SUPPORTED_MODELS = (
-    *KVPRESS_MODELS,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    MixtralForCausalLM,
-    OlmoeForCausalLM,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeForCausalLM,
-)
-
-#: Those whose norms of queries and keys kvpress's own presses leave out, see :mod:`kvpress_moe.model.attention_view`.
-UNKNOWN_NORMS = (OlmoeForCausalLM, Qwen3MoeForCausalLM)
 
 
 def language_model(model: PreTrainedModel) -> Any:
@@ -101,223 +60,24 @@ def last_to_compress(attention: Attention) -> bool:
     )
 
 
-def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: bool) -> None:
-    """
-    Raise where layers cannot be replaced by ragged ones.
-
-    Raises
-    ------
-    SettingError
-        Inside a wrapper, which stores the result itself, or for a cache that is not a plain DynamicCache.
-    """
-    if inside_wrapper:
-        raise SettingError(
-            "budget",
-            "layer or global",
-            "'uniform' inside a kvpress wrapper, which stores layers of equal heads",
-            "Use MoERouterPress without a wrapper.",
-        )
-    offloading = getattr(cache, "offloading", False)
-    if (
-        cache is None
-        or offloading
-        or isinstance(cache, QuantizedCache)
-        or not isinstance(cache.layers[layer_idx], DynamicLayer)
-    ):
-        got = "an offloaded cache" if offloading else "no cache"
-        got = got if cache is None or offloading else type(cache.layers[layer_idx]).__name__
-        raise SettingError("budget", "layer or global", f"a DynamicCache, not {got}", "Use budget='uniform'.")
+def own_layer_type(module: Attention) -> str | None:
+    """The layer type that a rotary embedding of several types has to be told (Gemma 3); None where there is one."""
+    of_type = isinstance(module, Gemma3Attention) and hasattr(module, "layer_type")  # transformers 5
+    return cast(str, module.layer_type) if of_type else None
 
 
-def check_can_serve_padding(cache: Cache | None, eager: bool, track_misses: bool) -> None:
-    """
-    Raise where a padded batch cannot be served: its rows keep different numbers of pairs, in ragged layers.
+class _OfLayerType(nn.Module):
+    """A rotary embedding that is told the layer's type where its caller does not say it."""
 
-    Raises
-    ------
-    UnsupportedInputError
-        With eager attention, ``track_misses`` or a cache that is not a plain DynamicCache.
-    """
-    if eager:
-        limit, remedy = "attention that reads ragged layers, not eager", "Load it with attn_implementation='sdpa'."
-    elif track_misses:
-        limit, remedy = "track_misses=False, which needs rows of equal length", "Switch it off."
-    elif cache is not None and not (type(cache) is DynamicCache and not cache.offloading):
-        limit, remedy = f"a DynamicCache, not {type(cache).__name__}", "Use a DynamicCache."
-    else:
-        return
-    raise UnsupportedInputError(
-        f"attention_mask: got a padded batch, whose rows keep different numbers of pairs, expected {limit}. {remedy} "
-        "Or run prompts one by one."
-    )
+    def __init__(self, rotary_emb: nn.Module, layer_type: str):
+        super().__init__()
+        self.rotary_emb, self.layer_type = rotary_emb, layer_type
+
+    def forward(self, states: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        return self.rotary_emb(states, position_ids, layer_type or self.layer_type)
 
 
-def check_unmasked(attention: Attention, press: BasePress) -> None:
-    """
-    Raise if another press that is hooked in masks pairs of a layer by their index, which an eviction would change.
-
-    Raises
-    ------
-    UnsupportedInputError
-    """
-    if getattr(attention, "masked_key_indices", None) is None:
-        return
-    hooked = [getattr(hook, "__self__", None) for hook in attention._forward_hooks.values()]
-    if any(isinstance(other, BasePress) and other is not press for other in hooked):
-        raise UnsupportedInputError(
-            f"press: another press masks pairs of layer {attention.layer_idx}, expected to be alone; after an eviction "
-            "its mask would hide others. Leave its `with` block first."
-        )
-
-
-def check_still_there(cache: Cache, n_judged: dict[int, int]) -> None:
-    """
-    Raise if another press evicted pairs of layers that wait for a shared budget.
-
-    Parameters
-    ----------
-    cache : Cache
-    n_judged : dict of int -> int
-        Pairs that each layer held when it was judged.
-
-    Raises
-    ------
-    UnsupportedInputError
-    """
-    for layer_idx, n_pairs in n_judged.items():
-        n_left = cache.layers[layer_idx].get_seq_length()
-        if n_left != n_pairs:
-            raise UnsupportedInputError(
-                f"press: another press evicted pairs of layer {layer_idx} ({n_left} of {n_pairs} are left) before the "
-                "shared budget was decided, expected to be alone. Leave its `with` block first."
-            )
-
-
-def is_compiled(module: Any) -> bool:
-    """Whether a module was compiled, by ``torch.compile(module)``, in place, or by its forward."""
-    return (
-        hasattr(module, "_orig_mod")
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
-    )
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """
-    Raise if the press cannot serve a model.
-
-    Raises
-    ------
-    UnsupportedModelError
-        For a class that kvpress's scorers do not understand, a compiled model, flex attention, or sliding-window layers
-        only.
-    """
-    if is_compiled(model):
-        raise UnsupportedModelError(COMPILED)
-    if not isinstance(model, SUPPORTED_MODELS):
-        raise UnsupportedModelError(
-            f"model: got {type(model).__name__}, expected one of "
-            f"{', '.join(sorted(supported.__name__ for supported in SUPPORTED_MODELS))}. "
-            "Scorers would compute wrong queries for other classes, without a word."
-        )
-    stack = language_model(model)
-    if any(map(is_compiled, (model.model, stack, *stack.layers, *(layer.self_attn for layer in stack.layers)))):
-        raise UnsupportedModelError(COMPILED)
-    if not hasattr(stack.layers[0].self_attn, "scaling"):
-        raise UnsupportedModelError(
-            f"model: got {type(model).__name__} of transformers {transformers.__version__}, whose attention is of an "
-            "older make that cannot read ragged layers, expected a newer one. Install transformers 5.2."
-        )
-    if model.config._attn_implementation == "flex_attention":
-        raise UnsupportedModelError(
-            "model: got attn_implementation='flex_attention', which fails once kvpress 0.5.5 is imported (it "
-            "passes the dropout in the place of the scaling), expected another. Load it with 'sdpa'."
-        )
-    config = model.config.get_text_config(decoder=True)
-    if not full_attention_layers(model):
-        raise UnsupportedModelError(
-            f"model: every layer of this {type(model).__name__} attends to a sliding window of {config.sliding_window} "
-            "tokens, expected at least one layer with full attention. For prompts shorter than the window, load it "
-            "with sliding_window=None."
-        )
-
-
-def forward_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model's forward pass by name, as a pre-hook gets them."""
-    named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    named |= named.pop("kwargs", {})  # what forward takes as **kwargs
-    return named
-
-
-def check_forward(model: Any, kwargs: dict[str, Any]) -> bool:
-    """
-    Raise on arguments of a forward pass below the head that would be compressed wrongly without a word.
-
-    Returns
-    -------
-    bool
-        Whether a prompt is read into an empty cache, which is what a press compresses.
-
-    Raises
-    ------
-    UnsupportedInputError
-        For an empty prompt, ``use_cache=False``, a StaticCache, or a QuantizedCache with layers that slide.
-    """
-    inputs = kwargs.get("input_ids")
-    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-    if inputs is None:
-        return False  # the model itself complains
-    if inputs.shape[1] == 0:
-        raise UnsupportedInputError(
-            f"input_ids: got a prompt without tokens, shape {tuple(inputs.shape)}, expected at least one token. "
-            "Check the tokenizer's input."
-        )
-    cache = kwargs.get("past_key_values")
-    if kwargs.get("use_cache") is False or (
-        cache is None and not getattr(model.config.get_text_config(), "use_cache", True)
-    ):
-        raise UnsupportedInputError("use_cache: got False, expected True. A press compresses the cache; give it one.")
-    if isinstance(cache, StaticCache):
-        raise UnsupportedInputError(
-            "past_key_values: got a StaticCache, expected a cache that can shrink. Use a DynamicCache."
-        )
-    config = model.config.get_text_config(decoder=True)
-    if isinstance(cache, QuantizedCache) and any(slides(config, i) for i in range(config.num_hidden_layers)):
-        raise UnsupportedInputError(
-            "past_key_values: got a QuantizedCache for a model with sliding-window layers, expected a cache whose "
-            "masks fit layers of different lengths. Use a DynamicCache."
-        )
-    if cache is not None and cache.get_seq_length() > 0:
-        if inputs.shape[1] > 1:
-            warnings.warn(
-                f"{inputs.shape[1]} tokens meet a cache that already holds {cache.get_seq_length()}: they are not "
-                "compressed, as kvpress compresses a prompt that is prefilled in one pass into an empty cache only. "
-                "(Chunked prefill, a second turn, or a question asked inside the `with` block.)",
-                stacklevel=2,
-            )
-        return False
-    return True
-
-
-def check_mask(mask: Tensor | None) -> None:
-    """
-    Raise if a prompt's attention mask hides tokens from its last one; for calls from inside a wrapper.
-
-    Parameters
-    ----------
-    mask : Tensor, shape (B, 1, Q, S), bool or additive; or None
-        Of a layer with full attention. Only a prompt's is looked at, which is square.
-
-    Raises
-    ------
-    UnsupportedInputError
-        For padding.
-    """
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] and hides_tokens(mask):
-        raise UnsupportedInputError(PADDED)
-
-
-def hides_tokens(mask: Tensor) -> bool:
-    """Whether a mask (B, 1, Q, S), bool or additive, hides any of the S tokens from the newest one, as padding does."""
-    newest = mask[:, 0, -1]
-    return not bool((newest if newest.dtype == torch.bool else newest == 0).all())
+def of_layer(rotary_emb: nn.Module, attention: Attention) -> nn.Module:
+    """The rotary embedding that presses may call as they call every model's."""
+    layer_type = own_layer_type(attention)
+    return rotary_emb if layer_type is None else _OfLayerType(rotary_emb, layer_type)

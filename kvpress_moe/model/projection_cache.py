@@ -1,9 +1,9 @@
-"""Projections: what attention layers project in their own forward, for experts that would project it again."""
+"""ProjectionCache: what attention layers project in their own forward, for experts that would project it again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from kvpress_moe.model.layers import Attention, language_model
 NAMES = ("q_proj", "k_proj", "qkv_proj")
 
 
-class Projections:
+class ProjectionCache:
     """
     Keeps a layer's projected queries and keys, before norms and rotation, until the layer has been judged.
 
@@ -29,13 +29,16 @@ class Projections:
     def __getstate__(self) -> dict[str, Any]:
         return {"_layer": None, "_projected": {}}
 
-    def watch(self, model: PreTrainedModel, leave: ExitStack) -> None:
-        """Hook the projections of all layers, until ``leave`` is left."""
-        for attention in (layer.self_attn for layer in language_model(model).layers):
-            for name in NAMES:
-                projection = getattr(attention, name, None)
-                if isinstance(projection, nn.Module):
-                    leave.callback(projection.register_forward_hook(self._keeping(attention, name)).remove)
+    @contextmanager
+    def watch(self, model: PreTrainedModel) -> Iterator[None]:
+        """Keep what all layers project inside the block."""
+        with ExitStack() as hooks:
+            for attention in (layer.self_attn for layer in language_model(model).layers):
+                for name in NAMES:
+                    projection = getattr(attention, name, None)
+                    if isinstance(projection, nn.Module):
+                        hooks.callback(projection.register_forward_hook(self._keeping(attention, name)).remove)
+            yield
 
     def _keeping(self, attention: Attention, name: str) -> Callable[..., None]:
         def keep(module: Attention, args: tuple[Any, ...], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""MissTracker: what generated tokens would have attended to, had it not been evicted."""
+"""EvictedKeys: what generated tokens would have attended to, had it not been evicted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from kvpress_moe.budget.eviction import evict, kept_mask
 from kvpress_moe.budget.hit_rates import mass_by_expert
-from kvpress_moe.experts.layer_call import LayerCall
-from kvpress_moe.model.attention import causal_logits, latest_queries, layer_logits, per_kv_head
+from kvpress_moe.experts.layer_call import LayerCall, latest_queries
+from kvpress_moe.model.attention import causal_logits, layer_logits, per_kv_head
+from kvpress_moe.routers import Routing
 
 
-class MissTracker:
+class EvictedKeys:
     """
     Keeps the keys that were evicted from each layer on the CPU, with the experts that judged them.
 
@@ -29,12 +30,12 @@ class MissTracker:
     def __getstate__(self) -> dict[str, Any]:
         return {"_layers": {}}  # caches cannot travel
 
-    def keep(self, call: LayerCall, indices: Tensor) -> None:
+    def keep(self, call: LayerCall, routing: Routing, indices: Tensor) -> None:
         """Remember the pairs of a call that are not at ``indices``, shape (B, H, K)."""
         if call.cache is None:
             return
         evicted = (~kept_mask(indices, call.k_len)).nonzero()[:, 2].view(*indices.shape[:2], -1)  # (B, H, S - K)
-        routed = call.routed.to(call.keys.dtype).expand(-1, indices.shape[1], -1, -1)
+        routed = routing.routed.to(call.keys.dtype).expand(-1, indices.shape[1], -1, -1)
         self._layers[call.layer_idx] = (
             weakref.ref(call.cache),
             evict(call.keys, evicted).cpu(),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from kvpress_moe.budget.cross_layer import Observation
 from kvpress_moe.errors import NotFiniteError
 from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.routers import Routing
 
 
 def is_finite(states: Tensor) -> Tensor:
@@ -14,9 +18,9 @@ def is_finite(states: Tensor) -> Tensor:
     return torch.stack((states.amax(), states.amin())).isfinite().all()
 
 
-def active_experts(call: LayerCall, logits: Tensor) -> list[int]:
+def active_experts(call: LayerCall, weights: Tensor, logits: Tensor) -> list[int]:
     """
-    Indices of the experts that judge any pair of a call.
+    Indices of the experts with a routing weight (B, 1 or H, S, E) above zero for any pair of a call.
 
     The device is read once, for this and for whether keys, values and the router's logits (B, S, E) are finite. Hidden
     states are seen through the logits, which a single NaN or infinity of a token turns into NaN or infinity.
@@ -25,7 +29,7 @@ def active_experts(call: LayerCall, logits: Tensor) -> list[int]:
     ------
     NotFiniteError
     """
-    used = call.routed.flatten(0, 2).any(0)
+    used = (weights > 0).flatten(0, 2).any(0)
     finite = torch.stack([is_finite(states).to(used.device) for states in (logits, call.keys, call.values)])
     *judging, logits_are, keys_are, values_are = torch.cat((used, finite)).tolist()
     if not (logits_are and keys_are and values_are):
@@ -38,16 +42,28 @@ def active_experts(call: LayerCall, logits: Tensor) -> list[int]:
     return [index for index, judges in enumerate(judging) if judges]
 
 
-def check_finite(call: LayerCall, scores: Tensor | None = None, mass: Tensor | None = None) -> None:
+def check_all_finite(
+    rows: Sequence[LayerCall], routed: Sequence[Routing], scores: Sequence[Tensor], observed: Sequence[Observation]
+) -> None:
+    """:func:`check_finite` for each row of a batch."""
+    for row, routing, mixed, observation in zip(rows, routed, scores, observed, strict=True):
+        check_finite(row, routing, mixed, observation.mass)
+
+
+def check_finite(
+    call: LayerCall, routing: Routing | None = None, scores: Tensor | None = None, mass: Tensor | None = None
+) -> None:
     """
     Raise unless what decides over pairs, and what hit rates are made of, is finite; the device is read once.
 
     Parameters
     ----------
     call : LayerCall
+    routing : Routing, optional
+        That the scores were mixed by.
     scores : Tensor, shape (B, H, S), optional
         Mixed ones. Calibrated, they estimate a logarithm of attention and have to be finite; ranks always are, and
-        :meth:`kvpress_moe.experts.registry.Expert.score` looks at what an expert says alone.
+        :meth:`kvpress_moe.experts.expert.Expert.score` looks at what an expert says alone.
     mass : Tensor, optional
         Attention that was paid to the pairs.
 
@@ -58,7 +74,7 @@ def check_finite(call: LayerCall, scores: Tensor | None = None, mass: Tensor | N
     found = {}
     if mass is not None:
         found["attention"] = (mass, f"Queries or keys overflow in {call.keys.dtype}: try bfloat16 or float32.")
-    if scores is not None and call.router.calibration is not None:
+    if scores is not None and routing is not None and routing.router.calibration is not None:
         found["mixed scores"] = (scores, "The router's weights are broken, or overflow; load or train it again.")
     if found:
         finite = torch.stack([is_finite(states) for states, _ in found.values()]).tolist()

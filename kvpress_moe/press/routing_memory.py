@@ -26,11 +26,11 @@ class RoutingMemory:
     def __getstate__(self) -> dict[str, Any]:
         return {"_entries": {}}  # caches cannot travel
 
-    def remember(self, call: LayerCall, indices: Tensor) -> None:
-        """Keep the call's weights of the pairs at ``indices``, shape (B, H, K)."""
+    def remember(self, call: LayerCall, weights: Tensor, indices: Tensor) -> None:
+        """Keep the weights (B, 1 or H, S, E) of the pairs at ``indices``, shape (B, H, K)."""
         if call.cache is None:
             return
-        weights = call.weights.expand(-1, indices.shape[1], -1, -1)
+        weights = weights.expand(-1, indices.shape[1], -1, -1)
         kept = weights.gather(2, indices[..., None].expand(-1, -1, -1, weights.shape[-1]))
         self._entries[call.layer_idx] = (weakref.ref(call.cache), kept)
 

@@ -1,170 +1,195 @@
-"""What each setting of the press takes, checked whenever it is set."""
+"""The settings of the press: checked whenever they are set, and what hangs on them is kept in line."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from numbers import Integral, Real
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from kvpress_moe.errors import SettingError
-from kvpress_moe.routers import ROUTERS, Routers
+from kvpress_moe.experts.custom import CustomStrategies
+from kvpress_moe.experts.expert import Expert
+from kvpress_moe.experts.expert_list import ExpertStrategies, make_experts
+from kvpress_moe.experts.registry import expert_specs
+from kvpress_moe.press.setting_checks import (
+    CHECKS,
+    check_number_of_experts,
+    check_strategies,
+    check_top_k_fits,
+    check_tracking,
+)
+from kvpress_moe.routers import Routers
+from kvpress_moe.routers.active import set_in_routers
 
-
-class Default(int):
-    """A default that follows another setting; ``isinstance`` tells it from the same number written by a user."""
-
-
-def _is_number(value: Any, low: float, high: float, closed_high: bool = False) -> bool:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        return False
-    number = cast(float, value)
-    return low <= number <= high if closed_high else low <= number < high
-
-
-def _require(condition: bool, field: str, got: Any, expected: str, remedy: str) -> None:
-    if not condition:
-        raise SettingError(field, got, expected, remedy)
+DEFAULT_TOP_K = 2  # the guide's
 
 
-def check_num_experts(value: Any) -> None:
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    _require(whole and value >= 1, "num_experts", value, "a whole number, at least 1", "The guide's default is 4.")
+class Following:
+    """
+    A setting that follows others while it is ``None``; reading it gives the number in force.
+
+    A descriptor, as dataclasses take them for fields.
+
+    Parameters
+    ----------
+    derive : callable
+        press -> the number, where none was given.
+    default : int, optional
+        Of the dataclass's field; a subclass may name a number.
+    """
+
+    def __init__(self, derive: Callable[[Any], int | None], default: int | None = None):
+        self._derive = derive
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._given = f"_given_{name}"
+
+    def __get__(self, press: Any, owner: type) -> int | None:
+        if press is None:
+            return self._default  # asked by the dataclass
+        given: int | None = getattr(press, self._given)
+        return self._derive(press) if given is None else given
+
+    def __set__(self, press: Any, value: int | None) -> None:
+        setattr(press, self._given, value)
 
 
-def check_top_k(value: Any) -> None:
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    _require(whole and value >= 1, "top_k", value, "a whole number from 1 to num_experts", "The guide's default is 2.")
+def following(derive: Callable[[Any], int | None]) -> Any:
+    """A :class:`Following`, for fields that say the type of what is read."""
+    return Following(derive)
 
 
-def check_capacity_factor(value: Any) -> None:
-    _require(
-        _is_number(value, 1.0, math.inf),
-        "capacity_factor",
-        value,
-        "a finite number, at least 1",
-        "Below 1 the experts together have no room for every token.",
-    )
+class Settings(CustomStrategies):
+    """
+    What is common to all settings of a press; the press itself says which there are.
+
+    Every setting is checked whenever it is set; one that is refused changes nothing. Experts, ``num_experts`` and
+    ``top_k`` that were not named follow the trained routers in use.
+    """
+
+    num_experts: int
+    top_k: int
+    experts: Any
+    track_misses: bool
+    budget: str | None
+    routers: Any
+    reset_stats: Callable[[], None]
+    _experts: list[Expert]
+    _given_num_experts: int | None
+    _eager: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass that names another default for a setting leaves the setting what it is."""
+        super().__init_subclass__(**kwargs)
+        for name, default in list(vars(cls).items()):
+            inherited = next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None)
+            if isinstance(inherited, Following) and (default is None or isinstance(default, int)):
+                setting = Following(inherited._derive, default)
+                setting.__set_name__(cls, name)
+                setattr(cls, name, setting)
+
+    def __post_init__(self) -> None:
+        number, top_k = self.num_experts, self.top_k  # None where they were not named
+        specs = expert_specs(self.experts, number)
+        if number is not None:
+            check_number_of_experts(number, len(specs), given=self.experts is not None)
+        experts = self._make_experts(specs)
+        if top_k is not None:
+            check_top_k_fits(top_k, len(experts))
+        check_tracking(self.track_misses, self.budget)
+        self._experts = experts
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in CHECKS:
+            CHECKS[name](value)
+            if name == "experts" and value is not None and not isinstance(value, str):
+                value = tuple(value)
+            if hasattr(self, "_experts"):  # the press is made, and with it what hangs on the setting
+                value = self._change(name, value)
+        super().__setattr__(name, value)
+
+    def _change(self, name: str, value: Any) -> Any:
+        """Bring what hangs on a setting in line with a new value; what to store. Raises before anything has changed."""
+        if name == "top_k" and value is not None:
+            check_top_k_fits(value, self.num_experts)
+        elif name == "num_experts":
+            if value == self.num_experts:
+                return self._given_num_experts
+            specs = expert_specs(self.experts, value)
+            check_number_of_experts(len(specs) if value is None else value, len(specs), given=self.experts is not None)
+            self._set_experts(specs)
+        elif name == "experts":
+            self._set_experts(expert_specs(value, None))
+            self._given_num_experts = None
+        elif name == "budget":
+            check_tracking(self.track_misses, value)
+        elif name == "track_misses":
+            check_tracking(value, self.budget)
+        elif name in ("router", "router_type"):
+            del self.routers
+        elif name in ("cache_aware", "dropout"):
+            set_in_routers(self.routers, name, value)
+        return value
+
+    # ── experts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def expert_strategies(self) -> ExpertStrategies:
+        """Index -> name of the expert, readable and writable: ``press.expert_strategies[0] = "ultra_aggressive"``."""
+        return ExpertStrategies(lambda: self._experts, lambda specs: setattr(self, "experts", specs))
+
+    @expert_strategies.setter
+    def expert_strategies(self, strategies: Mapping[int, object]) -> None:
+        check_strategies(strategies, self.num_experts)
+        self.experts = [strategies[index] for index in range(self.num_experts)]
+
+    def _make_experts(self, specs: Sequence[Any]) -> list[Expert]:
+        return make_experts(specs, self._own_compression)
+
+    @property
+    def _expert_names(self) -> list[str]:
+        return [expert.name for expert in self._experts]
+
+    def _set_experts(self, specs: Sequence[Any]) -> None:
+        """Judge by other experts. Routers and counts belong to the old ones and start anew."""
+        experts = self._make_experts(specs)
+        check_top_k_fits(self.top_k, len(experts))
+        self._experts = experts
+        self.reset_stats()
+        del self.routers
+
+    @property
+    def _follows_routers(self) -> bool:
+        """Whether no experts were named: then they are those that the trained routers know."""
+        return self.experts is None and self._given_num_experts is None
+
+    def _follow(self, trained: Routers | None) -> None:
+        """Judge by the experts that trained routers know; by the guide's again where there are none."""
+        if not self._follows_routers:
+            return
+        names = expert_specs(None, None) if trained is None else trained.config.experts
+        if list(names) != self._expert_names:
+            self._experts = self._make_experts(names)
+            self.reset_stats()
+
+    @property
+    def scope(self) -> str:
+        """Which heads share the budget: ``budget`` where it was set; else what the routers in use allow."""
+        if self.budget is not None:
+            return self.budget
+        calibrated = self.routers is not None and bool(self.routers.config.num_heads)
+        return "global" if calibrated and not self.track_misses and not self._eager else "uniform"
 
 
-def check_dropout(value: Any) -> None:
-    _require(_is_number(value, 0, 1), "dropout", value, "a number in [0, 1)", "The guide's default is 0.1.")
+def number_of_experts(press: Settings) -> int | None:
+    """``num_experts`` where none was named; unknown while the press is being made."""
+    return len(press._experts) if hasattr(press, "_experts") else None
 
 
-def check_router_type(value: Any) -> None:
-    names = " or ".join(repr(name) for name in ROUTERS)
-    _require(isinstance(value, str) and value in ROUTERS, "router_type", value, names, "The default is 'pikv'.")
-
-
-def check_cache_aware(value: Any) -> None:
-    _require(isinstance(value, bool), "cache_aware", value, "True or False", "Only router_type='pikv' uses it.")
-
-
-def check_track_misses(value: Any) -> None:
-    _require(isinstance(value, bool), "track_misses", value, "True or False", "True keeps evicted keys on the CPU.")
-
-
-def check_budget(value: Any) -> None:
-    scopes = ("uniform", "layer", "global")
-    expected = " or ".join(map(repr, scopes))
-    _require(value is None or value in scopes, "budget", value, expected, "None decides by the routers.")
-
-
-def check_min_share(value: Any) -> None:
-    _require(_is_number(value, 0, 1, closed_high=True), "min_share", value, "a number in [0, 1]", "The default is 0.2.")
-
-
-def check_tracking(track_misses: bool, budget: str | None) -> None:
-    """Raise if misses are to be tracked in a ragged cache."""
-    _require(
-        not (track_misses and budget not in (None, "uniform")),
-        "track_misses",
-        track_misses,
-        "False with a budget that heads share",
-        "Use budget='uniform'.",
-    )
-
-
-def check_compression_ratio(value: Any) -> None:
-    _require(
-        value is None or _is_number(value, 0, 1),
-        "compression_ratio",
-        value,
-        "a number in [0, 1), the share of pairs to remove, or None",
-        "0.5 keeps half; None lets each expert's own keep fraction decide.",
-    )
-
-
-def check_aux_loss_weight(value: Any) -> None:
-    _require(
-        _is_number(value, 0, math.inf), "aux_loss_weight", value, "a finite number, at least 0", "The default is 0.01."
-    )
-
-
-def check_experts(value: Any) -> None:
-    _require(
-        value is None or isinstance(value, Iterable),
-        "experts",
-        value,
-        "a set's name, a list of experts or None",
-        "Put a single expert into a list.",
-    )
-
-
-def check_router(value: Any) -> None:
-    _require(
-        value is None or (isinstance(value, (str, Path)) and str(value) != "") or isinstance(value, Routers),
-        "router",
-        value,
-        "a directory, a hub id, a Routers object or None",
-        "None takes those that ship for the model, else untrained ones.",
-    )
-
-
-CHECKS: dict[str, Callable[[Any], None]] = {
-    "num_experts": check_num_experts,
-    "top_k": check_top_k,
-    "capacity_factor": check_capacity_factor,
-    "dropout": check_dropout,
-    "router_type": check_router_type,
-    "cache_aware": check_cache_aware,
-    "compression_ratio": check_compression_ratio,
-    "aux_loss_weight": check_aux_loss_weight,
-    "experts": check_experts,
-    "router": check_router,
-    "track_misses": check_track_misses,
-    "budget": check_budget,
-    "min_share": check_min_share,
-}
-
-
-def check_top_k_fits(top_k: int, num_experts: int) -> None:
-    """Raise if a token is to be judged by more experts than there are."""
-    _require(
-        top_k <= num_experts,
-        "top_k",
-        top_k,
-        f"at most num_experts = {num_experts}",
-        "Lower top_k first, or raise num_experts.",
-    )
-
-
-def check_number_of_experts(num_experts: int, n_named: int, given: bool) -> None:
-    """Raise if ``num_experts`` asks for experts that are not there, or disagrees with the list that was given."""
-    if given:
-        _require(
-            num_experts == n_named,
-            "num_experts",
-            num_experts,
-            f"the number of `experts` given, {n_named}",
-            "Leave num_experts out; the list decides.",
-        )
-    else:
-        _require(
-            num_experts <= n_named,
-            "num_experts",
-            num_experts,
-            f"at most the {n_named} experts of the guide's table",
-            "Name more with `experts=[...]`.",
-        )
+def default_top_k(press: Settings) -> int | None:
+    """``top_k`` where none was named: that of trained routers whose experts the press follows, else the guide's."""
+    if not hasattr(press, "_experts"):
+        return None
+    if press._follows_routers and press.routers is not None and press.routers.config.trained:
+        top_k: int = press.routers.config.top_k
+        return top_k
+    return min(DEFAULT_TOP_K, len(press._experts))

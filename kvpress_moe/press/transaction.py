@@ -1,4 +1,4 @@
-"""Reading: the forward pass that is under way. It counts when it ends; one that fails is undone."""
+"""Transaction: a forward pass that ends counts; one that fails is undone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from kvpress_moe.errors import UnsupportedInputError
 
 
-class Reading:
+class Transaction:
     """
     Watches the forward passes of a model inside one ``with press(model)`` block.
 

@@ -1,1 +1,1 @@
-
+"""Reports: tables, figures and pages from the records of a benchmark."""

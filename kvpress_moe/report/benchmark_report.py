@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from kvpress_moe.benchmark.results import Results, load
+from kvpress_moe.benchmark.results import best_of_ours, load
 from kvpress_moe.errors import SettingError
+from kvpress_moe.files import write_atomically
 from kvpress_moe.report.html_page import page
-from kvpress_moe.report.markdown import markdown, ranked, tables
-from kvpress_moe.routers.checkpoint import write_atomically
+from kvpress_moe.report.markdown import markdown, tables
 
 
 def write_report(
@@ -47,7 +47,7 @@ def write_report(
         If the records cannot be read or do not belong together, or matplotlib is not installed.
     """
     results = load(runs, tasks)
-    reference = ours or compared(results)
+    reference = ours or best_of_ours(results)
     if reference not in results.methods:
         raise SettingError("ours", reference, f"one of {', '.join(results.methods)}", "")
     for member in members:
@@ -69,9 +69,3 @@ def write_report(
     for name, text in texts.items():
         write_atomically(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
     return [out / name for name in (*texts, *(name for _, name in plots))]
-
-
-def compared(results: Results) -> str:
-    """The best method of the group "ours" (a press of this package, a router of one's own); else the best of all."""
-    order = ranked(results)
-    return next((method for method in order if results.group(method) == "ours"), order[0])

@@ -14,6 +14,7 @@ from kvpress_moe.benchmark.results import (
     best_single,
     mean_over_tasks,
     oracle_values,
+    ranked,
 )
 
 ORACLE = "best press per task (oracle)"
@@ -65,17 +66,6 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("Versions", ", ".join(f"{name} {version}" for name, version in header["versions"].items())),
         ("Command", "; ".join(header["commands"])),
     ]
-
-
-def ranked(results: Results, metric: str = "kl") -> list[str]:
-    """Methods by the mean of a metric at the middle ratio, best first; the full cache before all."""
-    middle = results.ratios[len(results.ratios) // 2]
-
-    def key(method: str) -> float:
-        value = mean_over_tasks(results.by_task((method, middle), metric)).mean
-        return value if np.isfinite(value) else np.inf
-
-    return sorted((method for method in results.methods if method != "full"), key=key)
 
 
 def overview(results: Results, metric: str, title: str, note: str, spec: str) -> Table:

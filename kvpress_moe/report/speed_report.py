@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvpress_moe.benchmark.speed import KVZIP, NONE, OURS, Row
-from kvpress_moe.routers.checkpoint import write_atomically
+from kvpress_moe.files import write_atomically
 
 
 def growth(rows: Sequence[Row], name: str) -> dict[str, tuple[float, float]]:

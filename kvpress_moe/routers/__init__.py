@@ -2,9 +2,10 @@
 
 from kvpress_moe.routers.base import BaseMoERouter as BaseMoERouter
 from kvpress_moe.routers.base import RouterOutput as RouterOutput
+from kvpress_moe.routers.config import ROUTERS as ROUTERS
+from kvpress_moe.routers.config import RouterConfig as RouterConfig
 from kvpress_moe.routers.pikv import PiKVMoERouter as PiKVMoERouter
-from kvpress_moe.routers.routers import ROUTERS as ROUTERS
-from kvpress_moe.routers.routers import RouterConfig as RouterConfig
 from kvpress_moe.routers.routers import Routers as Routers
+from kvpress_moe.routers.routing import Routing as Routing
 
-__all__ = ["ROUTERS", "BaseMoERouter", "PiKVMoERouter", "RouterConfig", "RouterOutput", "Routers"]
+__all__ = ["ROUTERS", "BaseMoERouter", "PiKVMoERouter", "RouterConfig", "RouterOutput", "Routers", "Routing"]

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from kvpress_moe.routers.calibration import Calibration, LearnedExpert
+from kvpress_moe.routers.calibration import Calibration
 from kvpress_moe.routers.gate import gate, load_balance
+from kvpress_moe.routers.learned_expert import LearnedExpert
 
 
 @dataclass(frozen=True)

@@ -4,61 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
-from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from kvpress_moe.errors import CheckpointError, WriteError
-from kvpress_moe.files import fill, open_tensors, read_json, read_shapes
+from kvpress_moe.errors import CheckpointError
+from kvpress_moe.files import fill, open_tensors, read_json, read_shapes, write_together
 from kvpress_moe.model.fingerprint import check_form
 from kvpress_moe.routers import RouterConfig, Routers
 
 WEIGHTS = "routers.safetensors"
 CONFIG = "routers.json"
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: a reader never sees half a file."""
-    write_together({path: write})
-
-
-def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
-    """
-    Write files that belong together: none of them is replaced before all of them have been written.
-
-    Raises
-    ------
-    WriteError
-        For want of room or permission; the files that were there before are intact, the temporary ones are gone.
-    """
-    temporaries: dict[Path, Path] = {}
-    path = next(iter(writes))
-    try:
-        for path, write in writes.items():
-            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            temporaries[path] = Path(name)
-            os.close(descriptor)
-            write(temporaries[path])
-            os.chmod(name, 0o644)  # mkstemp's are for their owner alone
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    except BaseException as error:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise WriteError(
-                f"{path}: cannot be written ({error}), expected a directory with room and permission. What was there "
-                "before is intact. Make room, or name another place."
-            ) from error
-        raise
 
 
 def save_routers(
@@ -102,6 +63,18 @@ def save_routers(
         }
     )
     return directory
+
+
+def push_routers(routers: Routers, repo_id: str, private: bool, metrics: dict[str, Any] | None = None) -> str:
+    """Upload routers to a repository of the Hugging Face hub, which is made if need be; its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as directory:
+        save_routers(routers, directory, metrics)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Routers for MoERouterPress")
+    return str(address)
 
 
 def load_routers(source: str | Path) -> Routers:

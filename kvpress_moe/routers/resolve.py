@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).parents[1] / "data" / "routers"
 
 @cache  # once a process: a press is built per request by some
 def warn_untrained() -> None:
-    """Say that untrained routers are at work."""
+    """Say that the routers are untrained."""
     logger.warning(
         "MoERouterPress: the routers are untrained and weigh all experts alike until cache feedback moves them. "
         "Pass router= (a directory, a hub id or a Routers object) to use trained ones."
@@ -73,7 +73,11 @@ def shipped_routers(attention: Attention) -> Routers | None:
 
 
 def check_routers(
-    routers: Routers, router_type: str, experts: Sequence[str], attention: Attention, source: str | Path | Routers
+    routers: Routers,
+    router_type: str,
+    experts: Sequence[str],
+    attention: Attention,
+    source: str | Path | Routers | None,
 ) -> None:
     """
     Raise unless routers are of this type, stand for these experts and belong to this model.

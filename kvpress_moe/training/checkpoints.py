@@ -1,30 +1,57 @@
-"""Fitted layers on disk: what a run that was interrupted need not fit again, and what processes hand each other."""
+"""What a training run keeps on disk so that one that was interrupted goes on: fitted layers and states of the tuning."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from kvpress_moe.errors import CheckpointError
-from kvpress_moe.files import fill, open_tensors
-from kvpress_moe.routers.checkpoint import write_atomically
+from kvpress_moe.files import write_atomically
 
 FORMAT = 2  # of fitted layers
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's
 
-class Fitted:
+
+@contextmanager
+def own_tensors(path: Path) -> Iterator[Any]:
     """
-    The fitted layers of one recipe and one set of prompts.
+    A safetensors file that training wrote, open for reading.
+
+    Such files are written whole or not at all, so their contents are not checked again.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read, or lacks a tensor.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"shards: {path} cannot be read ({type(error).__name__}: {str(error)[:200]}), expected a file that `train` "
+            "wrote. Delete it; it is made again."
+        ) from error
+
+
+class FittedLayers:
+    """
+    The fitted layers of one training config and one set of prompts.
 
     Parameters
     ----------
     directory : Path
-        Of the shards; each recipe gets a directory in it.
+        Of the shards; each config gets a directory in it.
     about : dict
         Everything that determines the fit, besides the shards.
     """
@@ -44,24 +71,34 @@ class Fitted:
         write_atomically(self.path(layer_idx), lambda path: save_file(tensors, path, {"losses": json.dumps(losses)}))
 
     def load(self, layer_idx: int, router: nn.Module) -> list[float]:
-        """
-        Fill a router with what was fitted; the loss of each epoch of its fit.
-
-        Raises
-        ------
-        CheckpointError
-            If the file is none that `save` wrote.
-        """
-        path = self.path(layer_idx)
-        try:
-            with open_tensors(path) as tensors:
-                losses = [float(loss) for loss in json.loads(tensors.metadata()["losses"])]
-                if not losses:
-                    raise ValueError("no loss of any epoch")
-                fill(router, tensors)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"shards: {path} cannot be read ({type(error).__name__}: {error}), expected a fitted layer. Delete it; "
-                "the layer is fitted again."
-            ) from error
+        """Fill a router with what was fitted; the loss of each epoch of its fit."""
+        with own_tensors(self.path(layer_idx)) as tensors:
+            router.load_state_dict({name: tensors.get_tensor(name) for name in router.state_dict()})
+            losses: list[float] = json.loads(tensors.metadata()["losses"])
         return losses
+
+
+def save_tuning_state(
+    path: Path, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Adam, figures: dict[str, float]
+) -> None:
+    """Write parameters, the optimiser's moments and the epoch's figures; all of it or nothing."""
+    tensors = {f"parameter.{i}": parameter.detach().contiguous() for i, parameter in enumerate(parameters)}
+    for i, parameter in enumerate(parameters):
+        tensors |= {f"{name}.{i}": moment.contiguous() for name, moment in optimizer.state[parameter].items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"figures": json.dumps(figures)}))
+
+
+@torch.no_grad()
+def load_tuning_state(path: Path, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Adam) -> dict[str, float]:
+    """Fill parameters and the optimiser's moments with what was saved; the epoch's figures."""
+    with own_tensors(path) as saved:
+        names = set(saved.keys())
+        tensors = {f"parameter.{i}": saved.get_tensor(f"parameter.{i}") for i in range(len(parameters))}
+        reached = [i for i in range(len(parameters)) if f"step.{i}" in names]  # by any gradient so far
+        tensors |= {f"{name}.{i}": saved.get_tensor(f"{name}.{i}") for i in reached for name in _MOMENTS}
+        figures: dict[str, float] = json.loads(saved.metadata()["figures"])
+    for i, parameter in enumerate(parameters):
+        parameter.copy_(tensors[f"parameter.{i}"])
+    for i in reached:
+        optimizer.state[parameters[i]] = {name: tensors[f"{name}.{i}"] for name in _MOMENTS}
+    return figures

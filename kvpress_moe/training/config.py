@@ -18,7 +18,7 @@ _END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight")  # fields of wh
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingConfig:
     """
     Everything that determines trained routers, besides the model.
 

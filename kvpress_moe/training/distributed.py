@@ -10,7 +10,7 @@ from typing import TypeVar
 Work = TypeVar("Work")
 
 
-class Crew:
+class Processes:
     """
     This process alone.
 
@@ -31,7 +31,7 @@ class Crew:
         """Go on when all processes have come here."""
 
 
-class LaunchedCrew(Crew):
+class LaunchedProcesses(Processes):
     """The processes that `accelerate launch` (or torchrun) started, on one machine or many."""
 
     def __init__(self, device: str):
@@ -46,6 +46,6 @@ class LaunchedCrew(Crew):
         self._state.wait_for_everyone()
 
 
-def launched(device: str) -> LaunchedCrew | None:
-    """The crew that this process belongs to, None if it was started alone."""
-    return LaunchedCrew(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+def launched(device: str) -> LaunchedProcesses | None:
+    """The processes that this process belongs to, None if it was started alone."""
+    return LaunchedProcesses(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None

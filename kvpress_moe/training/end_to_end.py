@@ -18,13 +18,13 @@ from kvpress_moe.benchmark.cache_eval import step
 from kvpress_moe.errors import NotFiniteError
 from kvpress_moe.model.layers import full_attention_layers
 from kvpress_moe.routers import Routers
-from kvpress_moe.routers.calibration import LearnedExpert
+from kvpress_moe.routers.learned_expert import LearnedExpert
+from kvpress_moe.training.checkpoints import load_tuning_state, save_tuning_state
 from kvpress_moe.training.layerwise import fold_scaling, predict, unfold_scaling
-from kvpress_moe.training.prompt_cache import Pairs, filled, kept_cache
+from kvpress_moe.training.prompt_cache import Pairs, as_cache, full_cache
 from kvpress_moe.training.soft_budget import soft_share
-from kvpress_moe.training.soft_eviction import reading_softly
-from kvpress_moe.training.tuning_samples import Captured, Lesson, question, repetition
-from kvpress_moe.training.tuning_state import load_state, save_state
+from kvpress_moe.training.soft_eviction import softly_evicted
+from kvpress_moe.training.tuning_samples import CapturedPrompt, TuningSample, question, repetition
 
 FORMAT = 1  # of the method: states of another one do not go on
 SINKS, RECENT, MIN_SHARE = 4, 16, 0.2  # stay in training as in the benchmark
@@ -54,9 +54,9 @@ class EndToEnd:
     tokenizer : PreTrainedTokenizerBase
     routers : Routers
         Calibrated; changed in place.
-    lessons : sequence of Lesson
+    tuning_samples : sequence of TuningSample
     read : callable
-        Of a lesson's shard: what the routers see.
+        Of a sample's shard: what the routers see.
     top_k : int
     learned : int or None
         Index of the learned expert.
@@ -74,8 +74,8 @@ class EndToEnd:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         routers: Routers,
-        lessons: Sequence[Lesson],
-        read: Callable[[Path], Captured],
+        tuning_samples: Sequence[TuningSample],
+        read: Callable[[Path], CapturedPrompt],
         *,
         top_k: int,
         learned: int | None,
@@ -87,7 +87,7 @@ class EndToEnd:
         seed: int,
     ):
         self.model, self.tokenizer, self.routers = model, tokenizer, routers
-        self.lessons, self.read, self.epochs, self.seed = lessons, read, epochs, seed
+        self.samples, self.read, self.epochs, self.seed = tuning_samples, read, epochs, seed
         self.top_k, self.learned = top_k, learned
         self.aux_loss_weight, self.replay_weight, self.learning_rate = aux_loss_weight, replay_weight, learning_rate
         self.layers = full_attention_layers(model)
@@ -102,7 +102,7 @@ class EndToEnd:
     @property
     def n_steps(self) -> int:
         """Steps of the optimiser in all."""
-        return self.epochs * -(-len(self.lessons) // BATCH)
+        return self.epochs * -(-len(self.samples) // BATCH)
 
     def run(
         self, states: Path, progress: Callable[[int, int, float], Any] = lambda done, total, loss: None
@@ -118,55 +118,55 @@ class EndToEnd:
             Called with prompts done, prompts in all, and a running mean of the loss.
         """
         history: list[dict[str, float]] = []
-        total = self.epochs * len(self.lessons)
+        total = self.epochs * len(self.samples)
         with self._only_parameters_learn(), self._scaled():
             for epoch in range(self.epochs):
                 state = states / f"epoch-{epoch}.safetensors"
                 if state.exists():
-                    history.append(load_state(state, self.parameters, self.optimizer))
+                    history.append(load_tuning_state(state, self.parameters, self.optimizer))
                     continue
                 rng = random.Random(f"{self.seed} {epoch}")
-                order = rng.sample(range(len(self.lessons)), len(self.lessons))
+                order = rng.sample(range(len(self.samples)), len(self.samples))
                 seen: list[tuple[float, float]] = []
                 for start in range(0, len(order), BATCH):
                     batch = order[start : start + BATCH]
                     done = epoch * -(-len(order) // BATCH) + start // BATCH
                     for index in batch:
-                        seen.append(self._learn(self.lessons[index], done / self.n_steps, len(batch), rng))
+                        seen.append(self._learn(self.samples[index], done / self.n_steps, len(batch), rng))
                         progress(epoch * len(order) + len(seen), total, sum(a for a, _ in seen) / len(seen))
                     self._step(done)
                 answer, repeated = (sum(column) / len(seen) for column in zip(*seen, strict=True))
                 history.append({"answer": round(answer, 4), "replay": round(repeated, 4)})
-                save_state(state, self.parameters, self.optimizer, history[-1])
+                save_tuning_state(state, self.parameters, self.optimizer, history[-1])
         return history
 
-    def _learn(self, lesson: Lesson, part_done: float, n_batch: int, rng: random.Random) -> tuple[float, float]:
+    def _learn(self, sample: TuningSample, part_done: float, n_batch: int, rng: random.Random) -> tuple[float, float]:
         """Add the gradient of one prompt; its divergences of answer and repetition."""
         temperature = TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** part_done
         kept_share = math.exp(rng.uniform(math.log(KEPT[0]), math.log(KEPT[1])))
-        scores, aux_loss = self.scores(self.read(lesson.shard))
+        scores, aux_loss = self.scores(self.read(sample.shard))
         n_layers, _, n_tokens = scores.shape
         protected = torch.zeros(n_tokens, dtype=torch.bool, device=scores.device)
         protected[:SINKS] = protected[-RECENT:] = True
         n_kept = max(compute_n_kept(n_tokens, 1 - kept_share), SINKS + RECENT + 1)
         log_kept = soft_share(scores.flatten(0, 1), protected, n_kept, MIN_SHARE, temperature)
         log_kept = log_kept.unflatten(0, (n_layers, -1))
-        cache = kept_cache(self.model, lesson.prompt.context, lesson.cache_path)
-        answer = self.divergence(cache, *question(lesson.prompt), log_kept)
+        cache = full_cache(self.model, sample.prompt.context, sample.cache_path)
+        answer = self.divergence(cache, *question(sample.prompt), log_kept)
         repeated = torch.zeros(())
         if self.replay_weight:
-            asked = repetition(lesson.prompt, self.tokenizer, rng)
+            asked = repetition(sample.prompt, self.tokenizer, rng)
             repeated = self.divergence(cache, *asked, log_kept)
         loss = answer + self.replay_weight * repeated + self.aux_loss_weight * aux_loss
         if not bool(loss.isfinite()):
             raise NotFiniteError(
-                f"loss: got {loss.item()} for {lesson.shard.stem}, expected a finite number. The model overflows in "
+                f"loss: got {loss.item()} for {sample.shard.stem}, expected a finite number. The model overflows in "
                 f"{self.model.dtype} (try bfloat16 or float32), or the learning rate is too high (end_to_end_rate)."
             )
         (loss / n_batch).backward()
         return answer.item(), repeated.item()
 
-    def scores(self, captured: Captured) -> tuple[Tensor, Tensor]:
+    def scores(self, captured: CapturedPrompt) -> tuple[Tensor, Tensor]:
         """Scores (L, H, S) of a prompt's pairs, and the mean load-balancing loss."""
         scored, balance = [], []
         for number, layer_idx in enumerate(self.layers):
@@ -181,9 +181,9 @@ class EndToEnd:
         """Mean KL divergence of the next-token distributions at the last ``n_logits`` of tokens (1, T), in nats."""
         n_read, tokens = cache[0][0].shape[2], tokens.to(self.model.device)
         with torch.no_grad():
-            full = step(self.model, filled(cache), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
-        with reading_softly(self.model, self.layers, log_kept):
-            own = step(self.model, filled(cache), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
+            full = step(self.model, as_cache(cache), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
+        with softly_evicted(self.model, self.layers, log_kept):
+            own = step(self.model, as_cache(cache), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
         return (full.exp() * (full - own)).sum(-1).mean().cpu()
 
     def _step(self, done: int) -> None:
@@ -199,8 +199,8 @@ class EndToEnd:
     def _scaling(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the captured hidden states, by layer, (L, 1, C) each."""
         n_tokens, total, squares = 0, torch.zeros(()), torch.zeros(())
-        for lesson in self.lessons:
-            hidden = self.read(lesson.shard).hidden
+        for sample in self.samples:
+            hidden = self.read(sample.shard).hidden
             n_tokens += hidden.shape[1]
             total = total + torch.stack([layer.sum(0, keepdim=True) for layer in hidden])
             squares = squares + torch.stack([layer.double().square().sum(0, keepdim=True) for layer in hidden])

@@ -8,10 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kvpress_moe.experts.mixing import mix_calibrated
+from kvpress_moe.experts.mixing import calibrated_scores
 from kvpress_moe.routers.base import BaseMoERouter
-from kvpress_moe.routers.calibration import Calibration, LearnedExpert
+from kvpress_moe.routers.calibration import Calibration
 from kvpress_moe.routers.gate import gate, load_balance
+from kvpress_moe.routers.learned_expert import LearnedExpert
 from kvpress_moe.training.losses import budget_loss
 
 
@@ -44,7 +45,7 @@ def predict(
     """
     Scores (N, H) of tokens, and the load-balancing loss.
 
-    The sum of :func:`kvpress_moe.experts.mixing.mix_calibrated`, of tokens from many prompts and with gradients.
+    By :func:`kvpress_moe.experts.mixing.calibrated_scores`, as the press; tokens of many prompts count as one.
 
     Parameters
     ----------
@@ -56,16 +57,19 @@ def predict(
         Index of the learned expert.
     """
     num_experts = ranks.shape[-1]
-    everyone = range(num_experts)
     calibration, expert = cast(Calibration, router.calibration), cast(LearnedExpert, router.learned)
     decision = gate(router.logits(hidden[None]), top_k, capacity_factor=float(num_experts))
-    terms = calibration.terms(ranks.permute(2, 1, 0)[None], everyone)  # (1, E, H, N)
-    if learned is not None:
-        others = torch.cat((ranks[..., :learned], ranks[..., learned + 1 :]), dim=-1)  # (N, H, E - 1)
-        seen = others.transpose(1, 2).flatten(1) if expert.num_seen else None
-        own = calibration.slope[:, learned, None] * expert(hidden, seen).T
-        terms = torch.cat((terms[:, :learned], own[None, None], terms[:, learned + 1 :]), dim=1)
-    scores = mix_calibrated(terms, everyone, decision.weights[:, None], calibration.offset)
+    ranked = [index for index in range(num_experts) if index != learned]
+    of_ranked = ranks[..., ranked].permute(2, 1, 0)[None]  # (1, experts, H, N)
+    scores = calibrated_scores(
+        calibration,
+        decision.weights[:, None],
+        range(num_experts),
+        of_ranked,
+        ranked,
+        learned,
+        lambda: expert.importance(hidden[None], of_ranked),
+    )
     return scores[0].T, load_balance(decision.probs, decision.chosen)
 
 

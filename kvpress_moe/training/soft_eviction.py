@@ -1,4 +1,4 @@
-"""A model that reads a cache whose pairs stay in part."""
+"""A model that reads a cache whose pairs are evicted in part: the mask of training end to end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpress_moe.errors import UnsupportedModelError
+from kvpress_moe.model.hooks import hooked
 from kvpress_moe.model.layers import Attention, language_model
 
 
-def check_reads_softly(model: PreTrainedModel) -> None:
+def check_takes_masks(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError if a model's attention takes no additive masks."""
     attention = model.config._attn_implementation
     if attention not in ("sdpa", "eager"):
@@ -26,7 +27,7 @@ def check_reads_softly(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def reading_softly(model: PreTrainedModel, layers: Sequence[int], log_kept: Tensor) -> Iterator[None]:
+def softly_evicted(model: PreTrainedModel, layers: Sequence[int], log_kept: Tensor) -> Iterator[None]:
     """
     Inside the block, some layers' attention to the S cached tokens has ``log_kept`` (L, H, S) added to its logits.
 
@@ -46,6 +47,5 @@ def reading_softly(model: PreTrainedModel, layers: Sequence[int], log_kept: Tens
     with ExitStack() as hooks:
         for number, layer_idx in enumerate(layers):
             attention = language_model(model).layers[layer_idx].self_attn
-            hook = attention.register_forward_pre_hook(partial(weigh, number), with_kwargs=True)
-            hooks.callback(hook.remove)
+            hooks.enter_context(hooked([attention], partial(weigh, number), before=True))
         yield

@@ -17,7 +17,7 @@ REPEATED = 96  # tokens that the model repeats
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TuningSample:
     """
     One prompt to tune with.
 
@@ -38,7 +38,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Captured:
+class CapturedPrompt:
     """
     What routers see of one prompt, L captured layers.
 
@@ -46,7 +46,7 @@ class Captured:
     ----------
     hidden : Tensor, shape (L, S, C), float32
     ranks : Tensor, shape (L, S, H, E), float32
-        Columns of the recipe's experts; the learned one's is ignored.
+        Columns of the config's experts; the learned one's is ignored.
     """
 
     hidden: Tensor

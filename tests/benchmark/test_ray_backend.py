@@ -4,8 +4,9 @@ import os
 
 import pytest
 
+from kvpress_moe.benchmark.plan import Plan
 from kvpress_moe.benchmark.records import read_records
-from kvpress_moe.benchmark.runner import Plan, run
+from kvpress_moe.benchmark.runner import run
 from tests.benchmark.test_runner import without_seconds
 
 ray = pytest.importorskip("ray")

@@ -15,11 +15,13 @@ import torch
 from tokenizers.normalizers import Prepend
 from tokenizers.processors import TemplateProcessing
 
+from kvpress_moe.benchmark.evaluator import Evaluator
 from kvpress_moe.benchmark.methods import find_methods, registered
 from kvpress_moe.benchmark.metrics import f1
+from kvpress_moe.benchmark.plan import Plan
 from kvpress_moe.benchmark.prompts import encode
 from kvpress_moe.benchmark.records import COLUMNS, Records, read_records, rounded
-from kvpress_moe.benchmark.runner import Evaluator, Plan, header, missing, run
+from kvpress_moe.benchmark.runner import header, missing, run
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.errors import SettingError, UnsupportedModelError
 from tests.tiny import FAMILIES, tiny_model

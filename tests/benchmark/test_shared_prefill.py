@@ -6,15 +6,16 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.benchmark.cache_eval import ask, ask_full, batches, hit_rate, stack
+from kvpress_moe.benchmark.cache_eval import batches, evaluate_caches, evaluate_full_cache, hit_rate, stack
 from kvpress_moe.benchmark.hooked_baseline import answer_hooked
 from kvpress_moe.benchmark.methods import find_methods, touches_windows
-from kvpress_moe.benchmark.multi_pass import judge_alone
+from kvpress_moe.benchmark.multi_pass import select_in_own_prefill
 from kvpress_moe.benchmark.prompts import Prompt
-from kvpress_moe.benchmark.shared_prefill import Kept, allocate, judge, of_layer
+from kvpress_moe.benchmark.selections import Kept
+from kvpress_moe.benchmark.shared_prefill import allocate, select_pairs
 from kvpress_moe.budget.allocation import share
 from kvpress_moe.cache import RaggedCache
-from kvpress_moe.model.layers import full_attentions, language_model
+from kvpress_moe.model.layers import full_attentions, language_model, of_layer
 from tests.tiny import FAMILIES, decoder, kept_positions, prefill, tiny_model, tokens
 
 RATIOS = (0.5, 0.8)
@@ -33,27 +34,27 @@ def prompt():
 
 
 @pytest.fixture(scope="module")
-def judged(llama, prompt):
+def selections(llama, prompt):
     cells = [(name, ratio) for name in HOOKED for ratio in RATIOS]
-    found = judge(llama, prompt.context, METHODS, cells, sinks=4, recent=8)
-    judge_alone(llama, None, prompt, found, METHODS, cells, sinks=4, recent=8)
+    found = select_pairs(llama, prompt.context, METHODS, cells, sinks=4, recent=8)
+    select_in_own_prefill(llama, None, prompt, found, METHODS, cells, sinks=4, recent=8)
     return found
 
 
 @pytest.mark.parametrize("name", HOOKED)
-def test_every_method_keeps_and_answers_what_its_hooked_press_does(llama, prompt, judged, name):
-    reference = ask_full(llama, judged.cache, prompt)
+def test_every_method_keeps_and_answers_what_its_hooked_press_does(llama, prompt, selections, name):
+    reference = evaluate_full_cache(llama, selections.cache, prompt)
     for ratio in RATIOS:
-        kept = judged.kept[name, ratio]
+        kept = selections.kept[name, ratio]
         hooked, cache = answer_hooked(llama, prompt, METHODS[name], ratio, sinks=4, recent=8)
-        answer = ask(llama, judged, prompt, reference, [kept])[0]
+        answer = evaluate_caches(llama, selections, prompt, reference, [kept])[0]
         nll = torch.nn.functional.cross_entropy(hooked, prompt.answer[0])
         assert_close(torch.tensor(answer.nll), nll.detach(), atol=2e-4, rtol=1e-4)
         if name in ("kvcompose", "observed_attention") or not kept.mask:
             continue
         if not isinstance(cache, RaggedCache):
             cache.crop(-(prompt.question.shape[1] + prompt.answer.shape[1] - 1))
-            for positions, mask in zip(kept_positions(judged.cache, cache), kept.mask, strict=True):
+            for positions, mask in zip(kept_positions(selections.cache, cache), kept.mask, strict=True):
                 assert torch.equal(torch.zeros_like(mask).scatter_(1, positions[0], True), mask)
 
 
@@ -68,7 +69,7 @@ def gemma(request):
 @pytest.fixture(scope="module")
 def judged_gemma(gemma, prompt):
     cells = [(name, 0.5) for name in SLIDING]
-    return judge(gemma, prompt.context, METHODS, cells, sinks=4, recent=8)
+    return select_pairs(gemma, prompt.context, METHODS, cells, sinks=4, recent=8)
 
 
 @pytest.mark.parametrize("name", SLIDING)
@@ -76,7 +77,9 @@ def test_layers_that_slide_are_left_alone_by_all(gemma, prompt, judged_gemma, na
     """Of three layers with a window in the first, whose 16 tokens the question of 18 leaves behind."""
     kept = judged_gemma.kept[name, 0.5]
     hooked, cache = answer_hooked(gemma, prompt, METHODS[name], 0.5, sinks=4, recent=8)
-    answer = ask(gemma, judged_gemma, prompt, ask_full(gemma, judged_gemma.cache, prompt), [kept])[0]
+    answer = evaluate_caches(
+        gemma, judged_gemma, prompt, evaluate_full_cache(gemma, judged_gemma.cache, prompt), [kept]
+    )[0]
     nll = torch.nn.functional.cross_entropy(hooked, prompt.answer[0])
     assert_close(torch.tensor(answer.nll), nll.detach(), atol=2e-4, rtol=1e-4)
     assert len(kept.altered or kept.mask) == 2
@@ -85,14 +88,14 @@ def test_layers_that_slide_are_left_alone_by_all(gemma, prompt, judged_gemma, na
 
 def test_caches_of_a_model_with_windows_are_asked_together_as_alone(gemma, prompt, judged_gemma):
     """All in one batch, in two by their bytes, and one that keeps everything; 16 written tokens leave the window."""
-    reference = ask_full(gemma, judged_gemma.cache, prompt)
+    reference = evaluate_full_cache(gemma, judged_gemma.cache, prompt)
     everything = Kept([torch.ones(2, 300, dtype=torch.bool)] * 2, None, 300)
     kept = [everything, *(judged_gemma.kept[name, 0.5] for name in SLIDING[:6])]
-    together = ask(gemma, judged_gemma, prompt, reference, kept, write=16)
+    together = evaluate_caches(gemma, judged_gemma, prompt, reference, kept, write=16)
     assert together[0].kl < 1e-6
     assert together[0].n_pairs == 2 * 2 * 300
     for one, answer in zip(kept, together, strict=True):
-        alone = ask(gemma, judged_gemma, prompt, reference, [one], write=16)[0]
+        alone = evaluate_caches(gemma, judged_gemma, prompt, reference, [one], write=16)[0]
         assert abs(alone.nll - answer.nll) < 1e-4
         assert alone.written == answer.written
 
@@ -111,8 +114,8 @@ def test_presses_are_given_the_rotation_of_the_layer_that_they_judge(gemma):
 
 def test_kvzip_of_a_model_with_windows_judges_the_other_layers(gemma, prompt, tokenizer):
     method = find_methods(["kvzip_global"])
-    found = judge(gemma, prompt.context, method, [("kvzip_global", 0.7)], sinks=4, recent=8)
-    judge_alone(gemma, tokenizer, prompt, found, method, [("kvzip_global", 0.7)], sinks=4, recent=8)
+    found = select_pairs(gemma, prompt.context, method, [("kvzip_global", 0.7)], sinks=4, recent=8)
+    select_in_own_prefill(gemma, tokenizer, prompt, found, method, [("kvzip_global", 0.7)], sinks=4, recent=8)
     masks = found.kept["kvzip_global", 0.7].mask
     assert sum(int(mask.sum()) for mask in masks) == 2 * 2 * 90
     assert masks[0].sum(-1).tolist() != [90, 90]
@@ -123,7 +126,7 @@ def test_kvzip_of_a_model_with_windows_judges_the_other_layers(gemma, prompt, to
 def test_shared_budgets_keep_what_the_press_keeps(prompt, budget, expert):
     model = tiny_model("llama")
     method = find_methods([f"{expert}_{budget}"])
-    found = judge(model, prompt.context, method, [(f"{expert}_{budget}", 0.7)], sinks=0, recent=0)
+    found = select_pairs(model, prompt.context, method, [(f"{expert}_{budget}", 0.7)], sinks=0, recent=0)
     press = MoERouterPress(0.7, experts=[expert], budget=budget)
     cache = prefill(model, prompt.context, press)
     kept = found.kept[f"{expert}_{budget}", 0.7]
@@ -134,11 +137,11 @@ def test_shared_budgets_keep_what_the_press_keeps(prompt, budget, expert):
         assert torch.equal(ours.flat_keys, theirs.flat_keys)
 
 
-def test_judging_leaves_the_prefill_and_the_model_as_they_were(llama, prompt, judged):
+def test_judging_leaves_the_prefill_and_the_model_as_they_were(llama, prompt, selections):
     fresh = DynamicCache()
     with torch.no_grad():
         llama.model(input_ids=prompt.context, past_key_values=fresh)
-    for ours, theirs in zip(judged.cache.layers, fresh.layers, strict=True):
+    for ours, theirs in zip(selections.cache.layers, fresh.layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
     for layer in decoder(llama).layers:
@@ -147,21 +150,21 @@ def test_judging_leaves_the_prefill_and_the_model_as_they_were(llama, prompt, ju
         assert not hasattr(layer.self_attn, "rotary_emb")
 
 
-def test_asking_many_caches_at_once_answers_as_asking_one_by_one(llama, prompt, judged):
-    reference = ask_full(llama, judged.cache, prompt)
-    kept = [judged.kept[cell] for cell in list(judged.kept)[:12]]
-    together = ask(llama, judged, prompt, reference, kept, write=16)
+def test_asking_many_caches_at_once_answers_as_asking_one_by_one(llama, prompt, selections):
+    reference = evaluate_full_cache(llama, selections.cache, prompt)
+    kept = [selections.kept[cell] for cell in list(selections.kept)[:12]]
+    together = evaluate_caches(llama, selections, prompt, reference, kept, write=16)
     for one, answer in zip(kept, together, strict=True):
-        alone = ask(llama, judged, prompt, reference, [one], write=16)[0]
+        alone = evaluate_caches(llama, selections, prompt, reference, [one], write=16)[0]
         assert abs(alone.nll - answer.nll) < 1e-4
         assert alone.written == answer.written
 
 
-def test_what_is_written_is_greedy_decoding(llama, prompt, judged):
-    reference = ask_full(llama, judged.cache, prompt)
-    kept = judged.kept["keydiff", 0.5]
-    answer = ask(llama, judged, prompt, reference, [kept], write=9)[0]
-    cache = stack(judged, [kept])
+def test_what_is_written_is_greedy_decoding(llama, prompt, selections):
+    reference = evaluate_full_cache(llama, selections.cache, prompt)
+    kept = selections.kept["keydiff", 0.5]
+    answer = evaluate_caches(llama, selections, prompt, reference, [kept], write=9)[0]
+    cache = stack(selections, [kept])
     ids, position, written = prompt.question, prompt.context.shape[1], []
     for _ in range(9):
         positions = torch.arange(position, position + ids.shape[1])
@@ -175,10 +178,10 @@ def test_what_is_written_is_greedy_decoding(llama, prompt, judged):
     assert answer.written == written
 
 
-def test_the_full_cache_has_no_divergence_and_misses_nothing(llama, prompt, judged):
-    reference = ask_full(llama, judged.cache, prompt)
+def test_the_full_cache_has_no_divergence_and_misses_nothing(llama, prompt, selections):
+    reference = evaluate_full_cache(llama, selections.cache, prompt)
     everything = Kept([torch.ones(2, 300, dtype=torch.bool)] * 2, None, 300)
-    answer = ask(llama, judged, prompt, reference, [everything])[0]
+    answer = evaluate_caches(llama, selections, prompt, reference, [everything])[0]
     assert answer.kl < 1e-6
     assert answer.hit_rate == pytest.approx(1)
     assert answer.n_pairs == 2 * 2 * 300
@@ -209,8 +212,8 @@ def test_every_budget_keeps_exactly_as_many_pairs(budget):
         assert torch.equal(masks[2], expected)
 
 
-def test_protection_is_the_same_for_all(judged):
-    for (name, ratio), kept in judged.kept.items():
+def test_protection_is_the_same_for_all(selections):
+    for (name, ratio), kept in selections.kept.items():
         if not kept.mask or METHODS[name].own_prefill or name.startswith(("chunk", "block", "entropy")):
             continue
         for mask in kept.mask:

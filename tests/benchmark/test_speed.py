@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kvpress_moe.benchmark.random_models import llama_8b
 from kvpress_moe.benchmark.speed import (
     KVZIP,
     NONE,
@@ -17,7 +18,6 @@ from kvpress_moe.benchmark.speed import (
     Row,
     SpeedPlan,
     decode,
-    llama_8b,
     measure,
     peak_bytes,
 )

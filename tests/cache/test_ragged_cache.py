@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from kvpress_moe import MoERouterPress, SettingError, UnsupportedInputError
 from kvpress_moe.budget.allocation import share
-from kvpress_moe.cache import RaggedCache, RaggedLayer, ragged_torch
+from kvpress_moe.cache import RaggedCache, RaggedLayer, torch_backend
 from kvpress_moe.cache.prefill import Prefill, cache_bytes
 from tests.tiny import decoder, nothing, positions_of, prefill, tiny_model, tokens
 
@@ -44,12 +44,12 @@ def n_pairs(cache):
 @pytest.mark.parametrize("n_new", [1, 4])
 def test_logits_are_bent_as_the_layer_bends_them(monkeypatch, n_new, logits_at_once):
     """Gemma 2's soft cap."""
-    monkeypatch.setattr(ragged_torch, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(torch_backend, "LOGITS_AT_ONCE", logits_at_once)
     keys, values, kept = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8), torch.rand(2, 3, 20) > 0.5
     new_keys, new_values, query = torch.randn(2, 3, n_new, 8), torch.randn(2, 3, n_new, 8), torch.randn(2, 6, n_new, 8)
     layer = RaggedLayer.from_dense(keys, values, kept)
     layer.update(new_keys, new_values)
-    got = ragged_torch.torch_attention(query, layer, 1.0, cap=1.5)
+    got = torch_backend.torch_attention(query, layer, 1.0, cap=1.5)
 
     seen = torch.cat((kept[:, :, None].expand(-1, -1, n_new, -1), torch.ones(2, 3, n_new, n_new).tril().bool()), dim=-1)
     keys, values = torch.cat((keys, new_keys), dim=2), torch.cat((values, new_values), dim=2)
@@ -278,7 +278,7 @@ def test_what_a_kvpress_press_masked_is_freed_and_answers_alike(llama):
 
 
 def test_what_was_masked_in_a_model_with_windows_is_freed_where_attention_is_full():
-    """kvpress masks in layers that slide too; there all pairs stay, and the window stays at work."""
+    """kvpress masks in layers that slide too; there all pairs stay, and the window still holds."""
     model, press = tiny_model("gemma3_text"), AdaKVPress(KnormPress(0.5))
     ragged = RaggedCache.from_masked(model, prefill(model, tokens(PROMPT), press))
     reference = prefill(model, tokens(PROMPT), press)
@@ -417,7 +417,7 @@ def test_a_gradient_for_any_of_the_tensors_is_that_of_dense_attention(what):
     layer = RaggedLayer.from_dense(keys, values, torch.ones(1, 2, 5, dtype=torch.bool))
     layer.update(new_keys, new_values)
     leaf = (query if what == "query" else getattr(layer, what)).requires_grad_()
-    got = ragged_torch.torch_attention(query, layer, 0.3)
+    got = torch_backend.torch_attention(query, layer, 0.3)
 
     all_keys = torch.cat((layer.flat_keys.view(1, 2, 5, 8), layer.new_keys), dim=2)
     all_values = torch.cat((layer.flat_values.view(1, 2, 5, 8), layer.new_values), dim=2)

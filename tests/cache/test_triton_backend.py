@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 from experiments import ragged_candidates
 from kvpress_moe import MoERouterPress, SettingError, UnsupportedInputError, use_ragged_attention
-from kvpress_moe.cache import RaggedLayer, ragged_triton
+from kvpress_moe.cache import RaggedLayer, triton_backend
 from kvpress_moe.cache.tiling import Tiling
 from kvpress_moe.cache.torch_backend import torch_attention
 from kvpress_moe.cache.triton_backend import tile_size_for, triton_attention
@@ -67,7 +67,7 @@ def naive(query, layer, scaling, cap=None):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16 pairs, so that heads of a few dozen have several."""
-    monkeypatch.setattr(ragged_triton, "SMALLEST_TILE", 16)
+    monkeypatch.setattr(triton_backend, "SMALLEST_TILE", 16)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_one_tile_of_a_head_or_many_give_the_same(monkeypatch):
     query, layer = made(40, q_len=3)
     outputs = []
     for smallest in (16, 32, 128):
-        monkeypatch.setattr(ragged_triton, "SMALLEST_TILE", smallest)
+        monkeypatch.setattr(triton_backend, "SMALLEST_TILE", smallest)
         outputs.append(triton_attention(query, layer, 0.3))
     assert_close(outputs[0], outputs[1])
     assert_close(outputs[0], outputs[2])
@@ -115,8 +115,8 @@ def test_a_head_of_many_tiles_is_put_together_from_all_of_them(small_tiles):
 
 def test_a_question_longer_than_what_is_kept_has_tiles_as_long_as_itself(monkeypatch):
     """Otherwise its float32 parts, one for each tile and query, would outgrow everything else."""
-    monkeypatch.setattr(ragged_triton, "PROGRAMS", 1)
-    monkeypatch.setattr(ragged_triton, "SMALLEST_TILE", 16)
+    monkeypatch.setattr(triton_backend, "PROGRAMS", 1)
+    monkeypatch.setattr(triton_backend, "SMALLEST_TILE", 16)
     query, layer = made(130)
     sizes, tiling = [], layer.tiling
     monkeypatch.setattr(layer, "tiling", lambda size: sizes.append(size) or tiling(size))
@@ -178,7 +178,7 @@ def test_a_long_question_has_few_tiles(lengths, n_new, row_blocks):
     """Parts in memory grow with programs; these are bounded by what was aimed for, and two for each head and block."""
     size = tile_size_for(sum(lengths) + len(lengths) * n_new, max(n_new, *lengths), row_blocks)
     n_tiles = sum(-(-length // size) for length in lengths) + len(lengths) * -(-n_new // size)
-    assert n_tiles * row_blocks <= ragged_triton.PROGRAMS + 2 * len(lengths) * row_blocks
+    assert n_tiles * row_blocks <= triton_backend.PROGRAMS + 2 * len(lengths) * row_blocks
     assert size & (size - 1) == 0
 
 
@@ -276,7 +276,7 @@ def test_the_interpreter_is_not_given_bfloat16_of_which_it_makes_nonsense():
 @pytest.mark.skipif(ON_GPU, reason="its tensors would be where the kernels run")
 def test_without_a_gpu_or_the_interpreter_the_error_says_so(monkeypatch):
     query, layer = made(1)
-    monkeypatch.setattr(ragged_triton, "attend_tiles", object())  # as compiled kernels are no interpreted functions
+    monkeypatch.setattr(triton_backend, "attend_tiles", object())  # as compiled kernels are no interpreted functions
     with pytest.raises(UnsupportedInputError, match=r"got tensors on cpu, expected a CUDA device. Call use_ragged"):
         triton_attention(query, layer, 1.0)
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from kvpress_moe.cli import app, main
 from kvpress_moe.cli.ask import run
 from kvpress_moe.cli.options import read_context
-from kvpress_moe.training.config import Recipe
+from kvpress_moe.training.config import TrainingConfig
 from tests.tiny import tiny_model
 
 TEXT = "The council has promised an answer before the spring. " * 8
@@ -49,6 +49,27 @@ def test_ask_compares_the_full_cache_the_router_and_each_expert_at_the_same_budg
         assert text in result.output
 
 
+def test_experts_are_summed_up_unless_layers_are_asked_for(text_file, model_directory):
+    common = (text_file, "What?", "--model", str(model_directory), "--max-new-tokens", "2")
+    summary = ask(*common).output
+    rows = [line for line in summary.splitlines() if re.match(r"\W*(aggressive|selective)\W", line)]
+    assert len(rows) == 2
+    assert "top 2 of 4 for each token; means of 2 layers" in summary
+    assert "by layer" not in summary
+    by_layer = ask(*common, "--layers").output
+    assert "Experts by layer" in by_layer
+    assert len([line for line in by_layer.splitlines() if re.match(r"\W*[01]\W+\d+%", line)]) == 2
+
+
+def test_experts_that_all_judge_every_token_take_one_line(text_file, model_directory):
+    common = (text_file, "What?", "--model", str(model_directory), "--max-new-tokens", "2")
+    output = " ".join(ask(*common, "--experts", "knorm,tova").output.split())
+    assert "All 2 experts (knorm, tova) judge every token; hit rate" in output
+    assert "mean of 2 layers." in output
+    alone = " ".join(ask(*common, "--experts", "knorm").output.split())
+    assert "knorm judges every token; hit rate" in alone
+
+
 def test_square_brackets_are_text_not_markup(text_file, model_directory):
     result = ask(text_file, "What is [/b] in [red] here?", "--model", str(model_directory), "--max-new-tokens", "2")
     assert result.exit_code == 0
@@ -82,7 +103,9 @@ def test_the_help_of_training_says_the_recipes_defaults():
     for option in ("samples", "length", "teacher", "value_weight", "epochs", "aux_loss_weight", "budget_weight",
                    "end_to_end", "replay_weight", "seed"):  # fmt: skip
         line = text.partition(f"--{option.replace('_', '-')} ")[2].partition(" --")[0]
-        assert re.search(rf"\({getattr(Recipe(), option):g}\)" if option != "teacher" else r"\(both\)", line), option
+        assert re.search(rf"\({getattr(TrainingConfig(), option):g}\)" if option != "teacher" else r"\(both\)", line), (
+            option
+        )
 
 
 def test_the_built_in_text_holds_the_answer_to_the_built_in_question():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from experiments.ragged_cache import ATTENTIONS, measure, printed, rows_of
-from kvpress_moe.benchmark.speed import small_llama
-from kvpress_moe.cache import ragged_attention
+from kvpress_moe.benchmark.random_models import small_llama
+from kvpress_moe.cache import attention_dispatch
 from kvpress_moe.cache.torch_backend import torch_attention
 from tests.tiny import tokens
 
@@ -45,4 +45,4 @@ def test_caches_are_as_long_as_before_and_the_choice_of_attention_is_taken_back(
     n_pairs = {name: way.cache.get_seq_length() for name, way in ways.items()}
     assert n_pairs.pop("uniform") == 50  # a shortened layer counts what it holds
     assert set(n_pairs.values()) == {200}
-    assert ragged_attention._in_use is torch_attention
+    assert attention_dispatch._in_use is torch_attention

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpress_moe.explore import Reading, read
+from kvpress_moe.explore import PrefilledText, prefill_text
 from kvpress_moe.explore.payload import payload
 from kvpress_moe.explore.recording_press import LayerRecord
 from kvpress_moe.routers import RouterConfig, Routers
@@ -18,8 +18,8 @@ def still(*args, **kwargs) -> None:
     """A progress bar that shows nothing."""
 
 
-def reading(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str = TEXT) -> Reading:
-    return read(model, tokenizer, text, QUESTIONS, 8, still)
+def reading(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str = TEXT) -> PrefilledText:
+    return prefill_text(model, tokenizer, text, QUESTIONS, 8, still)
 
 
 def calibrated_routers(model: PreTrainedModel, top_k: int = 3) -> Routers:

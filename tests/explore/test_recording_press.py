@@ -8,7 +8,7 @@ from kvpress_moe.errors import SettingError
 from kvpress_moe.explore import explore, make_press
 from kvpress_moe.explore.page import as_json
 from kvpress_moe.explore.payload import as_levels
-from kvpress_moe.explore.tokens import compared, pieces
+from kvpress_moe.explore.tokens import mark_matches, pieces
 from tests.explore.made import TEXT, calibrated_routers, reading, still
 
 SETTINGS = {
@@ -91,7 +91,7 @@ def test_the_pieces_of_a_text_are_the_text_also_where_characters_take_several_to
 
 
 def test_answers_are_compared_token_by_token():
-    full, compressed = compared(["It", " is", " 7", "."], ["It", " is", " a", " code", "."])
+    full, compressed = mark_matches(["It", " is", " 7", "."], ["It", " is", " a", " code", "."])
     assert full == [["It", 1], [" is", 1], [" 7", 0], [".", 1]]
     assert compressed == [["It", 1], [" is", 1], [" a", 0], [" code", 0], [".", 1]]
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from kvpress_moe.cli import app as cli
 from kvpress_moe.errors import SettingError
-from kvpress_moe.explore.jobs import KEPT_JOBS, Workshop
+from kvpress_moe.explore.jobs import KEPT_JOBS, JobRunner
 from kvpress_moe.explore.web_app import MAX_BYTES, listen, make_app, serve
 from tests.explore.made import TEXT
 from tests.explore.test_command import explore
@@ -23,7 +23,7 @@ DEFAULTS = {"text": TEXT, "question": "</script>", "ratio": 0.5, "experts": None
 SETTING = {"ratio": "0.5", "experts": "", "budget": "", "router": ""}
 
 
-class Patient(Workshop):
+class Patient(JobRunner):
     """Does its work when the test says so."""
 
     def _start(self, work):
@@ -31,13 +31,13 @@ class Patient(Workshop):
 
 
 @pytest.fixture
-def workshop(llama, tokenizer):
+def runner(llama, tokenizer):
     return Patient(llama, tokenizer, 4)
 
 
 @pytest.fixture
-def client(workshop):
-    with TestClient(make_app(workshop, DEFAULTS), base_url=ADDRESS) as client:
+def client(runner):
+    with TestClient(make_app(runner, DEFAULTS), base_url=ADDRESS) as client:
         yield client
 
 
@@ -46,14 +46,14 @@ def post(client, settings=(SETTING,), text=TEXT, **options):
     return client.post("/jobs", json=request, **options)
 
 
-def test_a_job_says_how_far_it_is_and_ends_in_one_page_for_each_setting(client, workshop):
+def test_a_job_says_how_far_it_is_and_ends_in_one_page_for_each_setting(client, runner):
     answer = post(client, [SETTING, SETTING | {"ratio": "0.9", "experts": "knorm", "budget": "layer"}])
     assert answer.status_code == 202
     address = f"/jobs/{answer.json()['job']}"
     job = client.get(address).json()
     assert (job["state"], job["pages"]) == ("working", 0)
     assert client.get(f"{address}/pages/0").status_code == 404
-    workshop.work()
+    runner.work()
     job = client.get(address).json()
     assert (job["state"], job["pages"], job["error"]) == ("done", 2, "")
     budgets = [payload_of(client.get(f"{address}/pages/{number}").text)["budget"] for number in (0, 1)]
@@ -69,40 +69,40 @@ def payload_of(html):
 
 
 def test_progress_names_each_step(llama, tokenizer):
-    workshop, seen = Patient(llama, tokenizer, 4), []
-    name = workshop.submit(TEXT, ["What?"], [{"compression_ratio": 0.5}])
-    job = workshop.jobs[name]
+    runner, seen = Patient(llama, tokenizer, 4), []
+    name = runner.submit(TEXT, ["What?"], [{"compression_ratio": 0.5}])
+    job = runner.jobs[name]
     step = job.step
     job.step = lambda *args, **kwargs: (step(*args, **kwargs), seen.append((job.description, job.done, job.total)))
-    workshop.work()
+    runner.work()
     assert [part for part in seen if part[0] == "prefill"] == [("prefill", n, 2) for n in (0, 1, 2)]
     assert ("asking the full cache", 1, 1) in seen
     assert ("asking the compressed cache", 1, 1) in seen
 
 
-def test_a_busy_model_says_so_and_is_free_again_afterwards(client, workshop):
+def test_a_busy_model_says_so_and_is_free_again_afterwards(client, runner):
     assert post(client).status_code == 202
     busy = post(client)
     assert (busy.status_code, busy.json()["error"][:13]) == (409, "The model is ")
-    workshop.work()
+    runner.work()
     assert post(client).status_code == 202
-    workshop.work()
+    runner.work()
 
 
-def test_a_text_that_is_too_long_fails_with_its_length_and_frees_the_model(client, workshop):
+def test_a_text_that_is_too_long_fails_with_its_length_and_frees_the_model(client, runner):
     job = post(client, text="word " * 2000).json()["job"]
-    workshop.work()
+    runner.work()
     failed = client.get(f"/jobs/{job}").json()
     assert failed["state"] == "failed"
     assert "got '10001 tokens', expected at most" in failed["error"]
     assert post(client).status_code == 202
-    workshop.work()
+    runner.work()
 
 
-def test_an_unforeseen_failure_is_told_and_frees_the_model(client, workshop, monkeypatch, caplog):
-    monkeypatch.setattr("kvpress_moe.explore.jobs.read", lambda *args: 1 / 0)
+def test_an_unforeseen_failure_is_told_and_frees_the_model(client, runner, monkeypatch, caplog):
+    monkeypatch.setattr("kvpress_moe.explore.jobs.prefill_text", lambda *args: 1 / 0)
     job = post(client).json()["job"]
-    workshop.work()
+    runner.work()
     assert client.get(f"/jobs/{job}").json()["error"] == "ZeroDivisionError: division by zero"
     assert "exploring a text failed" in caplog.text
     assert post(client).status_code == 202
@@ -119,11 +119,11 @@ def test_an_unforeseen_failure_is_told_and_frees_the_model(client, workshop, mon
         ({"budget": "heads"}, TEXT, "budget: got"),
     ],
 )
-def test_wrong_input_is_refused_with_the_reason(client, workshop, changes, text, error):
+def test_wrong_input_is_refused_with_the_reason(client, runner, changes, text, error):
     answer = post(client, [SETTING | changes], text)
     assert answer.status_code == 422
     assert answer.json()["error"].startswith(error)
-    assert not workshop.jobs
+    assert not runner.jobs
     assert post(client).status_code == 202  # the model is free
 
 
@@ -148,22 +148,22 @@ def test_other_names_for_this_machine_are_refused(client, host):
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "https://127.0.0.1:8720"])
-def test_posts_of_other_sites_are_refused(client, workshop, origin):
+def test_posts_of_other_sites_are_refused(client, runner, origin):
     assert post(client, headers={"Origin": origin}).status_code == 403
-    assert not workshop.jobs
+    assert not runner.jobs
     assert post(client, headers={"Origin": ADDRESS}).status_code == 202
 
 
-def test_a_form_of_another_site_cannot_post_without_asking_first(client, workshop):
+def test_a_form_of_another_site_cannot_post_without_asking_first(client, runner):
     body = json.dumps({"text": TEXT, "question": "", "settings": [SETTING]})
     assert client.post("/jobs", content=body, headers={"Content-Type": "text/plain"}).status_code == 415
     assert client.options("/jobs").status_code == 405
-    assert not workshop.jobs
+    assert not runner.jobs
 
 
-def test_every_answer_keeps_to_its_origin(client, workshop):
+def test_every_answer_keeps_to_its_origin(client, runner):
     job = post(client).json()["job"]
-    workshop.work()
+    runner.work()
     answers = [client.get(path) for path in ("/", f"/jobs/{job}", f"/jobs/{job}/pages/0", "/jobs/none")]
     for answer in answers:
         assert answer.headers["cross-origin-resource-policy"] == "same-origin"
@@ -174,11 +174,11 @@ def test_every_answer_keeps_to_its_origin(client, workshop):
     assert "sandbox allow-scripts; frame-ancestors 'self'" in answers[2].headers["content-security-policy"]
 
 
-def test_old_pages_are_forgotten(client, workshop):
+def test_old_pages_are_forgotten(client, runner):
     names = []
     for _ in range(KEPT_JOBS + 1):
         names.append(post(client).json()["job"])
-        workshop.work()
+        runner.work()
     assert client.get(f"/jobs/{names[0]}").status_code == 404
     assert [client.get(f"/jobs/{name}").status_code for name in names[1:]] == [200] * KEPT_JOBS
 
@@ -199,7 +199,7 @@ def test_serving_takes_no_text(tmp_path):
     assert "--serve" in CliRunner().invoke(cli, ["explore", "--help"]).output
 
 
-def test_an_interrupt_ends_the_server_in_order(workshop, capfd):
+def test_an_interrupt_ends_the_server_in_order(runner, capfd):
     """Runs in this thread, where signals arrive."""
 
     def interrupt(address):
@@ -209,7 +209,7 @@ def test_an_interrupt_ends_the_server_in_order(workshop, capfd):
 
     with listen(0) as listening:
         listening.listen()
-        serve(make_app(workshop, DEFAULTS), listening, lambda address: Thread(target=interrupt, args=[address]).start())
+        serve(make_app(runner, DEFAULTS), listening, lambda address: Thread(target=interrupt, args=[address]).start())
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
@@ -235,7 +235,7 @@ def address(llama, tokenizer):
 
     with pytest.MonkeyPatch.context() as patch, listen(0) as listening:
         patch.setattr(uvicorn, "Server", Known)
-        app, addresses = make_app(Workshop(llama, tokenizer, 4), DEFAULTS), []
+        app, addresses = make_app(JobRunner(llama, tokenizer, 4), DEFAULTS), []
         thread = Thread(target=serve, args=(app, listening, addresses.append))
         thread.start()
         assert ready.wait(10)

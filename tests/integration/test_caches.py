@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, QuantizedLayer
 
 from kvpress_moe import MoERouterPress
 from kvpress_moe.errors import SettingError, UnsupportedInputError
-from kvpress_moe.model.layers import check_can_turn_ragged
+from kvpress_moe.press.input_checks import check_can_turn_ragged
 from tests.tiny import FAMILIES, greedy, lengths, prefill, tiny_model, tokens
 
 PROMPT, QUESTION = 100, 5

@@ -13,11 +13,10 @@ from kvpress.utils import compute_n_kept, get_prerope_key_states
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.experts.layer_call import LayerCall
-from kvpress_moe.model.attention import latest_attention
+from kvpress_moe.experts.layer_call import LayerCall, latest_attention
 from kvpress_moe.model.attention_view import AttentionView
 from kvpress_moe.model.layers import slides
-from kvpress_moe.model.projection_cache import Projections
+from kvpress_moe.model.projection_cache import ProjectionCache
 from tests.tiny import FAMILIES, decoder, kept_positions, lengths, overlap, prefill, tiny_model, tokens
 
 PROMPT, QUESTION = 100, 5
@@ -114,7 +113,7 @@ def test_queries_and_attention_are_the_layers_own(family):
     """What experts and hit rates are computed from, against the weights that eager attention returns."""
     settings = PARTIAL if family == "phi3_partial" else {}
     model = tiny_model(family.removesuffix("_partial"), attn_implementation="eager", **settings)
-    calls, projections = [], Projections()
+    calls, projections = [], ProjectionCache()
 
     def look(module, args, kwargs, output):
         keys, values = (
@@ -129,7 +128,7 @@ def test_queries_and_attention_are_the_layers_own(family):
     with ExitStack() as leave:
         for layer in decoder(model).layers:
             leave.callback(layer.self_attn.register_forward_hook(look, with_kwargs=True).remove)
-        projections.watch(model, leave)
+        leave.enter_context(projections.watch(model))
         prefill(model, tokens(PROMPT, 2))
     assert calls
     for own, theirs in calls:

@@ -29,7 +29,8 @@ from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
 from kvpress_moe.errors import SettingError
-from kvpress_moe.experts.registry import KVPRESS_EXPERTS, NAMED_EXPERTS
+from kvpress_moe.experts.kvpress_scorers import KVPRESS_EXPERTS
+from kvpress_moe.experts.registry import NAMED_EXPERTS
 from tests.tiny import (
     calibrated_routers,
     distinct_tokens,
@@ -392,7 +393,7 @@ def test_dms_masks_while_decoding(model):
     ids=["composed", "prefill and decoding"],
 )
 def test_trained_routers_keep_equal_heads_in_wrappers_that_store_the_result(llama, wrap):
-    """Their budget is global where the press itself is at work; nobody asked for that here."""
+    """Their budget is global where the press itself is in use; nobody asked for that here."""
     press = MoERouterPress(0.5, router=calibrated_routers(llama))
     assert lengths(prefill(llama, tokens(PROMPT), wrap(press))) == [PROMPT // 2] * 2
     shared = MoERouterPress(0.5, router=calibrated_routers(llama), budget="global")

@@ -1,14 +1,13 @@
 """Experts get the queries and keys that the layer projected itself: nothing is projected twice, and nothing is kept."""
 
 import pickle
-from contextlib import ExitStack
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.model.projection_cache import Projections
+from kvpress_moe.model.projection_cache import ProjectionCache
 from tests.tiny import decoder, prefill, tiny_model, tokens
 
 EXPERTS = ["leverage", "expected_attention", "non_causal"]
@@ -44,7 +43,7 @@ def test_whole_prompts_are_projected_once(family):
 def test_the_same_pairs_stay_as_when_experts_project_themselves(family, monkeypatch):
     model = tiny_model(family)
     shared = prefill(model, tokens(80), MoERouterPress(0.5, experts=EXPERTS, top_k=3))
-    monkeypatch.setattr(Projections, "of", lambda *args: {})
+    monkeypatch.setattr(ProjectionCache, "of", lambda *args: {})
     own = prefill(model, tokens(80), MoERouterPress(0.5, experts=EXPERTS, top_k=3))
     for one, other in zip(shared.layers, own.layers, strict=True):
         assert_close(one.keys, other.keys, rtol=0, atol=0)
@@ -53,7 +52,7 @@ def test_the_same_pairs_stay_as_when_experts_project_themselves(family, monkeypa
 def test_nothing_is_held_after_a_prompt_or_an_error(llama):
     press = MoERouterPress(0.5, experts=EXPERTS)
     prefill(llama, tokens(80), press)
-    assert press._projections._projected == {}
+    assert press._session.projections._projected == {}
 
     def fail(*args):
         raise RuntimeError("stop")
@@ -62,17 +61,16 @@ def test_nothing_is_held_after_a_prompt_or_an_error(llama):
     with pytest.raises(RuntimeError, match="stop"):
         prefill(llama, tokens(80), press)
     hook.remove()
-    assert press._projections._projected == {}
+    assert press._session.projections._projected == {}
     for layer in decoder(llama).layers:
         assert not layer.self_attn.k_proj._forward_hooks
 
 
 def test_other_hidden_states_are_projected_anew(llama):
-    projections = Projections()
+    projections = ProjectionCache()
     attention = decoder(llama).layers[0].self_attn
     hidden_states = torch.randn(1, 5, 32)
-    with ExitStack() as leave:
-        projections.watch(llama, leave)
+    with projections.watch(llama):
         expected = attention.k_proj(hidden_states)
     assert torch.equal(projections.of(attention, hidden_states)["k_proj"], expected)
     assert projections.of(attention, hidden_states.clone()) == {}

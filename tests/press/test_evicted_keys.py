@@ -46,11 +46,11 @@ def test_hits_and_misses_of_a_generated_token_equal_a_naive_loop(llama):
             expert = position % 2  # untrained: even tokens to expert 0, odd ones to expert 1
             mass[expert] += share[position].item()
             hit[expert] += share[position].item() * (position in kept[0, head])
-    sums = press._stats._layers[1]
+    sums = press._feedback.stats._layers[1]
     seen_before = MoERouterPress(experts=["keydiff", "knorm"], top_k=1, cache_aware=False)
     prefill(llama, tokens(PROMPT), seen_before)
     for name, expected in (("hit", hit), ("mass", mass)):
-        difference = sums[name] - seen_before._stats._layers[1][name]
+        difference = sums[name] - seen_before._feedback.stats._layers[1][name]
         assert_close(difference, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5)
     assert rates(press.get_stats()) != rates(before)
 

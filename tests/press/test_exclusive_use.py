@@ -217,7 +217,7 @@ def test_a_press_travels_to_a_spawned_process_with_routers_feedback_and_counts(l
     press = shared(llama)
     prefill(llama, OTHER, press)
     here, there = multiprocessing.get_context("spawn").Pipe(False)
-    with press(llama):  # at work here, free there
+    with press(llama):  # in use here, free there
         process = multiprocessing.get_context("spawn").Process(target=read_here, args=(press, there))
         process.start()
         there.close()
@@ -245,7 +245,7 @@ def test_a_copy_of_a_press_that_is_at_work_is_free_and_goes_its_own_way(llama, t
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("at_work", [False, True])
 def test_a_press_inherited_through_fork_serves_the_child_and_not_the_parent(llama, at_work):
-    """A press at work is at work in the child as well, on the child's copy of the model."""
+    """A press in use is in use in the child as well, on the child's copy of the model."""
 
     def read_in_child():
         reader, writer = os.pipe()

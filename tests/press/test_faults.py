@@ -22,16 +22,16 @@ PROMPT, FAILING, NEXT = tokens(30, seed=1), tokens(40, seed=2), tokens(36, seed=
 
 #: What a prompt goes through, first to last. The last ones are reached with a shared or a uniform budget only.
 STAGES = (
-    "kvpress_moe.press.moe_router_press.forward_arguments",
-    "kvpress_moe.press.moe_router_press.MoERouterPress._checkpoint",
-    "kvpress_moe.press.moe_router_press.check_forward",
+    "kvpress_moe.press.session.forward_arguments",
+    "kvpress_moe.press.session.checkpoint",
+    "kvpress_moe.press.session.check_forward",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward",
     "transformers.models.llama.modeling_llama.LlamaAttention.forward",
     "transformers.models.llama.modeling_llama.LlamaMLP.forward",
     "transformers.cache_utils.DynamicLayer.update",
     "kvpress_moe.press.moe_router_press.MoERouterPress.forward_hook",
     "kvpress_moe.press.moe_router_press.MoERouterPress.compress",
-    "kvpress_moe.model.projection_cache.Projections.of",
+    "kvpress_moe.model.projection_cache.ProjectionCache.of",
     "kvpress_moe.press.moe_router_press.MoERouterPress.route",
     "kvpress_moe.routers.routers.Routers.place",
     "kvpress_moe.routers.base.BaseMoERouter.forward",
@@ -40,21 +40,23 @@ STAGES = (
     "kvpress_moe.press.moe_router_press.active_experts",
     "kvpress_moe.press.statistics.RoutingStats.add",
     "kvpress_moe.press.moe_router_press.MoERouterPress.mix",
-    "kvpress_moe.experts.registry.Expert.score",
+    "kvpress_moe.experts.expert.Expert.score",
     "kvpress_moe.experts.layer_call.window_attention_mass",
-    "kvpress_moe.press.moe_router_press.check_finite",
+    "kvpress_moe.press.moe_router_press.check_all_finite",
     "kvpress_moe.press.moe_router_press.MoERouterPress.n_kept",
     "kvpress_moe.press.moe_router_press.MoERouterPress.record",
     "kvpress_moe.routers.pikv.PiKVMoERouter.observe",
     "kvpress_moe.press.moe_router_press.fit_masks",
     "kvpress_moe.press.moe_router_press.select",
     "kvpress_moe.press.moe_router_press.evict",
-    "kvpress_moe.press.moe_router_press.MoERouterPress.remember",
-    "kvpress_moe.press.moe_router_press.check_can_turn_ragged",
+    "kvpress_moe.press.moe_router_press.MoERouterPress._evict",
+    "kvpress_moe.press.evicted_keys.EvictedKeys.keep",
+    "kvpress_moe.press.shared_eviction.check_can_turn_ragged",
     "kvpress_moe.budget.cross_layer.SharedBudget.add",
     "kvpress_moe.budget.cross_layer.SharedBudget.decide",
     "kvpress_moe.budget.cross_layer.share",
-    "kvpress_moe.press.moe_router_press.RaggedLayer.from_dense",
+    "kvpress_moe.press.shared_eviction.RaggedLayer.from_dense",
+    "kvpress_moe.press.shared_eviction.fit_masks",
 )
 
 
@@ -145,7 +147,7 @@ def test_a_prompt_that_fails_at_any_stage_of_any_layer_never_was(llama, untouche
                 prefill(llama, FAILING, press, cache)
             assert cache.get_seq_length() == 0
             assert state(press) == before
-            assert press._projections._projected == {}
+            assert press._session.projections._projected == {}
             assert everything(llama) == untouched
             count["faults"] += 1
     assert not _HELD
@@ -155,7 +157,11 @@ def test_a_prompt_that_fails_at_any_stage_of_any_layer_never_was(llama, untouche
 
 
 def test_every_stage_is_reached(llama, monkeypatch):
-    presses = MoERouterPress(0.5, router=calibrated_routers(llama)), MoERouterPress(0.5, num_experts=2)
+    presses = (
+        MoERouterPress(0.5, router=calibrated_routers(llama)),
+        MoERouterPress(0.5, num_experts=2),
+        MoERouterPress(0.5, num_experts=2, track_misses=True),
+    )
     for stage in STAGES:
         with failing(monkeypatch, stage) as calls:
             for press in presses:
@@ -224,7 +230,7 @@ def test_a_generated_token_that_fails_is_not_half_counted(llama, monkeypatch, er
         cache = DynamicCache()
         llama.model(PROMPT, past_key_values=cache)
         before = state(press)
-        with failing(monkeypatch, "kvpress_moe.press.evicted_keys.MissTracker.masses", 1, error), pytest.raises(error):
+        with failing(monkeypatch, "kvpress_moe.press.evicted_keys.EvictedKeys.masses", 1, error), pytest.raises(error):
             llama.model(tokens(1), past_key_values=cache)
     assert state(press) == before
 

@@ -13,8 +13,10 @@ from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
 from kvpress_moe.cache.prefill import Prefill
+from kvpress_moe.experts.expert import Expert
+from kvpress_moe.experts.kvpress_scorers import KVPRESS_EXPERTS
 from kvpress_moe.experts.mixing import rank_within_head
-from kvpress_moe.experts.registry import KVPRESS_EXPERTS, NAMED_EXPERTS, Expert, named_expert
+from kvpress_moe.experts.registry import NAMED_EXPERTS, named_expert
 from tests.tiny import calibrated_routers, lengths, tiny_model
 
 RATIOS = [0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95]
@@ -117,8 +119,8 @@ def test_observed_attention_alone_is_that_press_alone(eager_llama):
 class ScoreRecorder(MoERouterPress):
     """Keeps the mixed scores and single experts' scores of every layer."""
 
-    def mix(self, call):
-        mixed = super().mix(call)
+    def mix(self, call, routing):
+        mixed = super().mix(call, routing)
         singles = [expert.score(call, self.compression_ratio) for expert in self._experts]
         self.__dict__.setdefault("seen", []).append((mixed, singles))
         return mixed

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from kvpress_moe import ExpertError, MoERouterPress, NotFiniteError
 from kvpress_moe.press.nan_checks import is_finite
-from tests.test_at_work import kept
+from tests.press.test_exclusive_use import kept
 from tests.tiny import calibrated_routers, decoder, prefill, tiny_model, tokens
 
 PROMPT = tokens(50, seed=1)

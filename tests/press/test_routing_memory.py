@@ -11,12 +11,12 @@ from tests.tiny import tokens
 E = 3
 
 
-def call(llama, cache, n_cached, n_new, weights=None):
+def call(llama, cache, n_cached, n_new):
     """A call with ``n_new`` hidden states about ``n_cached`` pairs of two heads."""
     keys = torch.zeros(1, 2, n_cached, 8)
     hidden_states = llama.model.embed_tokens(tokens(n_new)).detach()
     kwargs = {"past_key_values": cache, "hidden_states": hidden_states[:, -1:]}
-    return LayerCall(llama.model.layers[0].self_attn, hidden_states, keys, keys, None, kwargs, weights)
+    return LayerCall(llama.model.layers[0].self_attn, hidden_states, keys, keys, None, kwargs)
 
 
 def random_weights(*shape):
@@ -27,7 +27,7 @@ def test_remembered_unseen_and_new_tokens_stand_in_cache_order(llama):
     memory, cache = RoutingMemory(), DynamicCache()
     routed = random_weights(1, 1, 10)
     indices = torch.tensor([[[0, 3, 4, 9], [1, 2, 5, 6]]])
-    memory.remember(call(llama, cache, 10, 10, routed), indices)
+    memory.remember(call(llama, cache, 10, 10), routed, indices)
     fresh = random_weights(1, 2)
     aligned = memory.align(call(llama, cache, 4 + 3, 2), fresh)  # three tokens came since, two hidden states are left
     for head in range(2):
@@ -56,8 +56,7 @@ def test_keys_that_were_pruned_by_somebody_else_get_the_mean(llama):
 
 def test_another_cache_is_not_mistaken_for_the_remembered_one(llama):
     memory, fresh = RoutingMemory(), random_weights(1, 1)
-    memory.remember(
-        call(llama, DynamicCache(), 10, 10, random_weights(1, 1, 10)), torch.zeros(1, 2, 4, dtype=torch.int64)
-    )
+    weights, indices = random_weights(1, 1, 10), torch.zeros(1, 2, 4, dtype=torch.int64)
+    memory.remember(call(llama, DynamicCache(), 10, 10), weights, indices)
     aligned = memory.align(call(llama, DynamicCache(), 5, 1), fresh)
     assert_close(aligned[0, 0], fresh[0].expand(5, -1))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kvpress_moe.benchmark.records import COLUMNS
-from kvpress_moe.benchmark.results import best_single, load, mean_over_tasks, oracle_values
+from kvpress_moe.benchmark.results import best_single, load, mean_over_tasks, oracle_values, ranked
 from kvpress_moe.errors import SettingError
-from kvpress_moe.report.markdown import costs, overview, per_task, ranked, skills, versus, versus_best_of_task
+from kvpress_moe.report.markdown import costs, overview, per_task, skills, versus, versus_best_of_task
 
 GROUPS = {"full": "reference", "random": "baseline", "snapkv": "kvpress", "cur": "kvpress", "<b>moe</b>": "ours"}
 TASKS = ("needle_noise", "kv_list", "prose")

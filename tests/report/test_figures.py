@@ -18,7 +18,7 @@ from kvpress_moe.cache import kept_pairs
 from kvpress_moe.cache.prefill import Prefill
 from kvpress_moe.routers import RouterConfig, Routers
 from kvpress_moe.routers.checkpoint import save_routers
-from tests.benchmark.test_report import RATIOS, TASKS, write_run
+from tests.report.test_benchmark_report import RATIOS, TASKS, write_run
 from tests.tiny import tokens
 
 NAMES = ["keydiff", "tova", "expected_attention"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.benchmark.test_report import GROUPS, TASKS, write_run
+from tests.report.test_benchmark_report import GROUPS, TASKS, write_run
 
 pytestmark = pytest.mark.browser
 

@@ -12,22 +12,22 @@ from transformers import DynamicCache
 
 from kvpress_moe.benchmark.cache_eval import read, stack
 from kvpress_moe.benchmark.prompts import Prompt, encode
-from kvpress_moe.benchmark.shared_prefill import Judged, Kept
+from kvpress_moe.benchmark.selections import Judged, Kept
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.budget.allocation import share
 from kvpress_moe.errors import CheckpointError, NotFiniteError, UnsupportedModelError
 from kvpress_moe.model.layers import full_attention_layers, language_model
 from kvpress_moe.training import end_to_end
-from kvpress_moe.training.config import Recipe
+from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.end_to_end import EndToEnd
-from kvpress_moe.training.prompt_cache import filled
+from kvpress_moe.training.prompt_cache import as_cache
 from kvpress_moe.training.soft_budget import soft_share
-from kvpress_moe.training.soft_eviction import reading_softly
+from kvpress_moe.training.soft_eviction import softly_evicted
 from kvpress_moe.training.trainer import train
 from kvpress_moe.training.tuning_samples import REPEATED, question, repetition
 from tests.tiny import FAMILIES, tiny_model
 
-RECIPE = Recipe(
+CONFIG = TrainingConfig(
     experts=("learned", "keydiff"),
     top_k=2,
     samples=4,
@@ -96,8 +96,8 @@ def test_shares_of_one_and_nothing_read_like_the_cache_that_is_left(family, prom
     with torch.no_grad():
         left = stack(Judged(cache, layers), [Kept(masks, None, n_read)])
         expected = read(model, left, prompt, n_read)
-        with reading_softly(model, layers, log_kept):
-            got = read(model, filled(pairs), prompt, n_read)
+        with softly_evicted(model, layers, log_kept):
+            got = read(model, as_cache(pairs), prompt, n_read)
     assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == n_read
     assert not any(layer.self_attn._forward_pre_hooks for layer in language_model(model).layers)
@@ -106,10 +106,10 @@ def test_shares_of_one_and_nothing_read_like_the_cache_that_is_left(family, prom
 def test_tuning_brings_the_answers_nearer_to_those_of_the_full_cache(llama, chat_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(end_to_end, "TEMPERATURES", (0.2, 0.2))  # so that epochs compare
     monkeypatch.setattr(end_to_end, "KEPT", (0.2, 0.2))
-    recipe = replace(RECIPE, end_to_end=12, end_to_end_rate=1e-2, replay_weight=0.0)
+    config = replace(CONFIG, end_to_end=12, end_to_end_rate=1e-2, replay_weight=0.0)
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
     asked = [parameter.requires_grad for parameter in llama.parameters()]
-    _, metrics = train(llama, chat_tokenizer, recipe, tmp_path)
+    _, metrics = train(llama, chat_tokenizer, config, tmp_path)
     answers = [epoch["answer"] for epoch in metrics["end_to_end"]]
     assert len(answers) == 12
     assert min(answers[-3:]) < 0.7 * answers[0]
@@ -119,12 +119,12 @@ def test_tuning_brings_the_answers_nearer_to_those_of_the_full_cache(llama, chat
 
 
 def test_an_epoch_that_is_there_is_not_done_again(llama, chat_tokenizer, tmp_path, monkeypatch):
-    whole, metrics = train(llama, chat_tokenizer, replace(RECIPE, end_to_end=2), tmp_path / "whole")
+    whole, metrics = train(llama, chat_tokenizer, replace(CONFIG, end_to_end=2), tmp_path / "whole")
     halted = []
     learn, learned = EndToEnd._learn, []
 
     def interrupted(self, *args):
-        if len(learned) == RECIPE.samples + 1:  # in the second epoch
+        if len(learned) == CONFIG.samples + 1:  # in the second epoch
             halted.append(self)
             raise KeyboardInterrupt
         learned.append(args)
@@ -132,25 +132,25 @@ def test_an_epoch_that_is_there_is_not_done_again(llama, chat_tokenizer, tmp_pat
 
     monkeypatch.setattr(EndToEnd, "_learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(llama, chat_tokenizer, replace(RECIPE, end_to_end=2), tmp_path / "again")
+        train(llama, chat_tokenizer, replace(CONFIG, end_to_end=2), tmp_path / "again")
     learned.clear()
-    routers, again = train(llama, chat_tokenizer, replace(RECIPE, end_to_end=2), tmp_path / "again")
-    assert len(learned) == RECIPE.samples
+    routers, again = train(llama, chat_tokenizer, replace(CONFIG, end_to_end=2), tmp_path / "again")
+    assert len(learned) == CONFIG.samples
     assert again == metrics
     for name, tensor in routers.state_dict().items():
         assert_close(tensor, whole.state_dict()[name], equal_nan=True, rtol=0, atol=0)
     assert all(parameter.requires_grad for parameter in llama.parameters()), "a run that was interrupted left its mark"
     assert all(parameter.requires_grad for parameter in halted[0].routers.parameters())
-    plain, _ = train(llama, chat_tokenizer, replace(RECIPE, end_to_end=0), tmp_path / "again")
+    plain, _ = train(llama, chat_tokenizer, replace(CONFIG, end_to_end=0), tmp_path / "again")
     for name, tensor in halted[0].routers.state_dict().items():  # taken along by five steps, not in another scaling
         assert_close(tensor, plain.state_dict()[name], equal_nan=True, rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("change", [{"gate": False}, {"experts": ("keydiff",), "top_k": 1}, {"top_k": 1}])
 def test_other_recipes_are_tuned_too(llama, chat_tokenizer, tmp_path, change):
-    recipe = replace(RECIPE, **change)
-    plain, _ = train(llama, chat_tokenizer, replace(recipe, end_to_end=0), tmp_path)
-    tuned, metrics = train(llama, chat_tokenizer, recipe, tmp_path)
+    config = replace(CONFIG, **change)
+    plain, _ = train(llama, chat_tokenizer, replace(config, end_to_end=0), tmp_path)
+    tuned, metrics = train(llama, chat_tokenizer, config, tmp_path)
     assert len(metrics["end_to_end"]) == 1
     changed = {
         name.split(".", 2)[2]
@@ -158,7 +158,7 @@ def test_other_recipes_are_tuned_too(llama, chat_tokenizer, tmp_path, change):
         if not torch.allclose(tensor, tuned.state_dict()[name], equal_nan=True, rtol=0, atol=1e-5)
     }
     assert "calibration.slope" in changed
-    assert ("up.weight" in changed) == (recipe.gate and recipe.top_k > 1)  # one expert has all the weight
+    assert ("up.weight" in changed) == (config.gate and config.top_k > 1)  # one expert has all the weight
 
 
 def test_what_is_repeated_is_a_part_of_the_context(chat_tokenizer, prompt):
@@ -185,7 +185,7 @@ def test_the_question_predicts_every_token_of_the_answer(prompt):
 @pytest.mark.parametrize("damaged", ["caches/*.safetensors", "fitted-*/epoch-0.safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "another"])
 def test_damaged_files_are_refused_by_name(llama, chat_tokenizer, tmp_path, damaged, damage):
-    train(llama, chat_tokenizer, RECIPE, tmp_path)
+    train(llama, chat_tokenizer, CONFIG, tmp_path)
     (victim, *_) = tmp_path.glob(damaged)
     another = next(tmp_path.glob("*.safetensors")).read_bytes()
     victim.write_bytes(victim.read_bytes()[:-100] if damage == "truncated" else another)
@@ -193,7 +193,7 @@ def test_damaged_files_are_refused_by_name(llama, chat_tokenizer, tmp_path, dama
         if state != victim:
             state.unlink()
     with pytest.raises(CheckpointError, match=f"shards: .*{victim.name} cannot be read"):
-        train(llama, chat_tokenizer, RECIPE, tmp_path)
+        train(llama, chat_tokenizer, CONFIG, tmp_path)
 
 
 def test_the_gradient_is_that_of_a_threshold_which_holds_the_soft_budget():
@@ -229,22 +229,22 @@ def test_the_gradient_is_that_of_a_threshold_which_holds_the_soft_budget():
 
 
 def test_without_steps_the_routers_are_those_that_were_fitted(llama, chat_tokenizer, tmp_path):
-    plain, _ = train(llama, chat_tokenizer, replace(RECIPE, end_to_end=0), tmp_path)
-    tuned, _ = train(llama, chat_tokenizer, replace(RECIPE, end_to_end_rate=0.0), tmp_path)
+    plain, _ = train(llama, chat_tokenizer, replace(CONFIG, end_to_end=0), tmp_path)
+    tuned, _ = train(llama, chat_tokenizer, replace(CONFIG, end_to_end_rate=0.0), tmp_path)
     for name, tensor in tuned.state_dict().items():
         assert_close(tensor, plain.state_dict()[name], equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_repeated_teaches_too(llama, chat_tokenizer, tmp_path):
-    without, _ = train(llama, chat_tokenizer, replace(RECIPE, replay_weight=0.0), tmp_path)
-    with_it, _ = train(llama, chat_tokenizer, replace(RECIPE, replay_weight=5.0), tmp_path)
+    without, _ = train(llama, chat_tokenizer, replace(CONFIG, replay_weight=0.0), tmp_path)
+    with_it, _ = train(llama, chat_tokenizer, replace(CONFIG, replay_weight=5.0), tmp_path)
     assert not torch.equal(without.layers[0].calibration.slope, with_it.layers[0].calibration.slope)
 
 
 def test_layers_that_slide_are_left_alone(chat_tokenizer, tmp_path):
     model = tiny_model("gemma3")
-    plain, _ = train(model, chat_tokenizer, replace(RECIPE, end_to_end=0), tmp_path)
-    tuned, _ = train(model, chat_tokenizer, RECIPE, tmp_path)
+    plain, _ = train(model, chat_tokenizer, replace(CONFIG, end_to_end=0), tmp_path)
+    tuned, _ = train(model, chat_tokenizer, CONFIG, tmp_path)
     changed = {
         layer_idx
         for layer_idx, (one, other) in enumerate(zip(plain.layers, tuned.layers, strict=True))
@@ -257,7 +257,7 @@ def test_layers_that_slide_are_left_alone(chat_tokenizer, tmp_path):
 def test_a_loss_that_is_not_finite_is_an_error_and_nothing_is_kept(llama, chat_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(EndToEnd, "divergence", lambda *args: torch.tensor(torch.nan, requires_grad=True))
     with pytest.raises(NotFiniteError, match="^loss: got nan for kv_list-train"):
-        train(llama, chat_tokenizer, RECIPE, tmp_path)
+        train(llama, chat_tokenizer, CONFIG, tmp_path)
     assert not list(tmp_path.glob("fitted-*/epoch-*"))
 
 
@@ -266,7 +266,7 @@ def test_attention_without_additive_masks_is_refused_before_anything_is_read(lla
     llama.config._attn_implementation = "flash_attention_2"
     try:
         with pytest.raises(UnsupportedModelError, match="^model: got attn_implementation='flash_attention_2'"):
-            train(llama, chat_tokenizer, RECIPE, tmp_path)
+            train(llama, chat_tokenizer, CONFIG, tmp_path)
     finally:
         llama.config._attn_implementation = attention
     assert not list(tmp_path.iterdir())

@@ -17,23 +17,23 @@ from transformers import DynamicCache
 from kvpress_moe import MoERouterPress
 from kvpress_moe.benchmark.kvzip_scores import ReplayScores, chat_suffix
 from kvpress_moe.benchmark.prompts import encode
-from kvpress_moe.benchmark.shared_prefill import prepared
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.errors import ExpertError, SettingError
 from kvpress_moe.experts.registry import make_expert
+from kvpress_moe.model.hooks import prepared
 from kvpress_moe.model.layers import full_attention_layers
 from kvpress_moe.routers import BaseMoERouter
 from kvpress_moe.routers.checkpoint import load_routers, save_routers
 from kvpress_moe.routers.resolve import SHIPPED
 from kvpress_moe.training.capture import capture, written_norm
-from kvpress_moe.training.config import Recipe
-from kvpress_moe.training.distributed import Crew
+from kvpress_moe.training.config import TrainingConfig
+from kvpress_moe.training.distributed import Processes
 from kvpress_moe.training.layerwise import LayerData, fit_layer, fold_scaling, predict
 from kvpress_moe.training.losses import FLOOR, budget_loss, tail_weights, target
 from kvpress_moe.training.trainer import prompts, train
 from tests.tiny import FAMILIES, decoder, prefill, tiny_model
 
-RECIPE = Recipe(
+CONFIG = TrainingConfig(
     end_to_end=2,
     experts=("learned", "keydiff", "cur"),
     top_k=2,
@@ -54,7 +54,7 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(llama, chat_tokenizer, shards):
     torch.set_num_threads(1)  # as the tests themselves: sums in another order are not the same to the bit
-    return train(llama, chat_tokenizer, RECIPE, shards)
+    return train(llama, chat_tokenizer, CONFIG, shards)
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +69,19 @@ def test_training_is_repeatable_and_takes_up_what_was_captured(llama, chat_token
     monkeypatch.setattr("kvpress_moe.training.trainer.capture", never)
     for path in shards.glob("fitted-*/layer-*"):
         path.unlink()
-    again, metrics = train(llama, chat_tokenizer, RECIPE, shards)
+    again, metrics = train(llama, chat_tokenizer, CONFIG, shards)
     for name, tensor in again.state_dict().items():
         assert_close(tensor, trained[0].state_dict()[name], equal_nan=True, rtol=0, atol=0)
     assert metrics == trained[1]
     with pytest.raises(SettingError, match="^shards: got"):
-        train(llama, chat_tokenizer, replace(RECIPE, experts=("learned", "knorm"), top_k=1), shards)
+        train(llama, chat_tokenizer, replace(CONFIG, experts=("learned", "knorm"), top_k=1), shards)
     with pytest.raises(SettingError, match="^shards: got .* of seed 1"):
-        train(llama, chat_tokenizer, replace(RECIPE, seed=1), shards)
+        train(llama, chat_tokenizer, replace(CONFIG, seed=1), shards)
 
 
 def test_the_loss_of_every_epoch_is_kept_and_falls(trained):
     curves = trained[1]["loss_by_epoch"]
-    assert [len(curve) for curve in curves] == [RECIPE.epochs] * 2
+    assert [len(curve) for curve in curves] == [CONFIG.epochs] * 2
     assert [curve[-1] for curve in curves] == trained[1]["loss_by_layer"]
     assert all(curve[-1] < curve[0] for curve in curves)
 
@@ -89,7 +89,7 @@ def test_the_loss_of_every_epoch_is_kept_and_falls(trained):
 def test_two_runs_write_the_same_bytes_whatever_was_drawn_before(llama, chat_tokenizer, shards, trained, tmp_path):
     torch.manual_seed(1)
     torch.rand(7)
-    again = train(llama, chat_tokenizer, RECIPE, tmp_path / "shards")
+    again = train(llama, chat_tokenizer, CONFIG, tmp_path / "shards")
     for path in shards.glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "shards" / path.name).read_bytes(), path.name
     files = [save_routers(run[0], tmp_path / name) for name, run in (("one", trained), ("other", again))]
@@ -111,9 +111,9 @@ def test_a_fit_that_was_interrupted_goes_on_with_the_layers_that_are_missing(
 
     monkeypatch.setattr("kvpress_moe.training.trainer.fit_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(llama, chat_tokenizer, RECIPE, tmp_path)
+        train(llama, chat_tokenizer, CONFIG, tmp_path)
     fitted.clear()
-    routers, metrics = train(llama, chat_tokenizer, RECIPE, tmp_path)
+    routers, metrics = train(llama, chat_tokenizer, CONFIG, tmp_path)
     assert len(fitted) == 1  # of two layers
     assert metrics == trained[1]
     for name, tensor in routers.state_dict().items():
@@ -128,7 +128,7 @@ def test_training_that_is_killed_goes_on_and_ends_the_same(llama, chat_tokenizer
     child = os.fork()
     if child == 0:
         try:
-            train(llama, chat_tokenizer, RECIPE, tmp_path)
+            train(llama, chat_tokenizer, CONFIG, tmp_path)
         finally:
             os._exit(0)
     while not list(tmp_path.glob(moment)):
@@ -137,7 +137,7 @@ def test_training_that_is_killed_goes_on_and_ends_the_same(llama, chat_tokenizer
     os.waitpid(child, 0)
     left = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert left
-    routers, metrics = train(llama, chat_tokenizer, RECIPE, tmp_path)
+    routers, metrics = train(llama, chat_tokenizer, CONFIG, tmp_path)
     assert len(left) < len(list(tmp_path.rglob("*.safetensors"))), "nothing was left to do"
     assert {path: path.stat().st_mtime_ns for path in left} == left, "done again"
     assert metrics == trained[1]
@@ -149,14 +149,14 @@ TOGETHER = """
 import torch
 from pathlib import Path
 from tests.tiny import byte_tokenizer, tiny_model
-from tests.training.test_training import RECIPE
+from tests.training.test_training import CONFIG
 from kvpress_moe.routers.checkpoint import save_routers
 from kvpress_moe.training.distributed import launched
 from kvpress_moe.training.trainer import train
 torch.set_num_threads(1)
-crew = launched("cpu")
-routers, metrics = train(tiny_model("llama"), byte_tokenizer(chat=True), RECIPE, Path({shards!r}), crew=crew)
-save_routers(routers, Path({out!r}) / str(crew.rank), metrics)
+processes = launched("cpu")
+routers, metrics = train(tiny_model("llama"), byte_tokenizer(chat=True), CONFIG, Path({shards!r}), processes=processes)
+save_routers(routers, Path({out!r}) / str(processes.rank), metrics)
 """
 
 
@@ -183,10 +183,10 @@ def test_processes_that_were_launched_together_train_what_one_trains_alone(train
 
 
 def test_processes_without_a_directory_in_common_are_refused(llama, chat_tokenizer):
-    crew = Crew()
-    crew.size = 2
+    processes = Processes()
+    processes.size = 2
     with pytest.raises(SettingError, match="^shards: got None"):
-        train(llama, chat_tokenizer, RECIPE, crew=crew)
+        train(llama, chat_tokenizer, CONFIG, processes=processes)
 
 
 def test_fitting_finds_a_score_that_is_there():
@@ -258,7 +258,7 @@ def test_the_press_gives_the_scores_that_were_fitted(llama, trained, prompt):
             llama.model(input_ids=prompt.context, past_key_values=cache)
         for hook in hooks:
             hook.remove()
-    assert list(press.expert_strategies.values()) == list(RECIPE.experts)
+    assert list(press.expert_strategies.values()) == list(CONFIG.experts)
     assert press.top_k == 2
     for layer_idx, (hidden, scores, ranks) in seen.items():
         with torch.no_grad():
@@ -291,8 +291,8 @@ def test_every_family_trains(family, chat_tokenizer, prompt):
     model = tiny_model(family)
     config = model.config.get_text_config()
     full = full_attention_layers(model)
-    recipe = replace(RECIPE, samples=2, epochs=1)
-    routers, metrics = train(model, chat_tokenizer, recipe)
+    config = replace(CONFIG, samples=2, epochs=1)
+    routers, metrics = train(model, chat_tokenizer, config)
     assert len(metrics["loss_by_layer"]) == len(full)
     blank = [not any(weights.any() for weights in router.parameters()) for router in routers.layers]
     assert blank == [layer_idx not in full for layer_idx in range(len(blank))]
@@ -403,7 +403,7 @@ def test_replay_leaves_the_cache_as_it_was(llama, chat_tokenizer, prompt):
 
 
 def test_prompts_come_from_the_train_split_in_several_lengths(chat_tokenizer):
-    made = prompts(replace(RECIPE, samples=10, length=1024), chat_tokenizer, 4096)
+    made = prompts(replace(CONFIG, samples=10, length=1024), chat_tokenizer, 4096)
     assert all("/train/" in name for name, _ in made)
     assert len({name.split("/")[2] for name, _ in made}) > 2
     assert len({name for name, _ in made}) == 10
@@ -428,7 +428,7 @@ def test_prompts_come_from_the_train_split_in_several_lengths(chat_tokenizer):
 )
 def test_bad_recipes_are_refused(change, field):
     with pytest.raises(SettingError, match=f"^{field}: got"):
-        replace(RECIPE, **change).check()
+        replace(CONFIG, **change).check()
 
 
 def test_pretrained_presses_are_passed_on(llama, trained, prompt, tmp_path, monkeypatch):
@@ -457,14 +457,14 @@ def test_pretrained_presses_are_passed_on(llama, trained, prompt, tmp_path, monk
 
 @pytest.mark.parametrize("directory", sorted(SHIPPED.glob("*/")), ids=lambda directory: directory.name)
 def test_routers_that_ship_load_and_say_how_they_were_made(directory):
-    """At most 3 MB, trained, finite; the card's command asks for what the recipe says."""
+    """At most 3 MB, trained, finite; the card's command asks for what the config says."""
     routers = load_routers(directory)
     card = json.loads((directory / "routers.json").read_text())
-    recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["metrics"]["recipe"].items()})
+    config = TrainingConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["metrics"]["recipe"].items()})
     assert routers.config.trained
-    assert routers.config.experts == recipe.experts
-    assert f"--samples {recipe.samples} " in card["metrics"]["command"]
-    assert replace(recipe, samples=Recipe().samples) == Recipe()
+    assert routers.config.experts == config.experts
+    assert f"--samples {config.samples} " in card["metrics"]["command"]
+    assert replace(config, samples=TrainingConfig().samples) == TrainingConfig()
     assert sum(path.stat().st_size for path in directory.iterdir()) < 3e6
 
 
@@ -474,7 +474,7 @@ def test_routers_ship_for_the_model_they_were_trained_for_alone(llama, trained, 
     monkeypatch.setattr("kvpress_moe.routers.resolve.SHIPPED", tmp_path)
     press = MoERouterPress(0.7)
     prefill(llama, prompt.context, press)
-    assert (list(press.expert_strategies.values()), press.top_k, press.scope) == (list(RECIPE.experts), 2, "global")
+    assert (list(press.expert_strategies.values()), press.top_k, press.scope) == (list(CONFIG.experts), 2, "global")
     other = tiny_model("llama")
     decoder(other).layers[0].self_attn.o_proj.weight.data.normal_()
     prefill(other, prompt.context, press)

@@ -10,11 +10,10 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from kvpress_moe.benchmark.results import Results, best_single
+from kvpress_moe.benchmark.results import Results, best_single, ranked
+from kvpress_moe.files import write_atomically
 from kvpress_moe.report.figures.ratios import over_ratio, shown
 from kvpress_moe.report.figures.style import NORMAL, SMALL, Plot, heat_map, label
-from kvpress_moe.report.markdown import ranked
-from kvpress_moe.routers.checkpoint import write_atomically
 
 
 def draw(results: Results, reference: str, out: Path) -> list[tuple[str, str]]:

@@ -9,11 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvpress_moe.benchmark.results import Estimate, Results, best_single, load, mean_over_tasks
+from kvpress_moe.benchmark.results import Estimate, Results, best_of_ours, best_single, load, mean_over_tasks, ranked
 from kvpress_moe.errors import SettingError
-from kvpress_moe.report.benchmark_report import compared
 from kvpress_moe.report.figures.style import COLOURS, MARKERS, NORMAL, OTHERS, REFERENCE, SMALL, Plot, label
-from kvpress_moe.report.markdown import ranked
 
 #: What can be drawn, and what it is called.
 METRICS = {
@@ -57,7 +55,7 @@ def over_ratio(
         records = load([Path(run) for run in ([records] if isinstance(records, (str, Path)) else records)])
     if metric not in METRICS:
         raise SettingError("metric", metric, f"one of {', '.join(METRICS)}", "")
-    named = list(shown(records, compared(records)) if methods is None else methods)
+    named = list(shown(records, best_of_ours(records)) if methods is None else methods)
     there = [method for method in records.methods if method != "full"]
     if not 1 <= len(named) <= len(COLOURS):
         raise SettingError("methods", named, f"one to {len(COLOURS)} methods", "The others are drawn in grey.")

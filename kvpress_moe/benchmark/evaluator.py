@@ -1,0 +1,145 @@
+"""Evaluator: a loaded model that evaluates the samples of a plan."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property
+from typing import Any
+
+from kvpress_moe.benchmark.methods import Method, find_methods, touches_windows
+from kvpress_moe.benchmark.plan import Cell, Plan
+from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
+from kvpress_moe.benchmark.records import COLUMNS
+from kvpress_moe.benchmark.tasks import TASKS, Sample, make_sample
+from kvpress_moe.errors import SettingError, UnsupportedModelError
+
+
+class Evaluator:
+    """
+    A loaded model that evaluates samples of a plan, one at a time.
+
+    Parameters
+    ----------
+    plan : Plan
+    loaded : tuple, optional
+        Model and tokenizer, where they are there already.
+    """
+
+    def __init__(self, plan: Plan, loaded: tuple[Any, ...] | None = None):
+        from kvpress_moe.model.layers import some_layers_slide
+        from kvpress_moe.model.loading import load_model
+        from kvpress_moe.model.support import UNKNOWN_NORMS, check_model
+
+        self.plan = plan
+        self.methods: dict[str, Method] = find_methods(plan.methods) | find_methods(["full"])
+        self.model, self.tokenizer = loaded or load_model(plan.model, plan.device)
+        check_model(self.model)
+        if isinstance(self.model, UNKNOWN_NORMS):
+            raise UnsupportedModelError(
+                f"model: got {type(self.model).__name__}, whose norms of queries and keys kvpress does not know, "
+                "expected another. Its presses would compute wrong queries; MoERouterPress itself can serve the model."
+            )
+        if some_layers_slide(self.model):
+            self._leave_windows_alone()
+
+    def _leave_windows_alone(self) -> None:
+        """Drop methods that would touch layers with sliding-window attention; refuse those that were named."""
+        reasons = {name: touches_windows(method) for name, method in self.methods.items()}
+        unfit = {name: reason for name, reason in reasons.items() if reason}
+        said = ", ".join(f"{name} {reason}" for name, reason in unfit.items())
+        if unfit and self.plan.methods is not None:
+            raise SettingError(
+                "methods",
+                list(unfit),
+                "methods that can leave this model's layers with sliding-window attention alone",
+                f"{said}. Leave them out.",
+            )
+        if unfit:
+            warnings.warn(f"bench: left out, as some of the model's layers slide: {said}.", stacklevel=3)
+        self.methods = {name: method for name, method in self.methods.items() if name not in unfit}
+
+    def cells(self) -> list[Cell]:
+        """All (method, ratio) of a sample, the full cache first."""
+        methods = [name for name in self.methods if name != "full"]
+        return [("full", 0.0), *((name, ratio) for name in methods for ratio in self.plan.ratios)]
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """All samples of the plan, task by task within each index, so that a part of a run is a fair part."""
+        plan = self.plan
+        if plan.hub is not None:
+            from kvpress_moe.benchmark.tasks.hub import load_hub_samples
+
+            samples = load_hub_samples(plan.hub, self.count_tokens)
+            return [s for s in samples if s.index < plan.limit and (plan.tasks is None or s.task in plan.tasks)]
+        return [
+            make_sample(task, self.count_tokens, length, index, plan.seed, plan.split)
+            for index in range(plan.limit)
+            for length in plan.lengths
+            for task in plan.tasks or TASKS
+        ]
+
+    def prompt(self, sample: Sample) -> Prompt:
+        prompt = encode(sample, self.tokenizer, self.plan.setting)
+        check_fits(prompt, sample, self.model.config.get_text_config(decoder=True).max_position_embeddings)
+        return prompt
+
+    def evaluate(self, sample: Sample, cells: list[Cell], decode: bool = True) -> dict[str, Any]:
+        """
+        One prefill, all cells: the record of a sample.
+
+        Without ``decode`` nothing is written out, and F1 scores are 0.
+        """
+        from kvpress_moe.benchmark.cache_eval import evaluate_caches, evaluate_full_cache
+        from kvpress_moe.benchmark.metrics import score
+        from kvpress_moe.benchmark.multi_pass import select_in_own_prefill
+        from kvpress_moe.benchmark.shared_prefill import select_pairs
+
+        plan = self.plan
+        prompt = self.prompt(sample)
+        protection = (plan.sinks, plan.recent, plan.min_share)
+        selections = select_pairs(self.model, prompt.context, self.methods, cells, *protection)
+        select_in_own_prefill(self.model, self.tokenizer, prompt, selections, self.methods, cells, *protection)
+        reference = evaluate_full_cache(self.model, selections.cache, prompt)
+        full = self._keep_all(selections, prompt)
+        kept = [full if cell[0] == "full" else selections.kept[cell] for cell in cells]
+        write = prompt.answer.shape[1] + 8 if decode and sample.metric in ("f1", "any") else 0
+        answers = evaluate_caches(self.model, selections, prompt, reference, kept, write, self._ended)
+        results = []
+        for (name, ratio), one, answer in zip(cells, kept, answers, strict=True):
+            text = None if answer.written is None else self.tokenizer.decode(answer.written, skip_special_tokens=True)
+            figures = (answer.nll, answer.kl, answer.hit_rate, answer.n_pairs, answer.n_bytes, one.seconds)
+            results.append([name, ratio, score(sample, answer, text), *figures])
+        return {
+            "sample": sample.id,
+            "task": sample.task,
+            "length": sample.length,
+            "index": sample.index,
+            "depth": sample.depth,
+            "tokens": prompt.context.shape[1],
+            "prefill_s": selections.prefill_seconds,
+            "columns": list(COLUMNS),
+            "results": results,
+        }
+
+    def _keep_all(self, selections: Any, prompt: Prompt) -> Any:
+        import torch
+
+        from kvpress_moe.benchmark.selections import Kept
+
+        layers = [selections.cache.layers[layer_idx] for layer_idx in selections.layers]
+        masks = [torch.ones_like(layer.keys[0, :, :, 0], dtype=torch.bool) for layer in layers]
+        return Kept(masks, None, prompt.context.shape[1])
+
+    @cached_property
+    def _stop_tokens(self) -> frozenset[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
+
+    def _ended(self, tokens: list[int]) -> bool:
+        """Whether a decoded answer is whole: the model ended it, or a blank line did, after which no score looks."""
+        return tokens[-1] in self._stop_tokens or "\n\n" in self.tokenizer.decode(tokens).strip()

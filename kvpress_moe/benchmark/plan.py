@@ -1,0 +1,75 @@
+"""Plan: what a benchmark run is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpress_moe.benchmark.methods import find_methods
+from kvpress_moe.benchmark.prompts import SETTINGS
+from kvpress_moe.benchmark.tasks import SPLITS
+from kvpress_moe.errors import SettingError
+
+Cell = tuple[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What a run is about; plain data, so that it can be sent to other machines.
+
+    Parameters
+    ----------
+    model : str or None
+        As in :func:`kvpress_moe.model.loading.load_model`.
+    methods, tasks : tuple of str or None
+        ``None``: all that are not slow; all.
+    ratios, lengths : tuple
+        Compression ratios; context lengths in tokens.
+    limit : int
+        Samples per task and length.
+    seed : int
+    split : {"train", "tune", "test"}
+    setting : {"agnostic", "aware"}
+    sinks, recent : int
+        Tokens at both ends that every scorer has to keep.
+    min_share : float
+        Of budgets that heads share.
+    device : str
+    hub : str or None
+        Take the samples from this data set (a hub id or a directory, in kvpress's schema) instead of generating them.
+    """
+
+    model: str | None = None
+    methods: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None
+    ratios: tuple[float, ...] = (0.5, 0.75, 0.9)
+    lengths: tuple[int, ...] = (1024,)
+    limit: int = 20
+    seed: int = 0
+    split: str = "test"
+    setting: str = "agnostic"
+    sinks: int = 4
+    recent: int = 16
+    min_share: float = 0.2
+    device: str = "cpu"
+    hub: str | None = None
+
+    def check(self) -> None:
+        """Raise SettingError for the first field that is wrong; before anything is loaded."""
+        for ratio in self.ratios:
+            if not 0 < ratio < 1:
+                raise SettingError("ratios", ratio, "numbers between 0 and 1", "The full cache is always asked too.")
+        for field, allowed in (("split", SPLITS), ("setting", SETTINGS)):
+            if getattr(self, field) not in allowed:
+                raise SettingError(field, getattr(self, field), f"one of {', '.join(allowed)}", "")
+        for field in ("limit", "sinks", "recent"):
+            if getattr(self, field) < (field == "limit"):
+                raise SettingError(field, getattr(self, field), "a number that is not negative", "")
+        for length in self.lengths:
+            if length < 64:
+                raise SettingError("lengths", length, "at least 64 tokens", "")
+        find_methods(self.methods)
+        if self.hub is None:
+            from kvpress_moe.benchmark.tasks import find_tasks
+
+            find_tasks(self.tasks)

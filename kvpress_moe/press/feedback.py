@@ -1,0 +1,110 @@
+"""Feedback: what was counted of routing and eviction, and what routers are told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from kvpress.utils import extract_keys_and_values
+from torch import Tensor
+
+from kvpress_moe.budget.cross_layer import Observation
+from kvpress_moe.budget.hit_rates import mass_by_expert, pairs_by_expert
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.model.attention import per_kv_head
+from kvpress_moe.model.layers import Attention
+from kvpress_moe.press.evicted_keys import EvictedKeys
+from kvpress_moe.press.nan_checks import check_finite
+from kvpress_moe.press.statistics import RoutingStats
+from kvpress_moe.routers import RouterOutput, Routers, Routing
+
+N_SINK = 4  # first tokens that hit rates leave out
+
+
+@torch.no_grad()
+def observe(call: LayerCall, routing: Routing) -> Observation:
+    """
+    What :func:`count` needs to know of a call.
+
+    The first four tokens are left out of the mass: they are attention sinks, which nearly every expert keeps, and would
+    decide the hit rate of whichever expert they happen to be routed to.
+    """
+    mass = per_kv_head(call.window_mass, call.keys.shape[1])
+    if call.k_len > 2 * N_SINK:
+        mass = mass.clone()
+        mass[..., :N_SINK] = 0
+    return Observation(routing.routed, mass)
+
+
+@torch.no_grad()
+def count(observation: Observation, kept: Tensor) -> dict[str, Tensor]:
+    """
+    Pairs and attention of each expert, each of shape (E,), when only ``kept`` (B, H, S) stays.
+
+    Returns
+    -------
+    dict of str -> Tensor
+        ``judged`` and ``kept``: pairs; ``mass`` and ``hit``: attention on all pairs and on those that stay.
+    """
+    routed, mass = observation.routed, observation.mass
+    return {
+        "judged": pairs_by_expert(torch.ones_like(kept), routed),
+        "kept": pairs_by_expert(kept, routed),
+        "mass": mass_by_expert(mass, routed),
+        "hit": mass_by_expert(mass * kept, routed),
+    }
+
+
+def tell_router(routers: Routers | None, layer_idx: int, hit: Tensor, mass: Tensor) -> None:
+    """Give a layer's router the experts' hit rates; 0 / 0 is unknown, NaN."""
+    assert routers is not None, "tokens were routed, so there are routers"
+    routers.layers[layer_idx].observe(hit / mass)
+
+
+class Feedback:
+    """
+    The press's counts, and the keys that it evicted where misses are tracked.
+
+    Attributes
+    ----------
+    stats : RoutingStats
+    evicted : EvictedKeys
+    """
+
+    def __init__(self) -> None:
+        self.stats = RoutingStats()
+        self.evicted = EvictedKeys()
+
+    def add_routing(self, layer_idx: int, output: RouterOutput) -> None:
+        """Count what a router decided for a layer's tokens."""
+        assigned = output.chosen.sum((0, 1))  # (E,)
+        n_tokens = output.chosen[..., 0].numel()
+        self.stats.add(
+            layer_idx, calls=1, tokens=n_tokens, aux_loss=output.aux_loss, assigned=assigned, used=assigned > 0
+        )
+
+    def add_eviction(self, layer_idx: int, observation: Observation, kept: Tensor, routers: Routers | None) -> None:
+        """Count what each expert's tokens lost when only ``kept`` (B, H, S) stayed, and tell the router."""
+        counts = count(observation, kept)
+        self.stats.add(layer_idx, **counts)
+        tell_router(routers, layer_idx, counts["hit"], counts["mass"])
+
+    def add_decoding_step(self, module: Attention, kwargs: Mapping[str, Any], routers: Routers | None) -> None:
+        """Count what new tokens find in the cache and what they miss, and tell the router."""
+        keys, values = extract_keys_and_values(kwargs["past_key_values"], module.layer_idx)
+        call = LayerCall(module, kwargs["hidden_states"], keys, values, None, kwargs)
+        masses = self.evicted.masses(call)
+        if masses is not None:
+            hit, mass = masses
+            check_finite(call, mass=mass)
+            self.stats.add(call.layer_idx, hit=hit, mass=mass)
+            tell_router(routers, call.layer_idx, hit, mass)
+
+    def keep_evicted(self, call: LayerCall, routing: Routing, indices: Tensor) -> None:
+        """Keep the keys of a call that are not at ``indices``, shape (B, H, K)."""
+        self.evicted.keep(call, routing, indices)
+
+    def forget_evicted(self) -> None:
+        """The routing that evicted keys were kept with is of no use any more."""
+        self.evicted = EvictedKeys()

@@ -1,0 +1,245 @@
+"""Inputs, caches and other presses that the press cannot serve: refused before any work is done."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from kvpress.presses.base_press import BasePress
+from torch import Tensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+)
+from transformers.cache_utils import DynamicLayer
+
+from kvpress_moe.errors import SettingError, UnsupportedInputError, UnsupportedModelError
+from kvpress_moe.experts.expert import Expert
+from kvpress_moe.model.attention import hides_tokens
+from kvpress_moe.model.layers import Attention, slides
+
+PADDED = (
+    "attention_mask: got a padded batch inside a wrapper, expected prompts of equal length without padding. After "
+    "compression the mask would hide the wrong pairs. Use MoERouterPress without a wrapper, or run prompts one by one."
+)
+
+
+def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: bool) -> None:
+    """
+    Raise where layers cannot be replaced by ragged ones.
+
+    Raises
+    ------
+    SettingError
+        Inside a wrapper, which stores the result itself, or for a cache that is not a plain DynamicCache.
+    """
+    if inside_wrapper:
+        raise SettingError(
+            "budget",
+            "layer or global",
+            "'uniform' inside a kvpress wrapper, which stores layers of equal heads",
+            "Use MoERouterPress without a wrapper.",
+        )
+    offloading = getattr(cache, "offloading", False)
+    if (
+        cache is None
+        or offloading
+        or isinstance(cache, QuantizedCache)
+        or not isinstance(cache.layers[layer_idx], DynamicLayer)
+    ):
+        got = "an offloaded cache" if offloading else "no cache"
+        got = got if cache is None or offloading else type(cache.layers[layer_idx]).__name__
+        raise SettingError("budget", "layer or global", f"a DynamicCache, not {got}", "Use budget='uniform'.")
+
+
+def check_can_serve_padding(cache: Cache | None, eager: bool, track_misses: bool) -> None:
+    """
+    Raise where a padded batch cannot be served: its rows keep different numbers of pairs, in ragged layers.
+
+    Raises
+    ------
+    UnsupportedInputError
+        With eager attention, ``track_misses`` or a cache that is not a plain DynamicCache.
+    """
+    if eager:
+        limit, remedy = "attention that reads ragged layers, not eager", "Load it with attn_implementation='sdpa'."
+    elif track_misses:
+        limit, remedy = "track_misses=False, which needs rows of equal length", "Switch it off."
+    elif cache is not None and not (type(cache) is DynamicCache and not cache.offloading):
+        limit, remedy = f"a DynamicCache, not {type(cache).__name__}", "Use a DynamicCache."
+    else:
+        return
+    raise UnsupportedInputError(
+        f"attention_mask: got a padded batch, whose rows keep different numbers of pairs, expected {limit}. {remedy} "
+        "Or run prompts one by one."
+    )
+
+
+def check_unmasked(attention: Attention, press: BasePress) -> None:
+    """
+    Raise if another press that is hooked in masks pairs of a layer by their index, which an eviction would change.
+
+    Raises
+    ------
+    UnsupportedInputError
+    """
+    if getattr(attention, "masked_key_indices", None) is None:
+        return
+    hooked = [getattr(hook, "__self__", None) for hook in attention._forward_hooks.values()]
+    if any(isinstance(other, BasePress) and other is not press for other in hooked):
+        raise UnsupportedInputError(
+            f"press: another press masks pairs of layer {attention.layer_idx}, expected to be alone; after an eviction "
+            "its mask would hide others. Leave its `with` block first."
+        )
+
+
+def check_still_there(cache: Cache, n_judged: dict[int, int]) -> None:
+    """
+    Raise if another press evicted pairs of layers that wait for a shared budget.
+
+    Parameters
+    ----------
+    cache : Cache
+    n_judged : dict of int -> int
+        Pairs that each layer held when it was judged.
+
+    Raises
+    ------
+    UnsupportedInputError
+    """
+    for layer_idx, n_pairs in n_judged.items():
+        n_left = cache.layers[layer_idx].get_seq_length()
+        if n_left != n_pairs:
+            raise UnsupportedInputError(
+                f"press: another press evicted pairs of layer {layer_idx} ({n_left} of {n_pairs} are left) before the "
+                "shared budget was decided, expected to be alone. Leave its `with` block first."
+            )
+
+
+def forward_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward pass by name, as a pre-hook gets them."""
+    named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    named |= named.pop("kwargs", {})  # what forward takes as **kwargs
+    return named
+
+
+def check_forward(model: Any, kwargs: dict[str, Any]) -> bool:
+    """
+    Raise on arguments of a forward pass below the head that would be compressed wrongly without a word.
+
+    Returns
+    -------
+    bool
+        Whether a prompt is read into an empty cache, which is what a press compresses.
+
+    Raises
+    ------
+    UnsupportedInputError
+        For an empty prompt, ``use_cache=False``, a StaticCache, or a QuantizedCache with layers that slide.
+    """
+    inputs = kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None:
+        return False  # the model itself complains
+    if inputs.shape[1] == 0:
+        raise UnsupportedInputError(
+            f"input_ids: got a prompt without tokens, shape {tuple(inputs.shape)}, expected at least one token. "
+            "Check the tokenizer's input."
+        )
+    cache = kwargs.get("past_key_values")
+    if kwargs.get("use_cache") is False or (
+        cache is None and not getattr(model.config.get_text_config(), "use_cache", True)
+    ):
+        raise UnsupportedInputError("use_cache: got False, expected True. A press compresses the cache; give it one.")
+    if isinstance(cache, StaticCache):
+        raise UnsupportedInputError(
+            "past_key_values: got a StaticCache, expected a cache that can shrink. Use a DynamicCache."
+        )
+    config = model.config.get_text_config(decoder=True)
+    if isinstance(cache, QuantizedCache) and any(slides(config, i) for i in range(config.num_hidden_layers)):
+        raise UnsupportedInputError(
+            "past_key_values: got a QuantizedCache for a model with sliding-window layers, expected a cache whose "
+            "masks fit layers of different lengths. Use a DynamicCache."
+        )
+    if cache is not None and cache.get_seq_length() > 0:
+        if inputs.shape[1] > 1:
+            warnings.warn(
+                f"{inputs.shape[1]} tokens meet a cache that already holds {cache.get_seq_length()}: they are not "
+                "compressed, as kvpress compresses a prompt that is prefilled in one pass into an empty cache only. "
+                "(Chunked prefill, a second turn, or a question asked inside the `with` block.)",
+                stacklevel=2,
+            )
+        return False
+    return True
+
+
+def check_mask(mask: Tensor | None) -> None:
+    """
+    Raise if a prompt's attention mask hides tokens from its last one; for calls from inside a wrapper.
+
+    Parameters
+    ----------
+    mask : Tensor, shape (B, 1, Q, S), bool or additive; or None
+        Of a layer with full attention. Only a prompt's is looked at, which is square.
+
+    Raises
+    ------
+    UnsupportedInputError
+        For padding.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] and hides_tokens(mask):
+        raise UnsupportedInputError(PADDED)
+
+
+def check_attention(eager: bool, experts: Sequence[Expert], budget: str | None) -> None:
+    """
+    Raise where experts or budget need another kind of attention than the model was loaded with.
+
+    Raises
+    ------
+    SettingError
+        For ``observed_attention`` without eager attention, or a budget that heads share with it.
+    """
+    if not eager and any(expert.name == "observed_attention" for expert in experts):
+        raise SettingError(
+            "experts",
+            "observed_attention",
+            "a model with eager attention, the only one that returns attention weights",
+            "Load it with attn_implementation='eager'.",
+        )
+    if eager and budget not in (None, "uniform"):
+        raise SettingError(
+            "budget",
+            budget,
+            "'uniform' with eager attention, which transformers does not let others replace",
+            "Load the model with attn_implementation='sdpa'.",
+        )
+
+
+def check_wrapped(attention: Attention, compression_ratio: float | None) -> None:
+    """
+    Raise where a wrapper of kvpress that asks for scores would evict what it should not.
+
+    Raises
+    ------
+    SettingError
+        Without a ratio, which the wrapper reads.
+    UnsupportedModelError
+        On a layer with sliding-window attention.
+    """
+    if compression_ratio is None:
+        raise SettingError(
+            "compression_ratio",
+            None,
+            "a number inside a kvpress wrapper, which reads the budget from it",
+            "Set press.compression_ratio, or use MoERouterPress without a wrapper.",
+        )
+    if slides(attention.config, attention.layer_idx):
+        raise UnsupportedModelError(
+            f"model: layer {attention.layer_idx} has sliding-window attention, expected layers with full attention "
+            "inside this wrapper, which would evict from it. Use MoERouterPress without a wrapper."
+        )

@@ -1,0 +1,111 @@
+"""Session: what a press does and knows between the beginning and the end of a ``with press(model)`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvpress_moe.cache.masks import fit_masks_after_forward
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.model.hooks import bare_afterwards
+from kvpress_moe.model.projection_cache import ProjectionCache
+from kvpress_moe.press.exclusive_use import exclusive_use
+from kvpress_moe.press.input_checks import check_can_serve_padding, check_forward, forward_arguments
+from kvpress_moe.press.padding import rows_alone, text_starts
+from kvpress_moe.press.transaction import Transaction
+from kvpress_moe.routers.active import restore, snapshot
+
+
+class Session:
+    """
+    The hooks of one press on one model, and what it knows of the forward pass that is under way.
+
+    Outside of a block it is empty: then a wrapper of kvpress asks the press.
+
+    Attributes
+    ----------
+    projections : ProjectionCache
+        What the layer that is computed projected in its own forward.
+    text_starts : list of int or None
+        Where the text of each row begins in a prompt that is padded on the left.
+    """
+
+    def __init__(self) -> None:
+        self.projections = ProjectionCache()
+        self.text_starts: list[int] | None = None
+
+    def rows(self, call: LayerCall) -> list[LayerCall]:
+        """The call itself; of a padded batch each row's text, as a call of its own."""
+        return rows_alone(call, self.text_starts)
+
+    def clear(self) -> None:
+        """Forget the forward pass."""
+        self.projections.clear()
+        self.text_starts = None
+
+    @contextmanager
+    def open(self, press: Any, model: PreTrainedModel, compressing: AbstractContextManager[None]) -> Iterator[None]:
+        """
+        Compress what the model reads inside the block.
+
+        Parameters
+        ----------
+        press : MoERouterPress
+        model : PreTrainedModel
+        compressing : context manager
+            kvpress's own, which owns the hooks that compress.
+
+        Raises
+        ------
+        UnsupportedInputError
+            If this press or another MoERouterPress is in use on this model already.
+        """
+        transaction = Transaction(partial(checkpoint, press))
+        with ExitStack() as leave:  # undoes all that was done, whatever happens in between
+            leave.enter_context(exclusive_use(press, model))
+            leave.callback(self.clear)
+            leave.enter_context(bare_afterwards(model))
+            leave.enter_context(compressing)
+            before = partial(self._before_forward, press, transaction)
+            leave.callback(model.model.register_forward_pre_hook(before, with_kwargs=True).remove)
+            leave.callback(model.model.register_forward_hook(fit_masks_after_forward).remove)
+            leave.callback(model.model.register_forward_hook(transaction.end, always_call=True).remove)
+            leave.callback(transaction.close)
+            leave.enter_context(self.projections.watch(model))
+            yield
+
+    def _before_forward(
+        self, press: Any, transaction: Transaction, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse what would be compressed wrongly without a word, and note where the text of padded rows begins."""
+        arguments = forward_arguments(model, args, kwargs)
+        transaction.begin(arguments)
+        self.text_starts = None
+        if check_forward(model, arguments) and press.compression_ratio != 0:
+            self.text_starts = text_starts(arguments.get("attention_mask"), arguments.get("position_ids"))
+            if self.text_starts is not None:
+                check_can_serve_padding(arguments.get("past_key_values"), press._eager, press.track_misses)
+
+
+def checkpoint(press: Any, is_prompt: bool) -> Callable[[], None]:
+    """What takes back all that a press counts in the forward pass that begins now."""
+    if not (is_prompt or press.track_misses):
+        return lambda: None  # nothing is counted
+    routers, counted = press.routers, press._feedback.stats.snapshot()
+    feedback = [] if routers is None else snapshot(routers)
+
+    def take_back() -> None:
+        press._feedback.stats.restore(counted)
+        if routers is None:  # they had been dropped, and were built anew in this pass
+            press._routers = None
+        else:
+            restore(press.routers, feedback)
+        press._shared.clear()
+        press._session.projections.clear()
+
+    return take_back

@@ -1,0 +1,185 @@
+"""What each setting of the press takes, checked whenever it is set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, cast
+
+from kvpress_moe.errors import SettingError
+from kvpress_moe.routers import ROUTERS, Routers
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any, low: float, high: float, closed_high: bool = False) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return False
+    number = cast(float, value)
+    return low <= number <= high if closed_high else low <= number < high
+
+
+def _require(condition: bool, field: str, got: Any, expected: str, remedy: str) -> None:
+    if not condition:
+        raise SettingError(field, got, expected, remedy)
+
+
+def check_num_experts(value: Any) -> None:
+    right = value is None or (_is_whole(value) and value >= 1)
+    _require(
+        right, "num_experts", value, "a whole number, at least 1, or None", "None takes 4, or as many as `experts`."
+    )
+
+
+def check_top_k(value: Any) -> None:
+    right = value is None or (_is_whole(value) and value >= 1)
+    _require(
+        right, "top_k", value, "a whole number from 1 to num_experts, or None", "None takes 2, or the routers' own."
+    )
+
+
+def check_capacity_factor(value: Any) -> None:
+    _require(
+        _is_number(value, 1.0, math.inf),
+        "capacity_factor",
+        value,
+        "a finite number, at least 1",
+        "Below 1 the experts together have no room for every token.",
+    )
+
+
+def check_dropout(value: Any) -> None:
+    _require(_is_number(value, 0, 1), "dropout", value, "a number in [0, 1)", "The guide's default is 0.1.")
+
+
+def check_router_type(value: Any) -> None:
+    names = " or ".join(repr(name) for name in ROUTERS)
+    _require(isinstance(value, str) and value in ROUTERS, "router_type", value, names, "The default is 'pikv'.")
+
+
+def check_cache_aware(value: Any) -> None:
+    _require(isinstance(value, bool), "cache_aware", value, "True or False", "Only router_type='pikv' uses it.")
+
+
+def check_track_misses(value: Any) -> None:
+    _require(isinstance(value, bool), "track_misses", value, "True or False", "True keeps evicted keys on the CPU.")
+
+
+def check_budget(value: Any) -> None:
+    scopes = ("uniform", "layer", "global")
+    expected = " or ".join(map(repr, scopes))
+    _require(value is None or value in scopes, "budget", value, expected, "None decides by the routers.")
+
+
+def check_min_share(value: Any) -> None:
+    _require(_is_number(value, 0, 1, closed_high=True), "min_share", value, "a number in [0, 1]", "The default is 0.2.")
+
+
+def check_tracking(track_misses: bool, budget: str | None) -> None:
+    """Raise if misses are to be tracked in a ragged cache."""
+    _require(
+        not (track_misses and budget not in (None, "uniform")),
+        "track_misses",
+        track_misses,
+        "False with a budget that heads share",
+        "Use budget='uniform'.",
+    )
+
+
+def check_compression_ratio(value: Any) -> None:
+    _require(
+        value is None or _is_number(value, 0, 1),
+        "compression_ratio",
+        value,
+        "a number in [0, 1), the share of pairs to remove, or None",
+        "0.5 keeps half; None lets each expert's own keep fraction decide.",
+    )
+
+
+def check_aux_loss_weight(value: Any) -> None:
+    _require(
+        _is_number(value, 0, math.inf), "aux_loss_weight", value, "a finite number, at least 0", "The default is 0.01."
+    )
+
+
+def check_experts(value: Any) -> None:
+    _require(
+        value is None or isinstance(value, Iterable),
+        "experts",
+        value,
+        "a set's name, a list of experts or None",
+        "Put a single expert into a list.",
+    )
+
+
+def check_router(value: Any) -> None:
+    _require(
+        value is None or (isinstance(value, (str, Path)) and str(value) != "") or isinstance(value, Routers),
+        "router",
+        value,
+        "a directory, a hub id, a Routers object or None",
+        "None takes those that ship for the model, else untrained ones.",
+    )
+
+
+CHECKS: dict[str, Callable[[Any], None]] = {
+    "num_experts": check_num_experts,
+    "top_k": check_top_k,
+    "capacity_factor": check_capacity_factor,
+    "dropout": check_dropout,
+    "router_type": check_router_type,
+    "cache_aware": check_cache_aware,
+    "compression_ratio": check_compression_ratio,
+    "aux_loss_weight": check_aux_loss_weight,
+    "experts": check_experts,
+    "router": check_router,
+    "track_misses": check_track_misses,
+    "budget": check_budget,
+    "min_share": check_min_share,
+}
+
+
+def check_top_k_fits(top_k: int, num_experts: int) -> None:
+    """Raise if a token is to be judged by more experts than there are."""
+    _require(
+        top_k <= num_experts,
+        "top_k",
+        top_k,
+        f"at most num_experts = {num_experts}",
+        "Lower top_k first, or raise num_experts.",
+    )
+
+
+def check_number_of_experts(num_experts: int, n_named: int, given: bool) -> None:
+    """Raise if ``num_experts`` asks for experts that are not there, or disagrees with the list that was given."""
+    if given:
+        _require(
+            num_experts == n_named,
+            "num_experts",
+            num_experts,
+            f"the number of `experts` given, {n_named}",
+            "Leave num_experts out; the list decides.",
+        )
+    else:
+        _require(
+            num_experts <= n_named,
+            "num_experts",
+            num_experts,
+            f"at most the {n_named} experts of the guide's table",
+            "Name more with `experts=[...]`.",
+        )
+
+
+def check_strategies(strategies: Mapping[int, object], num_experts: int) -> None:
+    """Raise unless there is one strategy for each expert."""
+    _require(
+        set(strategies) == set(range(num_experts)),
+        "expert_strategies",
+        dict(strategies),
+        f"one entry for each of the {num_experts} experts, numbered from 0",
+        "Set num_experts first, or change single entries.",
+    )

@@ -1,0 +1,71 @@
+"""Eviction under a budget that heads share: layers wait until it is decided, then turn ragged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kvpress_moe.budget.cross_layer import Observation, SharedBudget
+from kvpress_moe.cache.masks import fit_masks
+from kvpress_moe.cache.ragged_layer import RaggedLayer
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.model.layers import first_to_compress, last_to_compress
+from kvpress_moe.press.input_checks import check_can_turn_ragged, check_still_there
+from kvpress_moe.press.padding import join_rows
+
+Decided = list[tuple[int, list[tuple[Tensor, Observation]]]]
+
+
+def evict_shared(
+    shared: SharedBudget,
+    call: LayerCall,
+    scores: Sequence[Tensor],
+    observed: Sequence[Observation],
+    n_kept: Sequence[int],
+    budget: str,
+    min_share: float,
+    inside_wrapper: bool,
+) -> Decided:
+    """
+    Let heads compete for the budget, and turn the layers whose pairs are decided into ragged ones.
+
+    Parameters
+    ----------
+    shared : SharedBudget
+        With the prompt's layers that wait already.
+    call : LayerCall
+    scores, observed, n_kept : sequence
+        One of each for the whole batch or, of a padded one, for each row.
+    budget : {"uniform", "layer", "global"}
+    min_share : float
+        Share of the mean that each head keeps at least.
+    inside_wrapper : bool
+        Whether a wrapper of kvpress asks, which stores layers of equal heads.
+
+    Returns
+    -------
+    list of (layer index, list of (kept, observation))
+        Of each layer that is decided the pairs (B, H, S) that stay, row by row; empty while all layers wait.
+
+    Raises
+    ------
+    SettingError, UnsupportedInputError
+        Where layers cannot turn ragged, or another press evicted pairs meanwhile.
+    """
+    check_can_turn_ragged(call.cache, call.layer_idx, inside_wrapper)
+    if first_to_compress(call.module):
+        shared.clear()
+    shared.add(call.layer_idx, list(zip(scores, observed, strict=True)))
+    if budget == "global" and not last_to_compress(call.module):
+        return []
+    decided = shared.decide(n_kept, 1.0 if budget == "uniform" else min_share)
+    cache: Any = call.cache
+    check_still_there(cache, dict.fromkeys(decided, call.k_len))
+    for layer_idx, parts in decided.items():
+        dense: Any = call if layer_idx == call.layer_idx else cache.layers[layer_idx]
+        kept = join_rows([kept for kept, _ in parts], call.k_len)
+        cache.layers[layer_idx] = RaggedLayer.from_dense(dense.keys, dense.values, kept)
+    fit_masks(cache, call.module.config)
+    return list(decided.items())

@@ -1,0 +1,35 @@
+"""Routing: which experts judge which pair of one layer call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from kvpress_moe.routers.base import BaseMoERouter
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """
+    What the press's ``route`` decides for a layer call; every later stage reads it, none changes it.
+
+    Attributes
+    ----------
+    router : BaseMoERouter
+        The layer's router.
+    weights : Tensor, shape (B, 1 or H, S, E)
+        Routing weights of the cached pairs, summing to 1 over E; per head only where a cache is compressed again.
+    active : tuple of int
+        Experts with a weight above zero somewhere; no other expert is computed.
+    """
+
+    router: BaseMoERouter
+    weights: Tensor
+    active: tuple[int, ...]
+
+    @cached_property
+    def routed(self) -> Tensor:
+        """Which expert judges which pair: bool, shape of ``weights``."""
+        return self.weights > 0
