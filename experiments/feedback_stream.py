@@ -1,7 +1,7 @@
 """
 What cache feedback adds on a stream whose kind changes half-way: prose, then key-value lists.
 
-    python experiments/feedback_stream.py                                   untrained routers, guide's and strong experts
+    python experiments/feedback_stream.py                                  untrained routers, guide's and strong experts
     python experiments/feedback_stream.py --router routers/top2 --samples 8
 
 One press with feedback and one without read the same prompts in the same order; what each keeps is asked the prompt's
@@ -29,7 +29,7 @@ STREAM = ("prose", "kv_list")
 
 def presses(router: str | None, ratio: float) -> dict[tuple[str, str], MoERouterPress]:
     """(what, "with" or "without" feedback) -> press."""
-    sets = {"guide's four experts": {"experts": "guide"}, "strong experts": {"experts": "strong"}}
+    sets = {"the eight built-in experts": {"experts": "guide"}, "strong experts": {"experts": "strong"}}
     settings = {"trained": {"router": router}} if router else {name: s for name, s in sets.items()}
     return {
         (name, mode): MoERouterPress(ratio, cache_aware=mode == "with", budget="uniform", **given)

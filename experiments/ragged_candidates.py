@@ -1,5 +1,5 @@
 """
-Other ways to compute ragged attention on a GPU, for ``experiments/ragged_cache.py`` to measure beside the package's own.
+Other ways to compute ragged attention on a GPU; ``experiments/ragged_cache.py`` measures them beside the package's own.
 
 Both let a library's kernel read the kept pairs where they lie, compute the few tokens that came since in plain PyTorch,
 and put the two together by their sums of exponentials. Whichever wins on a GPU belongs in the package, the others not.

@@ -1,7 +1,7 @@
 """
 kvpress-moe: a mixture-of-experts router press for NVIDIA's kvpress.
 
-Names are loaded when they are first used, so that importing the package costs nothing and patches nothing.
+Names are loaded when they are first used. So importing the package is fast, and it patches nothing.
 """
 
 from importlib import import_module

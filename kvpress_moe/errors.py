@@ -1,5 +1,5 @@
 """
-The package's errors; every one says the field or input, what it got, what it takes and the remedy.
+The package's errors. Every message names the field or input, the given value, what is accepted, and the remedy.
 
 KVPressMoEError
 ├── SettingError (ValueError)            a setting of the press or of a command
@@ -18,18 +18,18 @@ from typing import Any
 
 
 class KVPressMoEError(Exception):
-    """Root of all errors raised on purpose by this package."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class SettingError(KVPressMoEError, ValueError):
-    """A setting is wrong. Its text names the field, the value, the accepted values and the remedy."""
+    """A setting is wrong. The message names the field, the value, the accepted values and the remedy."""
 
     def __init__(self, field: str, got: object, expected: str, remedy: str):
         super().__init__(f"{field}: got {got!r}, expected {expected}. {remedy}")
         self._arguments = (field, got, expected, remedy)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments  # process pools send errors home
+        return type(self), self._arguments  # for pickle: process pools send errors back
 
 
 class UnsupportedModelError(KVPressMoEError, ValueError):
@@ -49,7 +49,7 @@ class ExpertError(KVPressMoEError, RuntimeError):
 
 
 class BusyError(KVPressMoEError, RuntimeError):
-    """The explorer's model works on one text at a time."""
+    """The explorer's model is busy. It works on one text at a time."""
 
 
 class NotFiniteError(KVPressMoEError, ArithmeticError):
@@ -57,4 +57,4 @@ class NotFiniteError(KVPressMoEError, ArithmeticError):
 
 
 class WriteError(KVPressMoEError, OSError):
-    """A file could not be written, for want of room or permission. What was there before is intact."""
+    """A file could not be written, because space or permission is missing. What was there before is intact."""

@@ -1,4 +1,4 @@
-"""Files that anybody may have written: JSON of bounded size, tensors that are looked at before they are used."""
+"""Safe reading and writing of files. Anybody may have written a file, so sizes and shapes are checked before use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvpress_moe.errors import WriteError
 
-# Parsed, JSON takes up to thirty times its size, and an entry of a safetensors header several times its own.
+# In memory, parsed JSON takes up to thirty times its size. A parsed safetensors header takes several times its size.
 MAX_JSON = 2**20  # bytes of one JSON text
 MAX_HEADER = 2**22  # bytes of the header of a safetensors file
 
@@ -25,12 +25,12 @@ _FLOATS = {"F16", "BF16", "F32", "F64"}
 
 def parse_json(text: str) -> Any:
     """
-    What a JSON text says.
+    Parse a JSON text of bounded size.
 
     Raises
     ------
     ValueError
-        If it is no JSON, too long, or nested too deeply.
+        If it is not JSON, too long, or nested too deeply.
     """
     if len(text) > MAX_JSON:
         raise ValueError(f"JSON of {len(text)} characters, expected at most {MAX_JSON}")
@@ -41,30 +41,30 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a file of JSON says; raises OSError and ValueError as :func:`parse_json`."""
+    """Parse a JSON file. Raises OSError if there is no such file, and ValueError like :func:`parse_json`."""
     check_is_file(path)
     with path.open("rb") as file:
         return parse_json(file.read(MAX_JSON + 1).decode())
 
 
 def check_is_file(path: Path) -> None:
-    """Raise OSError unless a path is a file: reading a pipe would wait for ever."""
+    """Raise OSError unless a path is a regular file. Reading from a pipe could wait for ever."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file")
 
 
 def is_whole(value: Any, low: int = 0) -> bool:
-    """Whether something parsed is a whole number, at least ``low``, of a size that lengths have."""
+    """Whether a parsed value is a whole number from ``low`` to ``2**31 - 1``."""
     return type(value) is int and low <= value < 2**31
 
 
 def is_number(value: Any) -> bool:
-    """Whether something parsed is a number that a float holds; NaN and infinities are none."""
+    """Whether a parsed value is a number that a float can hold. NaN and infinity are not accepted."""
     return type(value) in (int, float) and abs(value) <= 1e300
 
 
 def is_text(value: Any) -> bool:
-    """Whether something parsed is a text that can be written again: JSON may hold halves of characters."""
+    """Whether a parsed value is a text that can be encoded. JSON may contain one half of a surrogate pair."""
     if not isinstance(value, str):
         return False
     try:
@@ -77,14 +77,14 @@ def is_text(value: Any) -> bool:
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """
-    A safetensors file, open for reading.
+    Open a safetensors file for reading.
 
     Raises
     ------
     OSError
-        If there is none.
+        If there is no such file.
     ValueError
-        If its header is too long, or safetensors has anything against it while it is open.
+        If its header is too long, or if safetensors reports an error while the file is open.
     """
     check_is_file(path)
     with path.open("rb") as file:
@@ -100,19 +100,19 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 def read_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
     """
-    Shapes of all tensors in an open file, which are not read.
+    Shapes of all tensors in an open file. The tensors themselves are not read.
 
     Raises
     ------
     ValueError
-        If there are none, or they are not all of the same floating-point dtype.
+        If there are no tensors, if they do not all have the same floating-point dtype, or if a shape is too large.
     """
     shapes, dtypes = {}, set()
     for name in tensors.keys():  # noqa: SIM118 (no mapping)
         found = tensors.get_slice(name)
         shapes[name] = tuple(found.get_shape())
         dtypes.add(found.get_dtype())
-        if math.prod(max(1, size) for size in shapes[name]) >= 2**48:  # without numbers it could be of any size
+        if math.prod(max(1, size) for size in shapes[name]) >= 2**48:  # a size of 0 would hide the others
             raise ValueError(f"tensor {name[:80]!r} declares shape {shapes[name]}")
     if len(dtypes) != 1 or not dtypes <= _FLOATS:
         raise ValueError(f"tensors of dtypes {sorted(dtypes)}, expected one of {', '.join(sorted(_FLOATS))} for all")
@@ -120,21 +120,21 @@ def read_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError for the first name that is missing, not expected, or of another shape."""
+    """Raise ValueError for the first tensor that is missing, not expected, or of another shape."""
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ValueError(f"tensor {name[:80]!r} has shape {found.get(name)}, expected {expected.get(name)}")
 
 
 def check_tensor_finite(tensor: Tensor, name: str) -> None:
-    """Raise ValueError if a tensor holds NaN or infinities; nothing of its size is allocated."""
+    """Raise ValueError if a tensor contains NaN or infinity. No memory of the tensor's size is allocated."""
     if tensor.numel() and not all(math.isfinite(end.item()) for end in tensor.aminmax()):
         raise ValueError(f"{name} holds NaN or infinite numbers")
 
 
 def fill(module: nn.Module, tensors: Any, may_be_nan: str = "hit_rate") -> None:
     """
-    Copy the tensors of an open file into a module, one after the other.
+    Copy the tensors of an open file into a module, one by one.
 
     Parameters
     ----------
@@ -142,12 +142,12 @@ def fill(module: nn.Module, tensors: Any, may_be_nan: str = "hit_rate") -> None:
     tensors
         From :func:`open_tensors`.
     may_be_nan : str, default="hit_rate"
-        Buffers of this name say NaN where nothing is known.
+        Name of the buffers that may contain NaN, which means that a value is unknown.
 
     Raises
     ------
     ValueError
-        If names or shapes are others than the module's, or numbers are not finite in the module's dtype.
+        If names or shapes differ from the module's, or if numbers are not finite in the module's dtype.
     """
     state = module.state_dict()
     check_shapes(read_shapes(tensors), {name: tuple(own.shape) for name, own in state.items()})
@@ -158,18 +158,18 @@ def fill(module: nn.Module, tensors: Any, may_be_nan: str = "hit_rate") -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: a reader never sees half a file."""
+    """Let ``write`` fill a temporary file next to ``path``, then rename it. A reader never sees half a file."""
     write_together({path: write})
 
 
 def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
     """
-    Write files that belong together: none of them is replaced before all of them have been written.
+    Write files that belong together. No file is replaced before all of them have been written.
 
     Raises
     ------
     WriteError
-        For want of room or permission; the files that were there before are intact, the temporary ones are gone.
+        If space or permission is missing. The earlier files are intact, and the temporary files are removed.
     """
     temporaries: dict[Path, Path] = {}
     path = next(iter(writes))
@@ -179,7 +179,7 @@ def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
             temporaries[path] = Path(name)
             os.close(descriptor)
             write(temporaries[path])
-            os.chmod(name, 0o644)  # mkstemp's are for their owner alone
+            os.chmod(name, 0o644)  # only the owner can read what mkstemp creates
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     except BaseException as error:

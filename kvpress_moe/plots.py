@@ -1,8 +1,9 @@
 """
-Plots for notebooks and papers: statistics, caches, records or a training log in, a matplotlib ``Figure`` out.
+Plots for notebooks and papers.
 
-Nothing is shown and pyplot is left alone: a notebook displays the figure that a cell ends with,
-``figure.savefig("usage.pdf")`` writes it. Needs matplotlib (``pip install kvpress-moe[plots]``).
+The functions take statistics, caches, records or a training log, and return a matplotlib ``Figure``. They open no
+window and do not use pyplot. A notebook displays the figure if it is the last value of a cell.
+``figure.savefig("usage.pdf")`` writes it to a file. Needs matplotlib (``pip install kvpress-moe[plots]``).
 """
 
 try:

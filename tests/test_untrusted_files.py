@@ -215,7 +215,7 @@ def not_a_number(header, tensors, body):
         lambda header, *_: header["layers"][0].update(kind="quantised"),
         lambda header, *_: header.update(n_tokens=-1),
         lambda header, *_: header.update(fingerprint=[]),
-        lambda header, *_: header.update(config=["rm"]),
+        lambda header, *_: header.update(recipe=["rm"]),
     ],
 )
 def test_a_forged_cache_with_the_right_digest_is_refused(targets, change):

@@ -35,7 +35,7 @@ def select_in_own_prefill(
     recent: int,
     min_share: float = 0.2,
 ) -> None:
-    """Add to ``selections`` what the methods keep that need a prefill of their own; arguments as in ``select_pairs``."""
+    """Add what the methods keep that need a prefill of their own; arguments as in ``select_pairs``."""
     input_ids = prompt.context.to(model.device)
     replay: tuple[list[Tensor], float] | None = None
     for name, ratio in cells:

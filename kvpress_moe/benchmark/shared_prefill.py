@@ -147,7 +147,8 @@ def allocate(scores: Sequence[Tensor], ratio: float, budget: str, min_share: flo
     Which pairs stay, by layer, under a budget: scores (H, S) per layer -> masks (H, S).
 
     "uniform" is ``ScorerPress.compress``'s own selection, which leaves open what becomes of equal scores, or, for
-    ``ours``, :func:`kvpress_moe.budget.eviction.best`; "layer" and "global" are :func:`kvpress_moe.budget.allocation.share`.
+    ``ours``, :func:`kvpress_moe.budget.eviction.best`. "layer" and "global" are
+    :func:`kvpress_moe.budget.allocation.share`.
     """
     n_kept = compute_n_kept(scores[0].shape[-1], ratio)
     if budget == "uniform" and ours:

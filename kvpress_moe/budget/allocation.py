@@ -1,4 +1,4 @@
-"""How many KV pairs stay, and who shares them."""
+"""How many KV pairs stay, and how heads share a budget."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from kvpress_moe.budget.eviction import best
 
 def mixed_keep_fraction(usage: Sequence[int], keep_fractions: Sequence[float]) -> float:
     """
-    What the experts keep when their own fractions decide: ``sum_e usage_share_e * keep_fraction_e``.
+    Share of the pairs that stays if the experts' own fractions decide: ``sum_e usage_share_e * keep_fraction_e``.
 
     Parameters
     ----------
     usage : sequence of E ints
-        Tokens routed to each expert; only their shares matter.
+        Tokens routed to each expert. Only their shares matter.
     keep_fractions : sequence of E floats
-        Each expert's own fraction, in [0, 1].
+        Own keep fraction of each expert, in [0, 1].
     """
     return sum(count * keep for count, keep in zip(usage, keep_fractions, strict=True)) / sum(usage)
 
 
 def pairs_kept(k_len: int, keep_fraction: float) -> int:
     """
-    Pairs kept of ``k_len`` at ``keep_fraction``: at least 1, at most all.
+    Number of pairs that stay of ``k_len`` at ``keep_fraction``: at least 1, at most all.
 
-    The same truncation as :func:`kvpress.utils.compute_n_kept`, for a fraction that is kept instead of removed.
+    The number is truncated as in :func:`kvpress.utils.compute_n_kept`, but here the fraction is kept, not removed.
     """
     return max(1, min(k_len, int(k_len * keep_fraction)))
 
 
 def share(scores: Float[Tensor, "B U S"], n_kept: int, min_share: float) -> Bool[Tensor, "B U S"]:
     """
-    Let units (heads of a layer, or of all layers) compete for one budget.
+    Let units (heads of one layer, or of all layers) compete for one budget.
 
     Parameters
     ----------
     scores : Tensor, shape (B, U, S)
-        Comparable between units; higher = keep.
+        Scores that can be compared between units; higher = keep.
     n_kept : int
-        Mean number of pairs a unit keeps: each row of the batch keeps exactly ``U * n_kept``.
+        Mean number of pairs that a unit keeps. Each row of the batch keeps exactly ``U * n_kept`` pairs.
     min_share : float
-        Every unit keeps its best ``max(1, int(n_kept * min_share))`` pairs whatever the others score, as the safeguard
-        of Ada-KV (arXiv 2407.11550).
+        Every unit keeps at least its best ``max(1, int(n_kept * min_share))`` pairs, whatever the other units score.
+        This is the safeguard of Ada-KV (arXiv 2407.11550).
 
     Returns
     -------
     Tensor, shape (B, U, S), bool
-        The pairs that stay; of equal scores those of the first unit, then those that come first.
+        The pairs that stay. Of equal scores, the first unit's come first, and then the earlier positions.
     """
     floor = max(1, int(n_kept * min_share))
-    scores = scores.float().clamp(max=torch.finfo(torch.float32).max)  # infinity is for the floor
+    scores = scores.float().clamp(max=torch.finfo(torch.float32).max)  # infinity marks the floor
     scores.masked_fill_(best(scores, floor), torch.inf)
     return best(scores.flatten(1), scores.shape[1] * n_kept).view_as(scores)

@@ -1,4 +1,4 @@
-"""SharedBudget: scores of layers that wait for each other, because all of them share one budget."""
+"""SharedBudget: collects the scores of layers that share one budget, until the budget can be decided."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kvpress_moe.budget.allocation import share
 @dataclass
 class Observation:
     """
-    What is needed of a layer to count what its eviction cost, once that is decided.
+    What is needed of a layer to count the cost of its eviction, once the eviction is decided.
 
     Attributes
     ----------
     routed : Tensor, shape (B, 1 or H, S, E), bool
         Which expert judged which pair.
     mass : Tensor, shape (B, H, S), float32
-        Attention of the latest queries.
+        Attention of the latest queries to each pair.
     """
 
     routed: Tensor
@@ -33,8 +33,8 @@ class SharedBudget:
     """
     Collects the scores (B, H, S) of a prompt's layers, then decides for all of them at once.
 
-    Each layer's come as a list: of one tensor for the whole batch, or, where the batch is padded, of one for each row's
-    text. Rows never compete with each other.
+    The scores of a layer come as a list: one tensor for the whole batch, or one tensor for each row of a padded batch.
+    Rows never compete with each other.
     """
 
     def __init__(self) -> None:
@@ -44,19 +44,21 @@ class SharedBudget:
         return {"_waiting": {}}
 
     def clear(self) -> None:
-        """Forget layers of a prompt that was never read to its end."""
+        """Forget the layers of a prompt whose forward pass did not end."""
         self._waiting.clear()
 
     def add(self, layer_idx: int, parts: list[tuple[Tensor, Observation]]) -> None:
-        """Let a layer wait: the scores of each part of the batch, and what was observed of it."""
+        """Let a layer wait. Each part of the batch has its scores, and what was observed."""
         self._waiting[layer_idx] = parts
 
     def decide(self, n_kept: Sequence[int], min_share: float) -> dict[int, list[tuple[Tensor, Observation]]]:
         """
-        The pairs (B, H, S) that stay in each waiting layer, part by part; ``n_kept`` of the part per head on average,
-        exact in total.
+        The pairs (B, H, S) that stay in each waiting layer, part by part.
 
-        Memory: two float32 copies of all scores and one int64, H · S per layer, on the device of the first layer.
+        A head keeps ``n_kept`` of its part on average, and the total is exact.
+
+        Memory: two float32 copies and one int64 copy of all scores (H · S numbers per layer), on the device of the
+        first layer.
         """
         decided: dict[int, list[tuple[Tensor, Observation]]] = {layer_idx: [] for layer_idx in self._waiting}
         for n_kept_of_part, *layers in zip(n_kept, *self._waiting.values(), strict=True):

@@ -1,4 +1,4 @@
-"""Scores and a budget -> which pairs stay; keys and values -> smaller keys and values."""
+"""Eviction: which pairs stay, by scores and a budget; and the smaller keys and values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 def best(scores: Float[Tensor, "*units S"], n_kept: int) -> Bool[Tensor, "*units S"]:
     """
-    True at the ``n_kept`` best of each row; of equal ones those that come first.
+    True at the ``n_kept`` best scores of each row. Of equal scores, those that come first.
 
-    ``topk`` leaves open which of equal scores it takes, and takes others on other devices; its values are certain.
+    ``topk`` does not say which of equal scores it takes, and this differs between devices. So only its values are used.
 
     Parameters
     ----------
     scores : Tensor, shape (…, S)
-        Without NaN.
+        Scores without NaN.
     n_kept : int
-        1 to S.
+        Number from 1 to S.
     """
     least = scores.topk(n_kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     mask, tied = scores > least, scores == least
@@ -32,14 +32,14 @@ def select(scores: Float[Tensor, "B H S"], n_kept: int) -> Int[Tensor, "B H K"]:
     """
     Indices of the :func:`best` pairs of each head, in their original order.
 
-    kvpress leaves them in score order, which breaks presses that read positions from the cache index when a cache is
-    compressed again.
+    kvpress leaves them in the order of their scores. Some presses read positions from the cache index. They break when
+    such a cache is compressed again.
     """
     return best(scores, n_kept).nonzero()[:, -1].view(*scores.shape[:-1], n_kept)
 
 
 def evict(states: Float[Tensor, "B H S D"], indices: Int[Tensor, "B H K"]) -> Float[Tensor, "B H K D"]:
-    """Keep only the pairs at ``indices``, in fresh memory."""
+    """Keep only the pairs at ``indices``, in new memory."""
     return states.gather(2, indices[..., None].expand(-1, -1, -1, states.shape[-1]))
 
 

@@ -1,4 +1,4 @@
-"""Caches after eviction: masks that fit shortened layers, and heads of different lengths, whose memory is freed."""
+"""Caches after eviction: masks that fit shortened layers, and ragged layers, whose heads have different lengths."""
 
 from kvpress_moe.cache.attention_dispatch import use_ragged_attention as use_ragged_attention
 from kvpress_moe.cache.kept_pairs import kept_pairs as kept_pairs

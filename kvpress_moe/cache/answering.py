@@ -1,4 +1,4 @@
-"""Questions to a cache that has read a text already."""
+"""Answers to questions about a text that is already in a cache."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def answer_each(
     on_answer: Callable[[], Any] = lambda: None,
 ) -> list[str]:
     """
-    Greedy answers to each question alone; the cache is as before afterwards.
+    Answer each question alone, by greedy decoding. Afterwards the cache is as before.
 
     Parameters
     ----------
     pipeline : KVPressTextGenerationPipeline
-        Of the model that filled the cache.
+        Pipeline of the model that filled the cache.
     cache : DynamicCache
-        Compressed or not.
+        The cache of the text, compressed or not.
     questions_ids : sequence of Tensor, shape (1, Q)
-        As the pipeline's ``preprocess`` gives them.
+        Token ids as the pipeline's ``preprocess`` returns them.
     n_context : int
-        Tokens of the text before it was compressed.
+        Number of tokens of the text before it was compressed.
     max_new_tokens : int
     on_answer : callable, optional
         Called without arguments after each answer, for a progress bar.

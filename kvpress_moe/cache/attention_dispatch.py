@@ -1,4 +1,4 @@
-"""Attention over a RaggedLayer, reached through transformers' attention interface."""
+"""Attention over a RaggedLayer, connected to transformers' attention interface."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _in_use: RaggedAttention = torch_attention
 
 def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
     """
-    Choose what computes attention over ragged layers, in all threads, from now on.
+    Choose the function that computes attention over ragged layers, in all threads, from now on.
 
     Parameters
     ----------
     attention : {"torch", "triton"} or callable
-        ``"torch"``, the default: plain PyTorch on any device. ``"triton"``: two kernels for CUDA devices, see
-        :mod:`kvpress_moe.cache.triton_backend`; in float32 and float16 they pass their tests in Triton's interpreter, in
-        these and bfloat16 they compile for compute capabilities 8.0 to 9.0, but they have not run on a GPU, which is
-        why they are not the default. Or a function of your own, of the form of
-        :func:`kvpress_moe.cache.torch_backend.torch_attention`. Nothing falls back to another: what a choice cannot
-        serve is an error, at the first token that meets a ragged layer.
+        ``"torch"``, the default, is plain PyTorch on any device. ``"triton"`` is two kernels for CUDA devices, see
+        :mod:`kvpress_moe.cache.triton_backend`. In float32 and float16 the kernels pass their tests in Triton's
+        interpreter. In these types and in bfloat16 they compile for compute capabilities 8.0 to 9.0. But they have not
+        run on a GPU, so they are not the default. A callable is a function of your own, with the signature of
+        :func:`kvpress_moe.cache.torch_backend.torch_attention`. There is no fallback: if the chosen function cannot
+        serve an input, it raises an error at the first token that meets a ragged layer.
 
     Returns
     -------
     callable
-        What was in use before; pass it to come back.
+        The function that was in use before. Pass it to this function to return to it.
 
     Raises
     ------
@@ -65,9 +65,10 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
 
 def register_ragged_attention() -> None:
     """
-    Let every registered attention function recognise ragged layers; what is not ragged goes where it went before.
+    Let every registered attention function recognise ragged layers. For other layers nothing changes.
 
-    Idempotent. Eager attention is not registered with transformers and cannot be reached: on a ragged layer it fails.
+    Calling this again has no effect. Eager attention is not registered with transformers, so it cannot be changed. On a
+    ragged layer it fails.
     """
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
         if not hasattr(function, "without_ragged"):
@@ -75,7 +76,7 @@ def register_ragged_attention() -> None:
 
 
 def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function that sends keys of a RaggedLayer to the function in use."""
+    """Wrap an attention function, so that keys of a RaggedLayer go to the ragged attention in use."""
 
     @wraps(function)
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which pairs a press left: a compressed cache compared with the full one."""
+"""Which pairs a press kept: a compressed cache is compared with the full one."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from kvpress_moe.errors import UnsupportedInputError
 
 def kept_pairs(full: Cache, compressed: Cache) -> dict[int, Tensor]:
     """
-    Where in the prompt the pairs of a compressed cache stood, found by comparing keys to the bit.
+    Where in the prompt the pairs of a compressed cache were. Keys are compared bit by bit.
 
-    Neither cache says which positions it holds, but eviction copies keys as they are, and no two keys of a head are
-    alike once rotary embedding has turned them.
+    Neither cache says which positions it holds. But eviction copies keys unchanged, and rotary embedding makes all keys
+    of a head different.
 
     Parameters
     ----------
     full, compressed : Cache
-        Of the same prompt, before tokens were generated: :attr:`kvpress_moe.cache.prefill.Prefill.cache` and what
-        :meth:`kvpress_moe.cache.prefill.Prefill.compress` returns. Tokens that a ragged layer has read since do no harm.
-        Pairs that a press of kvpress only masks (AdaKVPress and others) are still in the cache, and count as kept;
-        see :meth:`kvpress_moe.cache.RaggedCache.from_masked`.
+        Caches of the same prompt, before tokens were generated. For example the attribute ``cache`` of
+        :class:`kvpress_moe.cache.prefill.Prefill`, and what its method ``compress`` returns. Tokens that a ragged layer
+        got later do no harm. Pairs that a press of kvpress only masks (AdaKVPress and others) are still in the cache
+        and count as kept; see :meth:`kvpress_moe.cache.RaggedCache.from_masked`.
 
     Returns
     -------
     dict of int -> Tensor (B, H, S), bool
-        By layer; layers that the cache knows to slide are left out, since no press compresses them.
+        By layer. Layers that the cache knows as sliding are left out, because no press compresses them.
 
     Raises
     ------
     UnsupportedInputError
-        If the caches are not of the same prompt, if keys were changed (KeyRerotationPress), or if a head of the full
+        If the caches are not from the same prompt, if keys were changed (KeyRerotationPress), or if a head of the full
         cache holds the same key twice.
     """
     if len(full.layers) != len(compressed.layers):

@@ -1,4 +1,4 @@
-"""Find keys again: which of a layer's pairs a press returned, told by a hash of each key's bits."""
+"""Finds keys again. A hash of each key's bits tells which of a layer's pairs a press returned."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def hash_keys(keys: Float[Tensor, "B H S D"]) -> Int[Tensor, "B H S"]:
     """
-    A 64-bit hash of the bits of each key; exact, in any order of summation.
+    A 64-bit hash of the bits of each key. It does not depend on the order of summation.
 
-    Two tokens' keys differ by their rotary position, so equal hashes mean the same pair.
+    The keys of two tokens differ because of their rotary positions, so equal hashes mean the same pair.
     """
     bits = keys.contiguous().view(_BITS[keys.element_size()]).to(torch.int64)
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(2**62, (keys.shape[-1],), generator=generator).to(keys.device) * 2 + 1
-    return (bits * odd).sum(-1)  # wraps around, which is exact
+    return (bits * odd).sum(-1)  # integers wrap around, so the sum has no rounding
 
 
 class KeyIndex:
@@ -36,7 +36,7 @@ class KeyIndex:
         self._hashes, self._positions = hash_keys(keys).sort(dim=-1)  # (B, H, S)
 
     def find(self, wanted: Float[Tensor, "B H K D"]) -> Int[Tensor, "B H K"] | None:
-        """Positions of keys among those of their head; None if any of them is not there."""
+        """Positions of the wanted keys among the keys of their head. None if any of them is not there."""
         hashes = hash_keys(wanted)
         found = torch.searchsorted(self._hashes, hashes.contiguous()).clamp(max=self._hashes.shape[-1] - 1)
         if not torch.equal(self._hashes.gather(-1, found), hashes):
@@ -44,5 +44,5 @@ class KeyIndex:
         return self._positions.gather(-1, found)
 
     def repeats(self) -> Bool[Tensor, "B H"]:
-        """Which heads hold the same key twice; positions of such keys cannot be told."""
+        """Which heads hold the same key twice. The positions of such keys cannot be told apart."""
         return (self._hashes[..., 1:] == self._hashes[..., :-1]).any(-1)

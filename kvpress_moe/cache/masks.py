@@ -1,4 +1,4 @@
-"""Cache layers that give transformers the right masks after layers were shortened."""
+"""Cache layers that give transformers the right masks after an eviction has shortened them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from kvpress_moe.model.layers import slides
 
 class ShortenedLayer(DynamicLayer):
     """
-    A DynamicLayer after eviction: new tokens come after everything that is cached, whatever their positions say.
+    A DynamicLayer after eviction. New tokens come after all cached pairs, whatever their positions are.
 
-    transformers compares cache indices with ``cache_position`` to build causal masks. Where that counts the tokens
-    read (``generate``, Gemma 3 with its layers of different lengths) and the cache holds fewer, the tokens of a
-    question would see each other's future.
+    transformers compares cache indices with ``cache_position`` to build causal masks. In ``generate``, and in Gemma 3
+    with its layers of different lengths, ``cache_position`` counts all tokens of the prompt, but the cache holds fewer.
+    Then the tokens of a question would see later tokens of the question.
     """
 
     def get_mask_sizes(self, cache_position: torch.Tensor) -> tuple[int, int]:
-        """Length of keys, and the offset that puts the first new token right behind the cached ones."""
+        """Number of keys, and the offset that puts the first new token directly after the cached ones."""
         cached = self.get_seq_length()
         return cached + cache_position.shape[0], int(cache_position[0]) - cached
 
@@ -30,8 +30,8 @@ class WholeSlidingLayer(DynamicLayer):
     """
     A DynamicLayer that holds a whole prompt for a layer with sliding-window attention.
 
-    A cache made without the model's configuration does not know which layers slide; transformers then takes one mask,
-    sized by layer 0, for all.
+    A cache that was made without the model's configuration does not know which layers slide. transformers then uses one
+    mask for all layers, with the size of layer 0.
     """
 
     is_sliding = True
@@ -39,9 +39,9 @@ class WholeSlidingLayer(DynamicLayer):
 
 def fit_masks(cache: Cache, config: Any) -> None:
     """
-    Turn plain DynamicLayers, in place, into layers whose masks fit; leave other kinds of layers alone.
+    Change plain DynamicLayers, in place, into layers with the right masks. Other kinds of layers stay as they are.
 
-    In place, because kvpress's hook holds the layer object and fills it after ``compress``.
+    It is done in place because kvpress's hook holds the layer object and fills it after ``compress``.
     """
     for layer_idx, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
@@ -49,7 +49,7 @@ def fit_masks(cache: Cache, config: Any) -> None:
 
 
 def fit_masks_after_forward(model: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of the model below its head: layers that came after the last compressed one fit too."""
+    """Forward hook of the model without its head. It also covers the layers after the last compressed layer."""
     cache = getattr(output, "past_key_values", None)
     if cache is not None and any(isinstance(layer, ShortenedLayer) for layer in cache.layers):
         fit_masks(cache, model.config.get_text_config(decoder=True))

@@ -1,4 +1,4 @@
-"""One prefill, many caches: a prompt is read once, and every press compresses a copy of what it left."""
+"""One prefill, many caches: a prompt is prefilled once, and every press compresses a copy of its cache."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kvpress_moe.model.layers import Attention, language_model
 
 class Prefill:
     """
-    The state that a prompt leaves behind, with what presses need to judge it.
+    The full cache of a prompt, with everything that presses need to compress it.
 
-    A press acts after a layer's attention, so its choice does not change what the layers above compute: compressing a
-    recorded prefill gives exactly the cache that the press would have left had it been hooked in.
+    A press acts after a layer's attention, so its choice does not change what the layers above compute. So compressing
+    a recorded prefill gives exactly the cache that the press would have left in a prefill of its own.
 
     Parameters
     ----------
@@ -53,10 +53,10 @@ class Prefill:
 
     def compress(self, press: BasePress | None) -> DynamicCache:
         """
-        A cache of its own for one method: compressed by ``press``, or a full copy for ``None``.
+        A new cache: compressed by ``press``, or a full copy for ``None``.
 
-        For presses that shrink layers in ``compress`` (every ``ScorerPress``); not for those that only mask keys or
-        change the prefill.
+        This is for presses that shrink layers in ``compress`` (every ``ScorerPress``). It does not work for presses
+        that only mask keys or that change the prefill.
         """
         cache = DynamicCache([(layer.keys, layer.values) for layer in self.cache.layers])  # copies
         if press is not None:

@@ -20,21 +20,21 @@ class RaggedCache(DynamicCache):
     """
     A cache with ragged layers.
 
-    Under ``MoERouterPress(budget="layer")`` or ``"global"`` the layers of the DynamicCache in use turn ragged by
-    themselves; this class is for making one from other caches.
+    With ``MoERouterPress(budget="layer")`` or ``"global"`` the layers of the DynamicCache in use become ragged by
+    themselves. This class makes ragged caches from other caches.
     """
 
     @classmethod
     def from_kept(cls, cache: Cache, kept: Callable[[int], Tensor | None]) -> RaggedCache:
         """
-        Copy a cache, keeping some pairs.
+        Copy a cache, and keep only some of its pairs.
 
         Parameters
         ----------
         cache : Cache
-            With dense layers.
+            A cache with dense layers.
         kept : callable
-            Layer index -> bool (B, H, S), or None for a layer to be copied whole (sliding windows).
+            Layer index -> bool (B, H, S). None means that the whole layer is copied (sliding windows).
         """
         ragged = cls()
         layers: list[Any] = cache.layers
@@ -54,15 +54,15 @@ class RaggedCache(DynamicCache):
     @classmethod
     def from_masked(cls, model: PreTrainedModel, cache: Cache) -> RaggedCache:
         """
-        Free what a kvpress press masked (AdaKVPress, CriticalAdaKVPress, DMSPress, KVzipPress, …).
+        Free the memory of pairs that a kvpress press masked (AdaKVPress, CriticalAdaKVPress, DMSPress, KVzipPress, …).
 
-        Layers with sliding-window attention stay as they are, whatever was masked there: ragged attention knows no
-        windows.
+        Layers with sliding-window attention stay as they are, whatever was masked there, because ragged attention does
+        not support windows.
 
         Parameters
         ----------
         model : PreTrainedModel
-            Whose attention layers hold ``masked_key_indices``; they are taken off, since they index the full cache.
+            Its attention layers hold ``masked_key_indices``. These are removed, because they index the full cache.
         cache : Cache
             The cache that was masked.
         """

@@ -1,4 +1,4 @@
-"""RaggedLayer: a cache layer whose heads keep different numbers of pairs, so that bytes in memory are kept pairs."""
+"""RaggedLayer: a cache layer whose heads keep different numbers of pairs. Evicted pairs take no memory."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from kvpress_moe.cache.attention_dispatch import register_ragged_attention
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.errors import UnsupportedInputError
 
-# B = batch, H = KV heads, S = tokens of the prompt, T = tokens since, D = head dim, N = kept pairs in all
+# B = batch, H = KV heads, S = tokens of the prompt, T = later tokens, D = head dim, N = kept pairs of all heads
 
 
 class RaggedLayer(RaggedPairs, CacheLayerMixin):
     """
     One layer whose heads keep different numbers of pairs.
 
-    The prompt's pairs lie in one flat tensor of keys and one of values, shape (N, D), row by row and head by head;
-    tokens that came since are dense, shape (B, H, T, D), because no head evicts them. ``get_seq_length`` counts the
-    tokens read, not the pairs kept, so that positions go on rightly.
+    The prompt's pairs are in one flat tensor of keys and one of values, shape (N, D), row by row and head by head.
+    Later tokens are dense, shape (B, H, T, D), because no head evicts them. ``get_seq_length`` counts all tokens that
+    were processed, not the pairs that were kept, so that positions continue correctly.
 
-    Attention over it is computed by :mod:`kvpress_moe.cache.attention_dispatch`; ``update`` hands transformers a
-    placeholder on the meta device, on which any other attention fails loudly.
+    :mod:`kvpress_moe.cache.attention_dispatch` computes attention over it. ``update`` gives transformers a placeholder
+    on the meta device. Any other attention function raises an error on it.
 
     Parameters
     ----------
     flat_keys, flat_values : Tensor, shape (N, D)
     lengths : list of lists of int
-        Pairs of each head, (B, H); they sum to N.
+        Number of pairs of each head, (B, H). The sum is N.
     n_read : int
-        Tokens that the pairs were chosen from.
+        Number of tokens that the pairs were chosen from.
     """
 
     is_sliding = False
@@ -48,7 +48,7 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
 
     @classmethod
     def from_dense(cls, keys: Tensor, values: Tensor, kept: Tensor) -> RaggedLayer:
-        """Of keys and values (B, H, S, D), the pairs marked in ``kept`` (B, H, S), in fresh memory."""
+        """From keys and values (B, H, S, D): the pairs marked in ``kept`` (B, H, S), in new memory."""
         return cls(keys[kept], values[kept], kept.sum(-1).tolist(), keys.shape[2])
 
     # ── what kvpress's pipeline does to a layer ──
@@ -74,7 +74,7 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Append tokens to all heads; returns a placeholder that only ragged attention can read."""
+        """Append tokens to all heads. Returns a placeholder that only ragged attention can use."""
         self.new_keys = torch.cat((self.new_keys, key_states), dim=2)
         self.new_values = torch.cat((self.new_values, value_states), dim=2)
         placeholder = torch.empty(*key_states.shape[:2], self.get_seq_length(), key_states.shape[3], device="meta")
@@ -82,11 +82,11 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
         return placeholder, placeholder
 
     def get_seq_length(self) -> int:
-        """Tokens read, kept or not."""
+        """Number of tokens that were processed, whether their pairs were kept or not."""
         return self.n_read + self.new_keys.shape[2]
 
     def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
-        """A mask over the new tokens alone; ragged attention builds its own."""
+        """Sizes of a mask over the new tokens only. Ragged attention builds its own mask."""
         return cache_position.shape[0], int(cache_position[0])
 
     def get_max_cache_shape(self) -> int:
@@ -94,12 +94,12 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
 
     def crop(self, max_length: int) -> None:
         """
-        Forget the newest tokens until ``max_length`` are left (or, if negative, forget so many).
+        Forget the newest tokens until ``max_length`` tokens are left. If it is negative, forget that many tokens.
 
         Raises
         ------
         UnsupportedInputError
-            If that would cut into the prompt, whose pairs no longer say which positions are missing.
+            If this would cut into the prompt. Its pairs do not say which positions are missing.
         """
         max_length = self.get_seq_length() + max_length if max_length < 0 else max_length
         if max_length < self.n_read:
@@ -126,20 +126,20 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the batch in another order, possibly repeated: beam search."""
+        """Put the rows of the batch in another order, possibly with repeats. Used by beam search."""
         self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows of the batch."""
+        """Keep only these rows of the batch."""
         self._select(torch.arange(len(self.lengths))[indices.cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row of the batch ``repeats`` times."""
+        """Repeat every row of the batch ``repeats`` times."""
         self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
 
 class _Sliceable:
-    """What ``layer.keys`` is: kvpress's pipeline takes an answer back by slicing it and storing the slice."""
+    """What ``layer.keys`` returns. To remove an answer, kvpress's pipeline slices it and stores the slice."""
 
     def __init__(self, layer: RaggedLayer):
         self.layer = layer

@@ -1,4 +1,4 @@
-"""RaggedPairs: keys and values of heads of different lengths, stored flat, and what is derived from their lengths."""
+"""RaggedPairs: keys and values of heads of different lengths in flat tensors, and tables made from the lengths."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from kvpress_moe.cache.tiling import Tiling
 
-# B = batch, H = KV heads, S = tokens of the prompt, T = tokens since, D = head dim, N = kept pairs in all
+# B = batch, H = KV heads, S = tokens of the prompt, T = later tokens, D = head dim, N = kept pairs of all heads
 
 
 class RaggedPairs:
     """
-    The pairs of one layer: what attention over it reads.
+    The pairs of one layer, as attention uses them.
 
-    The prompt's pairs lie in one flat tensor of keys and one of values, row by row and head by head. Tokens that came
-    since are dense, because no head evicts them.
+    The prompt's pairs are in one flat tensor of keys and one of values, row by row and head by head. Later tokens are
+    dense, because no head evicts them.
 
     Attributes
     ----------
     flat_keys, flat_values : Tensor, shape (N, D)
     lengths : list of lists of int
-        Pairs of each head, (B, H); they sum to N.
+        Number of pairs of each head, (B, H). The sum is N.
     new_keys, new_values : Tensor, shape (B, H, T, D)
     """
 
@@ -44,15 +44,15 @@ class RaggedPairs:
         self.new_values = flat_values.new_empty(*empty, flat_values.shape[-1])
 
     def heads(self) -> list[list[tuple[Tensor, Tensor]]]:
-        """Keys and values of the prompt's kept pairs by row and head, each (pairs, D), as views."""
+        """Keys and values of the prompt's kept pairs, by row and head: views of shape (pairs, D)."""
         flat_lengths = [length for heads in self.lengths for length in heads]
         pairs = list(zip(self.flat_keys.split(flat_lengths), self.flat_values.split(flat_lengths), strict=True))
         n_heads = len(self.lengths[0])
         return [pairs[row * n_heads : (row + 1) * n_heads] for row in range(len(self.lengths))]
 
     def runs(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (R, pairs, D) of each run of R neighbouring heads of equal length, in order, as views."""
-        if self._runs is None:  # a Python loop that every decoding step would repeat
+        """For each run of R neighbouring heads of equal length, in order: views (R, pairs, D) of keys and values."""
+        if self._runs is None:  # stored, because each decoding step needs it and the loop is slow
             lengths = [(length, len(list(run))) for length, run in groupby(chain.from_iterable(self.lengths))]
             flat_lengths = [length * n_heads for length, n_heads in lengths]
             keys, values = self.flat_keys.split(flat_lengths), self.flat_values.split(flat_lengths)
@@ -70,12 +70,12 @@ class RaggedPairs:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys and values of the prompt's pairs (N, D), and of the tokens since (B, H, T, D)."""
+        """Keys and values of the prompt's pairs (N, D), and of the later tokens (B, H, T, D)."""
         return self.flat_keys, self.flat_values, self.new_keys, self.new_values
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values; tables made from the lengths (12 bytes for 128 pairs or more) are not counted."""
+        """Bytes of keys and values. Tables made from the lengths (12 bytes for 128 pairs or more) are not counted."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def _select(self, rows: list[int]) -> None:

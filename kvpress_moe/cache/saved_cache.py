@@ -1,4 +1,4 @@
-"""Compressed caches on disk: compress once, ask for ever."""
+"""Compressed caches on disk: a text is compressed once, and questions can be asked later."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from kvpress_moe.model.fingerprint import check_fingerprint, check_form, fingerp
 from kvpress_moe.model.layers import Attention, language_model
 
 FORMAT = "kvpress-moe cache 1"
-_MIN_COSINE = 0.9999  # pairs of a fine-tune or of a 4-bit copy are other pairs
+_MIN_COSINE = 0.9999  # a fine-tune or a 4-bit copy of the model would compute other pairs
 _DENSE = {"dense": DynamicLayer, "shortened": ShortenedLayer, "sliding": WholeSlidingLayer}
 _TENSORS = {
     "ragged": ("flat_keys", "flat_values", "new_keys", "new_values"),
@@ -44,18 +44,18 @@ _TENSORS = {
 @dataclass(frozen=True)
 class SavedCache:
     """
-    A cache that was read from a file.
+    A cache that was loaded from a file.
 
     Attributes
     ----------
     cache : DynamicCache
-        Ready for questions.
+        The cache, ready for questions.
     n_tokens : int
-        Tokens that were read; the position of the next one.
+        Number of tokens of the prompt. It is also the position of the next token.
     token_hash : str
-        SHA-256 of the token ids, to tell whether a text is the one in the cache.
+        SHA-256 of the token ids. It tells whether a text is the one in the cache.
     recipe : str
-        ``repr`` of the press.
+        Config of the press: its ``repr``.
     """
 
     cache: DynamicCache
@@ -65,7 +65,7 @@ class SavedCache:
 
 
 def hash_tokens(input_ids: Tensor) -> str:
-    """SHA-256 of token ids (B, S), independent of their integer type."""
+    """SHA-256 of token ids (B, S). It does not depend on their integer type."""
     return hashlib.sha256(json.dumps(input_ids.tolist()).encode()).hexdigest()
 
 
@@ -79,18 +79,21 @@ def save_cache(
     ----------
     path : path
     cache : DynamicCache
-        With ragged or dense layers.
+        A cache with ragged or dense layers.
     model : PreTrainedModel
-        That made it; the file is for this model only.
+        The model that made the cache. The file is for this model only.
     input_ids : Tensor, shape (B, S)
-        Tokens that were read.
+        Tokens of the prompt.
     press : optional
-        That compressed it; its ``repr`` is kept as the recipe.
+        The press that compressed the cache. Its ``repr`` is stored as the config.
 
     Raises
     ------
     UnsupportedInputError
-        For layers that cannot be stored (quantised, windows of their own), or batches of thousands of rows.
+        If layers cannot be stored (quantised layers, sliding windows of transformers), or if the batch has thousands
+        of rows.
+    WriteError
+        If the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     layers = []
@@ -129,12 +132,12 @@ def save_cache(
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
     """
-    Read a cache onto the device of ``model``.
+    Load a cache onto the device of ``model``.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, truncated, altered, of another model, or does not fit the model.
+        If the file is missing, truncated, changed, made for another model, or does not fit the model.
     """
     path = Path(path)
     config = model.config.get_text_config(decoder=True)
@@ -176,7 +179,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
 
 
 def _check_layer(facts: dict[str, Any], tensors: dict[str, Tensor], per_pair: tuple[int, int]) -> int:
-    """A layer's batch size; raises ValueError unless its tensors have the shapes that its facts and the model want."""
+    """A layer's batch size. Raises ValueError unless its tensors have the shapes that its facts and the model need."""
     n_heads, head_dim = per_pair
     n_batch, _, n_dense, _ = next(reversed(tensors.values())).shape  # values or new_values, dense in all kinds
     if not n_batch or not (n_dense or facts["kind"] == "ragged"):
@@ -184,7 +187,7 @@ def _check_layer(facts: dict[str, Any], tensors: dict[str, Tensor], per_pair: tu
     expected: dict[str, tuple[int, ...]] = dict.fromkeys(tensors, (n_batch, n_heads, n_dense, head_dim))
     if facts["kind"] == "ragged":
         lengths, n_read = facts["lengths"], facts["n_read"]
-        # a tensor without numbers may declare any batch: compared with what is there, not counted up to
+        # an empty tensor may declare any batch size, so n_batch is compared with the lengths and never used in a loop
         if len(lengths) != n_batch or {len(heads) for heads in lengths} != {n_heads} or not is_whole(n_read):
             raise ValueError("lengths or n_read of other heads")
         if not all(is_whole(length) and length <= n_read for heads in lengths for length in heads):
@@ -197,7 +200,7 @@ def _check_layer(facts: dict[str, Any], tensors: dict[str, Tensor], per_pair: tu
 
 
 def _restore(facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> Any:
-    # Copies: what lies in the file is only mapped, and would change, or be gone, with the file.
+    # Copies: the tensors of the file are only mapped into memory. They would change or disappear with the file.
     own = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
     if facts["kind"] == "ragged":
         ragged = RaggedLayer(own["flat_keys"], own["flat_values"], facts["lengths"], facts["n_read"])
@@ -220,7 +223,7 @@ def _first_attention(model: PreTrainedModel) -> Attention:
 
 
 def _digest(header: str, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of header and tensors, bytes, shapes and all."""
+    """SHA-256 of the header and of the tensors: names, types, shapes and bytes."""
     digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

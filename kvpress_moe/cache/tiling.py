@@ -1,4 +1,4 @@
-"""Heads of different lengths cut into tiles of equal work, for kernels that give each program one tile."""
+"""Tiling: heads of different lengths are cut into tiles of equal work, for kernels with one tile per program."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Tiling:
     """
-    Where the tiles of a layer's kept pairs lie.
+    Where the tiles of a layer's kept pairs are.
 
     Attributes
     ----------
     tiles : Tensor, shape (n_tiles, 3), int32
-        Head of a row (row · H + head), first pair, the pair after the last.
+        For each tile: the head (row · H + head), its first pair, and the pair after its last.
     first_tiles : Tensor, shape (B·H + 1,), int32
-        Each head's first tile; the last entry counts them all.
+        Index of each head's first tile. The last entry is the number of all tiles.
     """
 
     tiles: Tensor
@@ -27,7 +27,7 @@ class Tiling:
 
     @classmethod
     def of(cls, lengths: list[list[int]], tile_size: int, device: torch.device) -> Tiling:
-        """Cut heads (B, H) of these numbers of pairs into tiles of at most ``tile_size``."""
+        """Cut heads (B, H) with these numbers of pairs into tiles of at most ``tile_size`` pairs."""
         tiles, first_tiles, end = [], [0], 0
         for head, length in enumerate(chain.from_iterable(lengths)):
             start, end = end, end + length

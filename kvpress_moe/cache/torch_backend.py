@@ -8,25 +8,25 @@ from torch import Tensor
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.model.attention import apply_softcap
 
-LOGITS_AT_ONCE = 2**19  # what a run of heads may hold in memory; longer runs are cut
+LOGITS_AT_ONCE = 2**19  # limit of the logits in memory; runs of heads with more are cut
 
 
 def torch_attention(query: Tensor, layer: RaggedPairs, scaling: float, cap: float | None = None) -> Tensor:
     """
-    Attention of the newest tokens over a ragged layer: each sees all kept pairs and what came since, up to itself.
+    Attention of the newest tokens over a ragged layer. Each sees all kept pairs, and the later tokens up to itself.
 
-    Neighbouring heads of one length are computed together, on views of the flat tensors: no padding and no copy of the
-    kept pairs.
+    Neighbouring heads of equal length are computed together, on views of the flat tensors. So kept pairs are neither
+    padded nor copied.
 
     Parameters
     ----------
     query : Tensor, shape (B, num_heads, Q, D)
         Queries of the layer's newest Q tokens.
     layer : RaggedPairs
-        With those tokens appended.
+        The layer. These tokens are already appended to it.
     scaling : float
     cap : float, optional
-        Bound of the logits, see :func:`kvpress_moe.model.attention.bend`.
+        Soft cap of the logits, see :func:`kvpress_moe.model.attention.apply_softcap`.
 
     Returns
     -------
@@ -42,7 +42,7 @@ def torch_attention(query: Tensor, layer: RaggedPairs, scaling: float, cap: floa
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, *layer.tensors))
     if (
         new_logits[..., 0].numel() * (longest + new_logits.shape[2]) <= LOGITS_AT_ONCE and not differentiable
-    ):  # it writes in place
+    ):  # attend_padded writes in place, which a gradient does not allow
         output = attend_padded(grouped, new_logits, new_values, keys, values, parts[0], longest, cap)
     else:
         runs = zip(*parts, keys, values, strict=True)
@@ -52,14 +52,14 @@ def torch_attention(query: Tensor, layer: RaggedPairs, scaling: float, cap: floa
 
 def newest_logits(query: Tensor, layer: RaggedPairs, scaling: float, cap: float | None) -> tuple[Tensor, Tensor]:
     """
-    Queries by KV head, and their logits over the T tokens that came since the prompt, which no head evicts.
+    Queries by KV head, and their logits over the T tokens after the prompt, which no head evicts.
 
     Returns
     -------
     grouped : Tensor, shape (B·H, G·Q, D)
-        Scaled.
+        Scaled queries.
     logits : Tensor, shape (B·H, G·Q, T), float32
-        Minus infinity where a token came after the query.
+        Minus infinity where a token comes after the query.
     """
     q_len, n_new = query.shape[2], layer.new_keys.shape[2]
     grouped = query.unflatten(1, (layer.new_keys.shape[1], -1)).flatten(2, 3) * scaling  # (B, H, G·Q, D)
@@ -74,12 +74,12 @@ def attend(
     queries: Tensor, new_logits: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, cap: float | None
 ) -> Tensor:
     """
-    Attention of one run of R heads of equal length n, a few at a time if their logits are many.
+    Attention of one run of R heads of equal length n. If there are many logits, a few heads are computed at a time.
 
     Parameters
     ----------
     queries : Tensor, shape (R, G·Q, D)
-        Scaled.
+        Scaled queries.
     new_logits : Tensor, shape (R, G·Q, T), float32
     new_values : Tensor, shape (R, T, D)
     keys, values : Tensor, shape (R, n, D)
@@ -111,9 +111,9 @@ def attend_padded(
     cap: float | None,
 ) -> Tensor:
     """
-    The same for all heads (B·H, …) at once, with two operations for each run: only logits are padded, never pairs.
+    The same for all heads (B·H, …) at once, with two operations for each run. Only logits are padded, never pairs.
 
-    For few queries, where starting an operation costs more than what it computes.
+    This is for few queries, where starting an operation takes longer than its computation.
     """
     logits = grouped.new_full((*new_logits.shape[:2], longest), -torch.inf)
     sizes = [len(run) for run in keys]

@@ -1,9 +1,10 @@
 """
-Attention over a RaggedLayer by two Triton kernels, for CUDA devices: heads cut into tiles of equal work, tiles merged.
+Attention over a RaggedLayer by two Triton kernels, for CUDA devices.
 
-Split-KV decoding (Flash-Decoding, Dao et al. 2023; softmax over parts as in FlashAttention, arXiv 2205.14135) for heads
-of different lengths: one of 9,000 pairs becomes 36 tiles of 256 beside another's two, so that no program waits for the
-longest head. The kept pairs are read where they lie, unpadded and uncopied.
+The first kernel computes tiles of equal work, the second merges the tiles of each head. This is split-KV decoding
+(Flash-Decoding, Dao et al. 2023; softmax over parts as in FlashAttention, arXiv 2205.14135) for heads of different
+lengths. For example, a head of 9,000 pairs becomes 36 tiles of 256 pairs, and a head of 500 pairs becomes two. So no
+program waits for the longest head. The kept pairs are neither padded nor copied.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.cache.triton_kernels import attend_tiles, merge_tiles
 from kvpress_moe.errors import UnsupportedInputError
 
-SMALLEST_TILE = 128  # pairs; a program that reads fewer costs more to start than it computes
-PROGRAMS = 512  # tiles to aim for: about four for each multiprocessor of a large GPU
-BLOCK_BYTES = 2**14  # of a block of keys; a block of values and what is loaded ahead come to about four times that
+SMALLEST_TILE = 128  # pairs; a program with fewer takes longer to start than to compute
+PROGRAMS = 512  # wanted number of tiles: about four for each multiprocessor of a large GPU
+BLOCK_BYTES = 2**14  # a block of keys; with the block of values and what is loaded ahead, about four times that
 
 
 def tile_size_for(n_pairs: int, longest: int, row_blocks: int) -> int:
     """
-    Pairs of a tile, a power of two: so many that about ``PROGRAMS`` programs share the work.
+    Number of pairs of a tile, a power of two. It is chosen so that about ``PROGRAMS`` programs share the work.
 
     Parameters
     ----------
     n_pairs : int
-        Kept and new ones, of all heads.
+        Number of kept and new pairs, of all heads.
     longest : int
-        Largest number of kept pairs of a head, or the number of new tokens, whichever is more.
+        Largest number of kept pairs of a head, or the number of new tokens if that is larger.
     row_blocks : int
-        Blocks of a head's queries.
+        Number of blocks of a head's queries.
     """
     wanted = -(-n_pairs * row_blocks // PROGRAMS)
     size: int = max(SMALLEST_TILE, min(triton.next_power_of_2(wanted), triton.next_power_of_2(longest)))
@@ -42,9 +43,9 @@ def tile_size_for(n_pairs: int, longest: int, row_blocks: int) -> int:
 
 def blocks_for(n_rows: int, head_dim: int, element_size: int) -> tuple[int, int, int]:
     """
-    Dimensions, queries and pairs of a block: powers of two, at least the 16 that tensor cores take.
+    Number of dimensions, queries and pairs of a block. They are powers of two, at least 16, which tensor cores need.
 
-    float32 is computed without tensor cores, from registers, which larger blocks would spill.
+    float32 is computed without tensor cores, in registers. Larger blocks would not fit into the registers.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
     most = 16 if element_size == 4 else min(64, max(16, BLOCK_BYTES // (block_d * element_size)))
@@ -52,7 +53,7 @@ def blocks_for(n_rows: int, head_dim: int, element_size: int) -> tuple[int, int,
 
 
 def check(query: Tensor, layer: RaggedPairs) -> None:
-    """Raise UnsupportedInputError for what the kernels cannot serve."""
+    """Raise UnsupportedInputError for inputs that the kernels cannot serve."""
     interpreted = isinstance(attend_tiles, InterpretedFunction)
     served = (torch.float16, torch.float32) if interpreted else (torch.float16, torch.bfloat16, torch.float32)
     remedy = "Call"
@@ -81,17 +82,17 @@ def check(query: Tensor, layer: RaggedPairs) -> None:
 
 def triton_attention(query: Tensor, layer: RaggedPairs, scaling: float, cap: float | None = None) -> Tensor:
     """
-    What :func:`kvpress_moe.cache.torch_backend.torch_attention` computes, in two kernels.
+    Computes what :func:`kvpress_moe.cache.torch_backend.torch_attention` computes, in two kernels.
 
-    Deterministic: no atomic operation. Besides the output it holds float32 parts: one of D numbers for each tile of a
-    head and each of its G·Q queries. A long question has few tiles, two or so a head: at 32k tokens, 32 heads of 128
-    and 8 KV heads that is a gigabyte for the layer that is computed.
+    The result is deterministic, because no atomic operation is used. Besides the output, memory holds float32 partial
+    results: D numbers for each tile of a head and each of the head's G·Q queries. A long question has few tiles, about
+    two per head. At 32k tokens, 32 heads of 128 dimensions and 8 KV heads this takes a gigabyte for the current layer.
 
     Raises
     ------
     UnsupportedInputError
-        For a device that is not CUDA (compute capability 8.0 or higher), another dtype than float16, bfloat16 and
-        float32 or two of them, heads of more than 256 dimensions, or anything that requires a gradient.
+        For a device that is not CUDA (compute capability 8.0 or higher), for dtypes other than float16, bfloat16 and
+        float32, for mixed dtypes, for heads of more than 256 dimensions, or if anything requires a gradient.
     """
     check(query, layer)
     query = query if query.stride(-1) == 1 else query.contiguous()
@@ -111,7 +112,7 @@ def triton_attention(query: Tensor, layer: RaggedPairs, scaling: float, cap: flo
     output = query.new_empty(n_batch, q_len, num_heads, head_dim)
     strides = (*query.stride()[:3], *layer.new_keys.stride()[:3], *layer.new_values.stride()[:3])
     shape = {"N_HEADS": n_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
-    with torch.cuda.device_of(query):  # Triton launches on the current device, whatever the tensors' is
+    with torch.cuda.device_of(query):  # Triton launches on the current device, even if the tensors are on another
         attend_tiles[(n_all, row_blocks)](
             query,
             *layer.tensors,

@@ -3,17 +3,17 @@
 import triton
 import triton.language as tl
 
-# B = batch, H = KV heads, G = query heads that share one, Q = queries, T = tokens since, N = kept pairs, D = head dim
+# B = batch, H = KV heads, G = query heads per KV head, Q = queries, T = later tokens, N = kept pairs, D = head dim
 
 
-@triton.jit(do_not_specialize=["n_tiles", "new_tiles_per_head", "n_new"])  # they change; one kernel serves them all
+@triton.jit(do_not_specialize=["n_tiles", "new_tiles_per_head", "n_new"])  # one compiled kernel serves all values
 def attend_tiles(
     query,  # (B, H·G, Q, D)
     flat_keys,  # (N, D)
     flat_values,
     new_keys,  # (B, H, T, D)
     new_values,
-    tiles,  # (n_tiles, 3): head of a row, first pair, the pair after the last
+    tiles,  # (n_tiles, 3): head (row · H + head), first pair, the pair after the last
     partial,  # (all tiles, G·Q, D), float32
     weights,  # (all tiles, G·Q), float32: log2 of the tile's sum of exponentials
     n_tiles,
@@ -40,7 +40,7 @@ def attend_tiles(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):
-    """One tile of one head's pairs, seen by a block of its G·Q queries. Tiles of new tokens follow those kept."""
+    """Attention of a block of a head's G·Q queries over one tile of its pairs. Tiles of new tokens come last."""
     tile = tl.program_id(0)
     n_rows = GROUP * q_len
     rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -57,15 +57,15 @@ def attend_tiles(
         keys = new_keys + row * key_row + kv_head * key_head
         values = new_values + row * value_row + kv_head * value_head
         key_stride, value_stride = key_token, value_token
-        last_seen = n_new - q_len + rows % q_len  # a query sees what came up to itself
-        end = tl.minimum(end, tl.max(tl.where(rows < n_rows, last_seen, 0), 0) + 1)  # and nobody of the block more
+        last_seen = n_new - q_len + rows % q_len  # a query sees tokens up to itself
+        end = tl.minimum(end, tl.max(tl.where(rows < n_rows, last_seen, 0), 0) + 1)  # no query of the block sees more
     else:
         head = tl.load(tiles + 3 * tile)
         start = tl.load(tiles + 3 * tile + 1)
         end = tl.load(tiles + 3 * tile + 2)
         keys, values = flat_keys, flat_values
         key_stride, value_stride = HEAD_DIM, HEAD_DIM
-        last_seen = tl.full((BLOCK_ROWS,), 2147483647, tl.int32)  # all of the prompt
+        last_seen = tl.full((BLOCK_ROWS,), 2147483647, tl.int32)  # a query sees the whole prompt
 
     query_heads = (head % N_HEADS) * GROUP + rows // q_len
     at = (

@@ -1,4 +1,4 @@
-"""kvpress-moe: one file a subcommand; torch is imported inside the commands, so that --help is quick."""
+"""The command kvpress-moe: one file per subcommand. torch is imported inside the commands, so --help is fast."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def options(
 
 
 def main() -> None:
-    """Entry point: errors that this package raises on purpose become one line and exit status 2."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the commands have progress bars of their own
+    """Entry point. An error that this package raises on purpose is printed as one line; the exit status is then 2."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the commands have their own progress bars
     try:
         app()
     except KVPressMoEError as error:

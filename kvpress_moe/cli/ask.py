@@ -1,4 +1,4 @@
-"""kvpress-moe ask: one text, one prefill, the answers that each cache gives; or the answers of a cache on disk."""
+"""kvpress-moe ask: prefill one text once and answer questions from each cache, or answer from a cache file."""
 
 from __future__ import annotations
 
@@ -40,24 +40,28 @@ kvpress-moe ask --cache book.kv "Who signed?"
 
 def ask(
     text: Annotated[
-        str | None, typer.Argument(help="A text file, or - for standard input; a built-in text. Not with --cache.")
+        str | None,
+        typer.Argument(
+            help="A text file, or - for standard input. Default: a built-in text. With --cache, this is a question."
+        ),
     ] = None,
     questions: Annotated[list[str] | None, typer.Argument(help="One or more questions about the text.")] = None,
     ratio: Ratio = 0.5,
     experts: Experts = None,
     budget: Budget = None,
     router: Router = None,
-    cache: Annotated[str | None, typer.Option(help="Ask a cache that `compress` wrote instead of a text.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Answer from a cache file that `compress` wrote.")] = None,
     model: Model = None,
     device: Device = "cpu",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
     layers: Annotated[bool, typer.Option("--layers", help="Show the experts layer by layer.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line that holds all figures.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line at the end.")] = False,
 ) -> None:
     """
-    Ask about a text with the full cache, with the router's cache, and with each expert's alone at the same budget.
+    Answer questions about a text from the full cache, the router's cache, and the cache of each expert alone.
 
-    The text is prefilled once; every method compresses a copy of that cache before it sees the question.
+    The text is prefilled once. Every method compresses a copy of that cache, with the same budget, before it sees the
+    question.
     """
     from rich.console import Console
 
@@ -85,12 +89,12 @@ def ask(
     if as_json:
         from kvpress_moe.benchmark.records import rounded
 
-        result = rounded(result, digits=None)  # unknown is null
+        result = rounded(result, digits=None)  # NaN becomes null
         print(json.dumps(result, separators=(",", ":"), allow_nan=False, default=str))
 
 
 def require_questions(questions: list[str]) -> None:
-    """Raise if there is nothing to ask."""
+    """Raise SettingError if there is no question."""
     if not any(question.strip() for question in questions):
         raise SettingError("QUESTION", None, "at least one question about the text", "Add it as the last argument.")
 
@@ -105,13 +109,13 @@ def run(
     step: Any,
 ) -> dict[str, Any]:
     """
-    Prefill a text once and ask every cache; all figures as plain data.
+    Prefill a text once and answer the questions from every cache. Returns all figures as plain data.
 
     Parameters
     ----------
     context, questions : str, list of str
     settings : dict
-        Of the press; ``router`` goes to the mixture alone, all else to the single experts too.
+        Settings of the press. The single experts get the same settings, except ``router``.
     step : callable
         ``step(description, total, advance)`` reports progress.
     """
@@ -125,9 +129,9 @@ def run(
     press = MoERouterPress(**settings)
     step("loading the model", total=1)
     model, tokenizer = load_model(model_name, device)
-    press.post_init_from_model(model)  # trained routers may bring experts of their own
+    press.post_init_from_model(model)  # trained routers may bring their own experts
     names = list(press.expert_strategies.values())
-    alone = [name for name in names if name != "learned"]  # a part of its router
+    alone = [name for name in names if name != "learned"]  # it is a part of its router
     singles = [MoERouterPress(**{**settings, "router": None, "experts": [name]}) for name in alone]
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     tokens = pipeline.preprocess(context, questions, "", sys.maxsize)
@@ -179,7 +183,7 @@ def run(
 def run_cache(
     path: str, questions: list[str], model_name: str | None, device: str, max_new_tokens: int, step: Any
 ) -> dict[str, Any]:
-    """Ask a cache on disk; all figures as plain data."""
+    """Answer questions from a cache file. Returns all figures as plain data."""
     step("importing", total=1)
     from kvpress.pipeline import KVPressTextGenerationPipeline
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def show_answers(result: dict[str, Any], console: Any) -> None:
-    """Print the answers of a cache on disk."""
+    """Print the answers from a cache file."""
     from rich.table import Table
     from rich.text import Text
 
@@ -25,13 +25,13 @@ def show_answers(result: dict[str, Any], console: Any) -> None:
 
 
 def show(result: dict[str, Any], layers: bool, console: Any) -> None:
-    """Print the result: a line about the run, the answers, and what the experts did."""
+    """Print the result: one line about the run, the answers, and what the experts did."""
     from rich.table import Table
     from rich.text import Text
 
     full = result["methods"][0]
     n_pressed, n_layers = len(result["expert_usage_ratios"]), result["num_hidden_layers"]
-    of_layers = f"of {n_pressed} of {n_layers} layers " if n_pressed < n_layers else ""  # the others slide
+    of_layers = f"of {n_pressed} of {n_layers} layers " if n_pressed < n_layers else ""  # rest: sliding window
     console.print(
         f"[bold]{result['context_tokens']}[/] tokens, prefilled once in [bold]{result['prefill_seconds']:.1f} s[/] on "
         f"{result['device']}; {result['compression_ratio']:.0%} of the pairs {of_layers}removed, cache "
@@ -59,7 +59,7 @@ def show(result: dict[str, Any], layers: bool, console: Any) -> None:
 
 
 def show_experts(result: dict[str, Any], layers: bool, console: Any) -> None:
-    """Print which experts judged the tokens: a row an expert, or with ``layers`` a row a layer."""
+    """Print which experts scored the tokens: one row per expert, or with ``layers`` one row per layer."""
     from rich.table import Table
 
     names, ratios, rates = result["experts"], result["expert_usage_ratios"], result["cache_hit_rates"]

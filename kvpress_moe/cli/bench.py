@@ -1,4 +1,4 @@
-"""kvpress-moe bench: every method at every ratio on the same prefills; records that survive a kill."""
+"""kvpress-moe bench: compare every method at every ratio on the same prefills. Records survive a killed run."""
 
 from __future__ import annotations
 
@@ -27,38 +27,43 @@ kvpress-moe bench speed
 
 def bench(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Directory of the records; a run that was interrupted goes on.")] = Path(
+    out: Annotated[Path, typer.Option(help="Directory of the records. An interrupted run continues.")] = Path(
         "runs/bench"
     ),
     model: Model = None,
     device: Device = "cpu",
-    methods: Annotated[str | None, typer.Option(help="Names separated by commas; all that are not slow.")] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="One more: a name, or [name=]module:Class(argument=1). Repeatable.")
+    methods: Annotated[
+        str | None, typer.Option(help="Names, separated by commas. Default: all but the slow ones.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Names separated by commas; all.")] = None,
-    ratios: Annotated[str, typer.Option(help="Shares of the KV pairs to remove.")] = "0.5,0.75,0.9",
-    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="One more method: a name, or [name=]module:Class(argument=1). Can be repeated."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Names, separated by commas. Default: all.")] = None,
+    ratios: Annotated[
+        str, typer.Option(help="Shares of the KV pairs to remove, separated by commas.")
+    ] = "0.5,0.75,0.9",
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens, separated by commas.")] = "1024",
     limit: Annotated[int, typer.Option(help="Samples per task and length.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    split: Annotated[str, typer.Option(help="train, tune or test: they share no text and no names.")] = "test",
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    split: Annotated[str, typer.Option(help="train, tune or test. They share no text and no names.")] = "test",
     setting: Annotated[
-        str, typer.Option(help="agnostic (compressed before the question is seen) or aware.")
+        str, typer.Option(help="agnostic: compress before the question is known; aware: with the question.")
     ] = "agnostic",
-    sinks: Annotated[int, typer.Option(help="First tokens that every scorer has to keep.")] = 4,
-    recent: Annotated[int, typer.Option(help="Last tokens that every scorer has to keep.")] = 16,
-    min_share: Annotated[float, typer.Option(help="Of the mean that a head keeps at least, in shared budgets.")] = 0.2,
+    sinks: Annotated[int, typer.Option(help="Number of first tokens that every scorer must keep.")] = 4,
+    recent: Annotated[int, typer.Option(help="Number of last tokens that every scorer must keep.")] = 16,
+    min_share: Annotated[float, typer.Option(help="Every head keeps at least this share of the mean budget.")] = 0.2,
     hub: Annotated[
-        str | None, typer.Option(help="Samples of this data set (hub id or directory, kvpress's schema) instead.")
+        str | None, typer.Option(help="Take the samples from this data set (hub id or directory, kvpress's schema).")
     ] = None,
     ray: Annotated[
-        str | None, typer.Option(help="Spread samples over a Ray cluster: its address, auto, or local.")
+        str | None, typer.Option(help="Evaluate samples on a Ray cluster: its address, auto, or local.")
     ] = None,
     compare_naive: Annotated[
         bool,
         typer.Option(
             "--compare-naive",
-            help="Time up to 5 samples against one prefill per press and ratio; no records.",
+            help="Only compare times with one prefill per press and ratio: up to 5 samples, no records.",
         ),
     ] = False,
     list_all: Annotated[bool, typer.Option("--list", help="Show methods and tasks.")] = False,
@@ -66,8 +71,8 @@ def bench(
     """
     Compare every method at every ratio: one prefill per sample, records as JSON lines.
 
-    Each line of the records holds a sample's task score, NLL, KL to the full cache, attention hit rate, pairs, bytes
-    and seconds for all methods. Only the missing ones are evaluated when a run goes on.
+    Each line of the records holds, for one sample and all methods: task score, NLL, KL to the full cache, attention
+    hit rate, pairs, bytes and seconds. A run that continues evaluates only what is missing.
     """
     if context.invoked_subcommand is not None:
         return
@@ -123,7 +128,7 @@ def default_names() -> tuple[str, ...]:
 
 
 def show_all(console: Any) -> None:
-    """Print methods and tasks."""
+    """Print all methods and tasks."""
     from kvpress_moe.benchmark.methods import SLOW, registered
     from kvpress_moe.benchmark.tasks import TASKS
 

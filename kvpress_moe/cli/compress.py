@@ -1,4 +1,4 @@
-"""kvpress-moe compress: read a text once, keep its compressed cache in a file."""
+"""kvpress-moe compress: prefill a text once and write its compressed cache to a file."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def compress(
     router: Router = None,
     model: Model = None,
     device: Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line that holds all figures.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line at the end.")] = False,
 ) -> None:
-    """Compress a text's cache once, and keep it: `ask --cache` then needs no prefill."""
+    """Compress the cache of a text and write it to a file. `ask --cache` then needs no prefill."""
     context = read_context(text)
     if not out.parent.is_dir() or out.is_dir():
         raise SettingError("out", str(out), "a file in a directory that exists", "Make the directory first.")
@@ -86,8 +86,8 @@ def compress(
         "file_mib": out.stat().st_size / 2**20,
     }
     typer.echo(
-        f"{result['context_tokens']} tokens read in {prefill_seconds:.1f} s; {result['cache_mib']:.1f} MiB of cache, "
-        f"{result['file_mib']:.1f} MiB on disk: {out}"
+        f"{result['context_tokens']} tokens prefilled in {prefill_seconds:.1f} s; cache {result['cache_mib']:.1f} MiB; "
+        f"file {result['file_mib']:.1f} MiB: {out}"
     )
     if as_json:
         print(json.dumps(result, separators=(",", ":")))

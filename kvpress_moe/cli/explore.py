@@ -1,4 +1,4 @@
-"""kvpress-moe explore: what the router keeps of a text, to look at in a browser."""
+"""kvpress-moe explore: show in a browser what the router keeps of a text."""
 
 from __future__ import annotations
 
@@ -26,33 +26,32 @@ kvpress-moe explore --serve
 
 def explore(
     text: Annotated[
-        str | None, typer.Argument(help="A text file, or - for standard input; a built-in text. Not with --serve.")
+        str | None,
+        typer.Argument(help="A text file, or - for standard input. Default: a built-in text. Not with --serve."),
     ] = None,
     question: Annotated[
-        list[str] | None, typer.Option(help="Asked with the full and the compressed cache. Repeatable.")
+        list[str] | None, typer.Option(help="Answered from the full and the compressed cache. Can be repeated.")
     ] = None,
     ratio: Ratio = 0.5,
     experts: Experts = None,
     budget: Budget = None,
     router: Router = None,
-    out: Annotated[Path | None, typer.Option(help="The page to write.")] = None,
-    serve: Annotated[bool, typer.Option("--serve", help="A web app for this machine instead of a page.")] = False,
-    port: Annotated[int, typer.Option(help="Of --serve; 0 takes a free one.")] = 8720,
+    out: Annotated[Path | None, typer.Option(help="The HTML file to write.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Start a web app on this machine; write no page.")] = False,
+    port: Annotated[int, typer.Option(help="Port of --serve; 0: any free port.")] = 8720,
     model: Model = None,
     device: Device = "cpu",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line that holds all figures.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line at the end.")] = False,
 ) -> None:
     """
-    Write one HTML page that shows, token by token, who judged the text and what stays at any ratio.
+    Write one HTML page that shows for each token how the experts scored it and what stays at any ratio.
 
-    The page needs no network and no Python: the scores are in it, and the budget rule runs in the browser.
+    The page needs no network and no Python. It contains the scores, and the budget rule runs in the browser.
     """
     if serve:
         if text is not None or question or out is not None:
-            raise SettingError(
-                "serve", True, "no TEXT, --question or --out beside it", "Paste the text in the browser."
-            )
+            raise SettingError("serve", True, "no TEXT, --question or --out with it", "Paste the text in the browser.")
         settings: dict[str, Any] = {"ratio": ratio, "experts": experts, "budget": budget, "router": router}
         run_app(port, settings, model, device, max_new_tokens)
         return
@@ -85,7 +84,7 @@ def explore(
         **{name: payload["about"][name] for name in ("full_mib", "compressed_mib")},
     }
     typer.echo(
-        f"{result['context_tokens']} tokens read in {prefilled.seconds:.1f} s; {result['page_mib']:.1f} MiB of page, "
+        f"{result['context_tokens']} tokens prefilled in {prefilled.seconds:.1f} s; page {result['page_mib']:.1f} MiB; "
         f"open it in a browser: {out}"
     )
     if as_json:
@@ -93,7 +92,7 @@ def explore(
 
 
 def run_app(port: int, settings: dict[str, Any], model: str | None, device: str, max_new_tokens: int) -> None:
-    """Load the model, then serve the app until interrupted; ``settings`` are what its form shows at first."""
+    """Load the model, then serve the app until it is interrupted. The form first shows ``settings``."""
     with ExitStack() as stack:
         with progress_bar() as step:
             step("importing", total=1)

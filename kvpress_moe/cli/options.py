@@ -15,20 +15,27 @@ Ratio = Annotated[float, typer.Option(help="Share of the KV pairs to remove, in 
 Experts = Annotated[
     str | None,
     typer.Option(
-        help="guide, strong, or names separated by commas; those of the trained routers, else the guide's first four."
+        help="guide, strong, or names, separated by commas. Default: the experts of the trained routers; without "
+        "trained routers the four built-in window and attention experts."
     ),
 ]
 Budget = Annotated[
     str | None,
-    typer.Option(help="Who shares: uniform (nobody), layer (its heads), global (all); global with trained routers."),
+    typer.Option(
+        help="uniform: every head keeps the same number of pairs; layer: the heads of each layer share a budget; "
+        "global: all heads share one budget. Default: global with trained routers, else uniform."
+    ),
 ]
-Router = Annotated[str | None, typer.Option(help="Trained routers: a directory or a hub id.")]
-Model = Annotated[str | None, typer.Option(help="Hub id or directory; SmolLM2-135M-Instruct.")]
+Router = Annotated[
+    str | None,
+    typer.Option(help="Trained routers: a directory or a hub id. Default: those in the package for the model."),
+]
+Model = Annotated[str | None, typer.Option(help="Hub id or directory. Default: SmolLM2-135M-Instruct.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 
 
 def read_context(text: str | None) -> str:
-    """The text to read: built in, from standard input, or from a file."""
+    """The text to prefill: the built-in text, standard input, or a file."""
     if text is None:
         return files("kvpress_moe").joinpath("data/harbour.txt").read_text(encoding="utf-8")
     try:
@@ -52,4 +59,6 @@ def numbers(field: str, text: str, kind: type) -> tuple[Any, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
-        raise SettingError(field, text, "numbers separated by commas", f"For example --{field} 0.5,0.9.") from error
+        raise SettingError(
+            field, text, "numbers separated by commas", "For example --ratios 0.5,0.9 or --lengths 1024,4096."
+        ) from error

@@ -1,4 +1,4 @@
-"""The progress bars of the commands: on standard error, gone when the work is done."""
+"""Progress bars of the commands. They are on standard error and disappear when the work is done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Step = Callable[..., None]
 
 @contextmanager
 def progress_bar() -> Iterator[Step]:
-    """Yields ``step(description, total=None, advance=0)``; a new ``total`` starts the bar anew."""
+    """Yields ``step(description, total=None, advance=0)``; a new ``total`` resets the bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -28,7 +28,7 @@ def progress_bar() -> Iterator[Step]:
 
 @contextmanager
 def timed_bar() -> Iterator[Step]:
-    """Yields ``step(description, done, total, loss=None)``: a line per description, with the time that is left."""
+    """Yields ``step(description, done, total, loss=None)``: one bar per description, with the remaining time."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

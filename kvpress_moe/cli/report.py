@@ -20,17 +20,17 @@ kvpress-moe report runs/full --tasks variable_tracking,code --out runs/held-out
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Directories that `bench` wrote.")],
-    out: Annotated[Path | None, typer.Option(help="Directory of the report; the first run's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the report. Default: the first run's.")] = None,
     ours: Annotated[
-        str | None, typer.Option(help="Method that the others are compared with; the best of the group ours.")
+        str | None, typer.Option(help="Compare the others with this method. Default: the best of the group ours.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, separated by commas.")] = None,
     members: Annotated[
-        str | None, typer.Option(help="Methods, separated by commas, of which the best for each task gets a row.")
+        str | None, typer.Option(help="Methods, separated by commas. A row shows the best of them for each task.")
     ] = None,
 ) -> None:
     """
-    Write report.md, plots and one self-contained page, report.html, from the records alone.
+    Write report.md, plots and report.html (one self-contained page) from the records.
     """
     from kvpress_moe.cli.options import split_names
     from kvpress_moe.report.benchmark_report import write_report

@@ -1,4 +1,4 @@
-"""kvpress-moe bench speed: what presses cost in the prefill and give back in decoding."""
+"""kvpress-moe bench speed: the time that presses cost in the prefill and save in decoding."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ def speed(
     out: Annotated[Path, typer.Option(help="Directory of speed.json, speed.md and speed.png.")] = Path("runs/speed"),
     model: Model = None,
     device: Device = "cpu",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "1024,4096",
-    batches: Annotated[str, typer.Option(help="Prompts at once.")] = "1",
-    ratio: Annotated[float, typer.Option(help="Share of the KV pairs that prefills remove.")] = 0.75,
-    rounds: Annotated[int, typer.Option(help="Measurements of each; one more warms up.")] = 5,
-    new_tokens: Annotated[int, typer.Option(help="Decoded in each round.")] = 16,
-    longest: Annotated[int, typer.Option(help="Leave out lengths × batches of more tokens.")] = 65_536,
-    presses: Annotated[str | None, typer.Option(help="Some of the presses, separated by commas; all.")] = None,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "1024,4096",
+    batches: Annotated[str, typer.Option(help="Prompts per batch, separated by commas.")] = "1",
+    ratio: Annotated[float, typer.Option(help="Share of the KV pairs that presses remove.")] = 0.75,
+    rounds: Annotated[int, typer.Option(help="Measurements per method, after a warm-up.")] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded in each round.")] = 16,
+    longest: Annotated[int, typer.Option(help="Skip batches with more tokens than this.")] = 65_536,
+    presses: Annotated[str | None, typer.Option(help="Presses, separated by commas. Default: all.")] = None,
 ) -> None:
     """
-    Measure prefill, decoding and peak memory with and without presses, side by side and in turns.
+    Measure prefill time, decoding time and peak memory with and without presses.
 
-    Read the ratios, not the seconds: all methods of a length are measured round after round in one process, medians
-    are compared. `--model random` is a small Llama with random weights whose attention dominates, `--model tiny` one of
-    two layers, for long prompts; `--model llama-8b --device cuda` has the shape of Llama 3.1 8B, in bfloat16.
+    Use the ratios, not the seconds. All methods of one length are measured in turns in one process, and their medians
+    are compared. `--model random` is a small Llama with random weights; most of its time goes to attention.
+    `--model tiny` is a smaller one with two layers, for long prompts. `--model llama-8b --device cuda` has the shape of
+    Llama 3.1 8B, in bfloat16.
     """
     import torch
 

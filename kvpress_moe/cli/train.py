@@ -1,4 +1,4 @@
-"""kvpress-moe train: routers for a model, by distillation."""
+"""kvpress-moe train: train routers for a model by distillation."""
 
 from __future__ import annotations
 
@@ -27,41 +27,54 @@ kvpress-moe ask --router routers/smollm2
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Directory of the trained routers; those in it are replaced.")],
+    out: Annotated[Path, typer.Option(help="Directory for the trained routers. Routers in it are replaced.")],
     model: Model = None,
     device: Device = "cpu",
     experts: Annotated[
-        str | None, typer.Option(help="Names separated by commas; 'learned' is the router's own.")
+        str | None, typer.Option(help="Names, separated by commas. 'learned' is a part of the router.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts per token (all).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Prompts to learn from (48).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Training prompts (48).")] = None,
     length: Annotated[int | None, typer.Option(help="Longest context, in tokens (1024).")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Kinds of prompts; all but variable_tracking and code.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="replay, answer or both (both).")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Kinds of prompts. Default: all but variable_tracking and code.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Whose attention is learned: replay (a repetition of the prompt), answer, or both (both)."),
+    ] = None,
     value_weight: Annotated[
         float | None,
-        typer.Option(help="How much it counts what a value writes: 0 attention alone, 1 the product (0.5)."),
+        typer.Option(
+            help="Weight of what a value writes, beside attention. 0: attention alone; 1: the product of both (0.5)."
+        ),
     ] = None,
     gate: Annotated[bool, typer.Option(help="--no-gate: equal weights for all tokens, a static mixture.")] = True,
     learned_sees: Annotated[
-        bool, typer.Option(help="--no-learned-sees: the learned expert reads the hidden state alone.")
+        bool, typer.Option(help="--no-learned-sees: 'learned' sees only the hidden state, not the ranks.")
     ] = True,
     epochs: Annotated[int | None, typer.Option(help="Passes over the captured tokens (8).")] = None,
-    aux_loss_weight: Annotated[float | None, typer.Option(help="Of the load-balancing loss (0.01).")] = None,
-    budget_weight: Annotated[float | None, typer.Option(help="Of the loss at the budgets' thresholds (2).")] = None,
+    aux_loss_weight: Annotated[float | None, typer.Option(help="Weight of the load-balancing loss (0.01).")] = None,
+    budget_weight: Annotated[
+        float | None, typer.Option(help="Weight of the loss at the budgets' thresholds (2).")
+    ] = None,
     end_to_end: Annotated[
-        int | None, typer.Option(help="Epochs of tuning by the model's answers, all layers together (3); 0: none.")
+        int | None, typer.Option(help="Epochs of end-to-end tuning by the model's answers (3); 0: no tuning.")
     ] = None,
     replay_weight: Annotated[
-        float | None, typer.Option(help="Of repeating the context, beside the answers, while tuning (1).")
+        float | None, typer.Option(help="Weight of repetitions in end-to-end tuning (1); answers have weight 1.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of prompts and fit (0).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of prompts and training (0).")] = None,
     shards: Annotated[
-        Path | None, typer.Option(help="Keep captured prompts here; a run that was interrupted goes on from them.")
+        Path | None,
+        typer.Option(help="Directory for captured prompts and fitted layers. An interrupted run continues from it."),
     ] = None,
 ) -> None:
     """
-    Train routers for a frozen model: read prompts, record what each expert thinks, fit to what a repetition attends to.
+    Train routers for a frozen model. Values in brackets are the defaults.
+
+    The model prefills prompts, and the scores of all experts are recorded. The router of each layer is fitted to the
+    attention that later tokens pay. Then the routers of all layers are tuned together, by the model's answers.
     """
     from dataclasses import replace
 
@@ -106,7 +119,7 @@ def train(
     with timed_bar() as progress:
         routers, metrics = trainer.train(loaded, tokenizer, config, shards, progress, processes)
     if processes and processes.rank:
-        return  # the first process speaks for all
+        return  # only the first process saves and prints
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     metrics["command"] = shlex.join(["kvpress-moe", *sys.argv[1:]])
     save_routers(routers, out, metrics, dtype=torch.float16)

@@ -1,1 +1,1 @@
-"""Experts: what judges KV pairs, and how their scores become one."""
+"""Experts: they judge KV pairs, and their scores are mixed into one score."""

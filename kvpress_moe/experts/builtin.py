@@ -1,4 +1,4 @@
-"""Experts of this package besides the windows: LayerCall in, scores (B, H, S) out."""
+"""Experts of this package other than the windows. They take a LayerCall and return scores (B, H, S)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ def score_selective(call: LayerCall, kernel_size: int = 5) -> Tensor:
     """
     Attention of the latest queries, smoothed over neighbours, as SnapKV (arXiv 2404.14469) scores it.
 
-    SnapKV needs more than 64 tokens; here the window of observed queries shrinks to half of a shorter prompt. The
-    attention is the one that the hit rates are counted with, computed once.
+    SnapKV needs more than 64 tokens. Here the window of observed queries shrinks to half of a shorter prompt. Hit rates
+    are counted with the same attention, and it is computed only once.
     """
     observed = call.window_mass[..., : -call.window]  # (B, num_heads, S - window)
     observed = F.avg_pool1d(observed, kernel_size, padding=kernel_size // 2, stride=1)
     scores = per_kv_head(observed, call.keys.shape[1])
-    return F.pad(scores, (0, call.window), value=2.0)  # the window itself stays: no attention exceeds 1
+    return F.pad(scores, (0, call.window), value=2.0)  # the window itself always stays, because no attention exceeds 1
 
 
 def score_temporal(call: LayerCall) -> Tensor:
     """
-    Recency and lag-relative change in equal parts: mean of the position's rank and of LagKV's (arXiv 2504.04704) rank.
+    Recency and change in equal parts: the mean of the position's rank and of the rank by LagKV (arXiv 2504.04704).
+
+    LagKV measures the change of a token relative to the group of tokens that follows it.
     """
     change = LagKVPress().score(call.view, call.hidden_states, call.keys, call.values, None, call.expert_kwargs)
     recency = (torch.arange(call.k_len, device=change.device) + 0.5) / call.k_len
@@ -39,9 +41,9 @@ def score_temporal(call: LayerCall) -> Tensor:
 
 class LearnedScorer(Expert):
     """
-    The expert ``learned``: what the layer's trained router itself reads off the hidden states, log importance.
+    The expert ``learned``: the layer's trained router computes log importance from the hidden states.
 
-    It is a part of the router (:class:`kvpress_moe.routers.learned_expert.LearnedExpert`) and has no weights here.
+    The weights are in the router (:class:`kvpress_moe.routers.learned_expert.LearnedExpert`), not in this object.
     """
 
     def __init__(self) -> None:

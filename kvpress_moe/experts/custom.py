@@ -1,4 +1,4 @@
-"""Experts of a subclass of the press: what ``_apply_expert_compression`` returns -> a score."""
+"""Experts of a subclass of the press: what ``_apply_expert_compression`` returns becomes a score."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ ApplyCompression = Callable[[Tensor, Tensor, str, Tensor], Any]
 
 
 class CustomStrategies:
-    """What a subclass of the press overrides to bring strategies of its own, by name."""
+    """The method that a subclass of the press overrides to add strategies of its own, by name."""
 
     def _apply_expert_compression(
         self, keys: Tensor, values: Tensor, strategy: str, router_probs: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
-        Judge pairs by a strategy that the table of experts does not hold. For subclasses to override.
+        Judge pairs by a strategy that is not in the table of experts. Subclasses override this method.
 
         Parameters
         ----------
         keys, values : Tensor, shape (B, H, S, D)
         strategy : str
-            The name that ``experts`` or ``expert_strategies`` gave.
+            The name that was given in ``experts`` or ``expert_strategies``.
         router_probs : Tensor, shape (B, S, E)
-            Routing weights of the tokens (mean over heads where heads differ).
+            Routing weights of the tokens (if heads differ, the mean over heads).
 
         Returns
         -------
         Tensor or (Tensor, Tensor)
-            A score (B, H, S), higher = keep; or the keys and values (B, H, K, D) that the strategy would keep, a
-            selection of the given ones.
+            A score (B, H, S), higher = keep. Or the keys and values (B, H, K, D) that the strategy would keep, taken
+            unchanged from the given ones.
         """
         raise NotImplementedError
 
@@ -52,14 +52,14 @@ class CustomStrategies:
 
 class CustomExpert(Expert):
     """
-    A strategy that the table of experts does not hold: the press's own method scores it.
+    A strategy that is not in the table of experts. A method of the press scores it.
 
     Parameters
     ----------
     name : str
-        The strategy.
+        Name of the strategy.
     apply : callable
-        ``MoERouterPress._apply_expert_compression`` of a subclass.
+        ``_apply_expert_compression`` of a subclass of MoERouterPress.
     """
 
     def __init__(self, name: str, apply: ApplyCompression):
@@ -89,7 +89,7 @@ def score_selection(
     Raises
     ------
     ExpertError
-        If ``kept_keys`` holds a key that was not given.
+        If ``kept_keys`` contains a key that is not in ``keys``.
     """
     positions = KeyIndex(keys).find(kept_keys)
     if positions is None:

@@ -1,4 +1,4 @@
-"""Expert: one judge of KV pairs, whatever scores for it."""
+"""Expert: one judge of KV pairs, with any kind of scorer."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Expert:
     Parameters
     ----------
     name : str
-        What ``expert_strategies`` and the statistics call it.
+        Name of the expert in ``expert_strategies`` and in the statistics.
     scorer : ScorerPress or callable
-        A kvpress scorer; or ``f(module, hidden_states, keys, values, attentions, kwargs) -> (B, H, S)``, the signature
-        of ``ScorerPress.score``.
+        A kvpress scorer. Or ``f(module, hidden_states, keys, values, attentions, kwargs) -> (B, H, S)``, which has the
+        signature of ``ScorerPress.score``.
     keep : float or callable
-        Share of the pairs it keeps when left alone (``compression_ratio=None``), or a function of the prompt's length.
+        Share of the pairs that the expert keeps if ``compression_ratio=None``, or a function of the prompt's length.
     registered : bool, default=False
-        Whether the name alone says what it is.
+        Whether the expert can be built again from its name alone.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Expert:
 
     @property
     def spec(self) -> str | ScorerPress | ScoreFunction:
-        """What to write into ``experts=`` to get it again."""
+        """What to pass to ``experts=`` to get this expert again."""
         return self.name if self.registered else self.scorer
 
     @property
     def reads_ratio(self) -> bool:
-        """Whether its scores may be others at another compression ratio; functions are not told any."""
+        """Whether its scores may change with the compression ratio. Functions do not get the ratio."""
         return isinstance(self.scorer, ScorerPress) and reads_ratio(self.scorer)
 
     def keep_fraction(self, k_len: int) -> float:
@@ -74,11 +74,12 @@ class Expert:
         ----------
         call : LayerCall
         compression_ratio : float or None
-            Told to scorers that depend on theirs (StreamingLLM, Compactor, CriticalKV); ``None`` leaves them their own.
+            Set on a kvpress scorer during the call. The scores of StreamingLLM, Compactor and CriticalKV depend on it.
+            ``None`` leaves the scorer's own ratio.
         routing : Routing, optional
-            For experts that read the router or its weights: ``learned`` and those of a subclass.
+            For experts that use the router or its weights: ``learned`` and those of a subclass.
         ranks : Tensor, shape (B, other experts, H, S), optional
-            Ranks within the head that the other experts gave, for ``learned``.
+            Ranks within the head by the other experts, for ``learned``.
 
         Returns
         -------
@@ -91,7 +92,7 @@ class Expert:
             If the scorer fails, or returns a wrong shape or NaN.
         """
         if call.k_len == 1:
-            return call.keys.new_zeros(call.keys.shape[:3])  # nothing to compare; several scorers cannot run
+            return call.keys.new_zeros(call.keys.shape[:3])  # nothing to compare; several scorers fail on one pair
         try:
             scores = self._score(call, compression_ratio, routing, ranks)
         except (ExpertError, torch.OutOfMemoryError, MemoryError):
@@ -131,7 +132,7 @@ class Expert:
 
 
 class OwnExpert(Expert):
-    """An expert of this package: its scorer takes the LayerCall itself, to use what the call has computed already."""
+    """An expert of this package. Its scorer takes the LayerCall, so that it can use what is computed there already."""
 
     def _score(
         self, call: LayerCall, compression_ratio: float | None, routing: Routing | None, ranks: Tensor | None

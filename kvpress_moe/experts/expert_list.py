@@ -1,4 +1,4 @@
-"""The press's list of experts: made from what a user gave, read and written by index as the guide does."""
+"""The press's list of experts. It is built from what a user gave, and entries can be read and set by index."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kvpress_moe.experts.registry import make_expert
 
 def make_experts(specs: Sequence[Any], custom: ApplyCompression | None = None) -> list[Expert]:
     """
-    Experts as a user gave them.
+    Build experts from what a user gave.
 
     Parameters
     ----------
     specs : sequence
         Names, kvpress scorers, functions or experts.
     custom : callable, optional
-        Scores the strategies whose names the registry does not hold: a subclass's ``_apply_expert_compression``.
+        Scores the strategies whose names are not in the registry: ``_apply_expert_compression`` of a subclass.
 
     Raises
     ------
     SettingError
-        If there is none, or one is wrong.
+        If the sequence is empty, or if an entry is wrong.
     """
     if not specs:
         raise SettingError("experts", specs, "at least one expert", "None takes the guide's.")
@@ -43,14 +43,14 @@ def _make(spec: Any, custom: ApplyCompression | None) -> Expert:
 
 class ExpertStrategies(MutableMapping[int, str]):
     """
-    Index -> name of the expert. Assigning replaces the expert; the number of experts is fixed by ``num_experts``.
+    Index -> name of the expert. Setting an entry replaces the expert. The number of experts cannot change here.
 
     Parameters
     ----------
     experts : callable
-        () -> the experts in use.
+        Takes no arguments and returns the experts in use.
     set_experts : callable
-        (specs of all experts) -> None.
+        Called with the specs of all experts.
     """
 
     def __init__(self, experts: Callable[[], Sequence[Expert]], set_experts: Callable[[Sequence[Any]], None]):

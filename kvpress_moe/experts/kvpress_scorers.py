@@ -1,4 +1,4 @@
-"""What is known of kvpress's own scorers: their names, what their scores depend on, and how to run them on any prompt."""
+"""kvpress's own scorers: their names, what their scores depend on, and how to run them on any prompt."""
 
 from __future__ import annotations
 
@@ -44,16 +44,17 @@ class ScorerTraits:
     Attributes
     ----------
     reads_ratio : bool
-        Other scores at another ``compression_ratio``.
+        Whether its scores change with ``compression_ratio``.
     draws : {"", "sketch", "scores"}
-        Random numbers: for a sketch of the keys (from the global generator), or the scores themselves.
+        What it draws random numbers for: a sketch of the keys (from the global generator), or the scores themselves.
     attends : bool
-        It computes the attention of the latest queries.
+        Whether it computes the attention of the latest queries.
     sinks_are_pairs : bool
-        Its first tokens are counted among the pairs, not among the hidden states.
+        Whether its first tokens are counted among the pairs, not among the hidden states.
     float32 : tuple of str
-        Which of keys and values it has to get in float32: those that it judges by alone and does not convert itself.
-        Real keys have much in common; with the 8 bits of a bfloat16 their cosines hardly tell them apart.
+        Which of keys and values it has to get in float32: those that its scores depend on alone and that it does not
+        convert itself. Real keys are similar to each other. With the 8 significant bits of bfloat16 their cosines are
+        almost equal.
     """
 
     reads_ratio: bool = False
@@ -84,18 +85,18 @@ TRAITS: dict[type[ScorerPress], ScorerTraits] = {
 
 
 def traits(scorer: ScorerPress) -> ScorerTraits:
-    """The traits of a scorer, or of the nearest of kvpress's classes that it is derived from."""
+    """The traits of a scorer's class, or of its nearest base class in the table."""
     known = (TRAITS[base] for base in type(scorer).__mro__ if base in TRAITS)
     return next(known, ScorerTraits())
 
 
 def reads_ratio(scorer: ScorerPress) -> bool:
-    """Whether scores may be others at another ratio: of a class that is not in the table nothing is known."""
+    """Whether scores may change with the ratio. They may if the class is not in the table."""
     return type(scorer) not in TRAITS or TRAITS[type(scorer)].reads_ratio
 
 
 def draws_numbers(scorer: ScorerPress) -> bool:
-    """Whether two calls of a scorer may give two scores."""
+    """Whether two calls of a scorer may give different scores."""
     if isinstance(scorer, kvpress.CURPress):
         return bool(scorer.use_random_leverage)
     return bool(traits(scorer).draws)
@@ -103,8 +104,10 @@ def draws_numbers(scorer: ScorerPress) -> bool:
 
 def known_attentions(scorer: ScorerPress, call: LayerCall) -> Tensor | None:
     """
-    Attention weights for a scorer: those that the layer returned; where its logits have a soft cap, which kvpress does
-    not know of, those of the latest queries for scorers that would compute them.
+    Attention weights for a scorer: those that the layer returned, if it returned any.
+
+    kvpress does not know soft caps. So if the layer's logits have a soft cap, scorers that would compute the attention
+    of the latest queries get this attention from here.
     """
     if call.attentions is None and softcap(call.module) and traits(scorer).attends:
         return latest_attention(call, getattr(scorer, "window_size", 1))
@@ -112,14 +115,18 @@ def known_attentions(scorer: ScorerPress, call: LayerCall) -> Tensor | None:
 
 
 def exact_pairs(scorer: ScorerPress, call: LayerCall) -> tuple[Tensor, Tensor]:
-    """Keys and values for a scorer, in float32 where it needs that, see :class:`ScorerTraits`."""
+    """Keys and values for a scorer, in float32 if it needs this, see :class:`ScorerTraits`."""
     exact = TRAITS[type(scorer)].float32 if type(scorer) in TRAITS else ()
     keys, values = call.keys, call.values
     return keys.float() if "keys" in exact else keys, values.float() if "values" in exact else values
 
 
 def fitting_settings(scorer: ScorerPress, call: LayerCall) -> dict[str, Any]:
-    """Windows and sinks that kvpress asserts to be shorter than the input; half of it where they are not."""
+    """
+    Shorter windows and sinks for a scorer, if its own are too long for the input: half of the input.
+
+    kvpress asserts that they are shorter than the input.
+    """
     settings: dict[str, Any] = {}
     for names, available in (
         (("window_size",), min(call.k_len, call.q_len)),  # latest queries
@@ -147,7 +154,7 @@ def temporarily(scorer: ScorerPress, settings: dict[str, Any]) -> Iterator[None]
 
 @contextmanager
 def same_sketch(scorer: ScorerPress, call: LayerCall) -> Iterator[None]:
-    """Give scorers that draw a random sketch the same one at each call, and leave the global generators alone."""
+    """Let scorers that draw a random sketch draw the same one at each call. The global generators keep their state."""
     if traits(scorer).draws != "sketch":
         yield
         return

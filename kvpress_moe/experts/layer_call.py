@@ -1,4 +1,4 @@
-"""LayerCall: one call of a press on one layer, with what its experts share computed once."""
+"""LayerCall: one call of a press on one layer. What several experts need is computed once in it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ WINDOW = 64  # the latest queries, as in SnapKV
 @dataclass(eq=False)
 class LayerCall:
     """
-    The six arguments of ``ScorerPress.score``, and what can be known of the tokens they are about.
+    The six arguments of ``ScorerPress.score``, and what is known about the tokens that they belong to.
 
-    Wrappers hand over different things: ordinary presses all tokens; ChunkPress slices of hidden states, keys and
-    values, but whole position embeddings; DecodingPress the newest hidden states, all keys, and the position embeddings
-    of the current step; BlockPress gathered hidden states, ComposedPress keys that were already pruned. This class
-    sorts them out, so that nothing behind it has to.
+    Wrappers pass different things. Ordinary presses pass all tokens. ChunkPress passes slices of hidden states, keys
+    and values, but whole position embeddings. DecodingPress passes the newest hidden states, all keys, and the position
+    embeddings of the current step. BlockPress passes gathered hidden states. ComposedPress passes keys that were
+    already pruned. This class handles these cases, so that no other code has to.
 
     Parameters
     ----------
@@ -42,9 +42,9 @@ class LayerCall:
     kwargs : mapping
         Keyword arguments of the attention layer's forward.
     projected : dict of str -> Tensor (B, Q, …)
-        What the layer projected of the hidden states in its own forward, by the projection's name.
+        What the layer projected from the hidden states in its own forward, by the name of the projection.
     row : int
-        Of the batch, where this call is about one row of a padded one.
+        Index of the row in the batch, if this call is one row of a padded batch.
     """
 
     module: Attention
@@ -76,7 +76,7 @@ class LayerCall:
 
     @cached_property
     def offset(self) -> int | None:
-        """Position of the first given hidden state among the layer's inputs; None where they are no slice of them."""
+        """Position of the first given hidden state among the layer's inputs. None if they are not a slice of them."""
         inputs, given = self.kwargs.get("hidden_states"), self.hidden_states
         if inputs is None or given is inputs:
             return 0
@@ -84,7 +84,7 @@ class LayerCall:
 
     @property
     def gathered(self) -> bool:
-        """Whether the hidden states were picked from a prompt in a way that hides which tokens they are."""
+        """Whether the hidden states were picked from a prompt and it is unknown which tokens they belong to."""
         inputs = self.kwargs.get("hidden_states")
         return self.offset is None and inputs is not None and inputs.shape[1] > self.q_len
 
@@ -104,7 +104,7 @@ class LayerCall:
 
     @cached_property
     def view(self) -> AttentionView:
-        """The attention layer as experts see it: its projections of these hidden states are computed once for all."""
+        """The attention layer as experts see it. It projects these hidden states once for all experts."""
         return AttentionView(self.module, self.hidden_states, self.projected)
 
     @cached_property
@@ -116,12 +116,12 @@ class LayerCall:
 
     @cached_property
     def window(self) -> int:
-        """Number of latest queries that are observed: 64, at most half of the cached tokens."""
+        """Number of latest queries that are observed: 64, but at most half of the cached tokens."""
         return max(1, min(WINDOW, self.k_len // 2, self.q_len))
 
     @cached_property
     def window_mass(self) -> Tensor:
-        """Attention that each query head's latest queries pay to every pair, shape (B, num_heads, S), float32, mean."""
+        """Mean attention that each query head's latest queries pay to every pair: (B, num_heads, S), float32."""
         return window_attention_mass(self)
 
 
@@ -133,7 +133,7 @@ def latest_queries(call: LayerCall, n_queries: int) -> Tensor:
 
 
 def latest_attention(call: LayerCall, n_queries: int) -> Tensor:
-    """Attention of the newest tokens, each over itself and what came before: (B, num_heads, n_queries, S), float32."""
+    """Attention of the newest tokens to themselves and to earlier tokens: (B, num_heads, n_queries, S), float32."""
     return causal_logits(call.module, latest_queries(call, n_queries), call.keys).softmax(dim=-1)
 
 

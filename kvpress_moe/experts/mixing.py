@@ -1,4 +1,4 @@
-"""Scores of several experts -> one score per KV pair."""
+"""Mixing: the scores of several experts become one score per KV pair."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.routers import Routing
 from kvpress_moe.routers.calibration import Calibration
 
-# B = batch, H = KV heads, S = cached tokens, E = experts; h is H, or 1 where all heads share their weights
+# B = batch, H = KV heads, S = cached tokens, E = experts; h is H, or 1 if all heads have the same weights
 
 
 def rank_within_head(scores: Float[Tensor, "*B S"]) -> Float[Tensor, "*B S"]:
     """
-    Replace scores by their mid-rank within the head, in (0, 1): the share of the head's pairs that score lower.
+    Replace scores by their mid-rank within the head, in (0, 1).
 
-    Scorers' raw scales differ by forty orders of magnitude; ranks do not. Equal scores get equal ranks. NaN stays NaN.
+    The mid-rank is the share of the head's pairs that score lower, plus half of the share that score the same. The raw
+    scales of scorers differ by forty orders of magnitude; ranks do not. Equal scores get equal ranks. NaN stays NaN.
     """
     n_scores = scores.shape[-1]
     ordered, order = scores.sort(dim=-1)
     places = torch.arange(n_scores, device=scores.device, dtype=torch.int32)
-    starts = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)  # of runs of equal scores
+    starts = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)  # runs of equal scores start here
     ends = F.pad(starts[..., 1:], (0, 1), value=True)
     first = torch.where(starts, places, 0).cummax(-1).values
     last = torch.where(ends, places, n_scores).flip(-1).cummin(-1).values.flip(-1)
@@ -37,12 +38,12 @@ def rank_within_head(scores: Float[Tensor, "*B S"]) -> Float[Tensor, "*B S"]:
 
 def ranks_of(score_expert: Callable[[int], Float[Tensor, "B H S"]], experts: Sequence[int]) -> Float[Tensor, "B E H S"]:
     """
-    Ranks within the head that some experts give: one sort for all of them.
+    Ranks within the head by some experts, with one sort for all of them.
 
     Parameters
     ----------
     score_expert : callable
-        Expert index -> scores (B, H, S). Called once for each of ``experts``, for no other.
+        Expert index -> scores (B, H, S). Called once for each of ``experts``, and for no other expert.
     experts : sequence of int
     """
     return rank_within_head(torch.stack([score_expert(expert).float() for expert in experts], dim=1))
@@ -52,14 +53,14 @@ def mix(
     score_expert: Callable[[int], Tensor], active: Sequence[int], weights: Float[Tensor, "B h S E"]
 ) -> Float[Tensor, "B H S"]:
     """
-    Weighted mean over experts of their ranks.
+    Weighted mean of the experts' ranks.
 
     Parameters
     ----------
     score_expert : callable
-        Expert index -> scores (B, H, S). Called once for every active expert, for no other.
+        Expert index -> scores (B, H, S). Called once for every active expert, and for no other expert.
     active : sequence of int
-        Experts with a non-zero weight somewhere. One alone passes through untouched, bit for bit.
+        Experts with a non-zero weight somewhere. If there is only one, its scores are returned unchanged.
     weights : Tensor, shape (B, H or 1, S, E)
         Routing weights, summing to 1 over E.
     """
@@ -75,21 +76,21 @@ def mix_calibrated(
     offset: Float[Tensor, " H"],
 ) -> Float[Tensor, "B H S"]:
     """
-    Weighted sum over experts of calibrated terms: an estimate of log attention that compares across heads and layers.
+    Weighted sum of the experts' calibrated terms. It estimates log attention and compares across heads and layers.
 
-    Where the weights are equal, it is the plain sum of the terms (each weight is multiplied by the number of experts):
-    a static mixture is inside the class, and so is every expert alone.
+    Each weight is multiplied by the number of experts. So with equal weights the result is the plain sum of the terms.
+    A fixed mixture is therefore a special case of the formula, and so is each expert alone.
 
     Parameters
     ----------
     terms : Tensor, shape (B, E, H, S)
-        Calibrated opinions of the experts that judge any pair.
+        Calibrated terms of the experts that judge any pair.
     experts : sequence of int
-        Which ones they are.
+        Indices of these experts.
     weights : Tensor, shape (B, H or 1, S, all experts)
         Routing weights, summing to 1.
     offset : Tensor, shape (H,)
-        Of each head.
+        Offset of each head.
     """
     return weights.shape[-1] * (terms * of_experts(weights, experts)).sum(1) + offset[:, None]
 
@@ -104,24 +105,24 @@ def calibrated_scores(
     importance: Callable[[], Float[Tensor, "B H S"]],
 ) -> Float[Tensor, "B H S"]:
     """
-    The calibrated mixture of all active experts; the press and training both compute it here.
+    The calibrated mixture of all active experts. The press and the training both compute it here.
 
     Parameters
     ----------
     calibration : Calibration
-        Of the layer's router.
+        Calibration of the layer's router.
     weights : Tensor, shape (B, H or 1, S, all experts)
         Routing weights.
     active : sequence of int
         Experts that judge any pair.
     ranks : Tensor, shape (B, ranked experts, H, S), or None
-        Ranks within the head of the experts that score by ranks; None where none of those was asked.
+        Ranks within the head by the experts that score by ranks. None if there are no such ranks.
     ranked : sequence of int
-        Which ones they are. Active experts besides ``learned`` are among them.
+        Indices of these experts. All active experts except ``learned`` are among them.
     learned : int or None
-        Index of the expert ``"learned"``.
+        Index of the expert ``"learned"``. None if it is not among the experts.
     importance : callable
-        () -> its log importance (B, H, S); called only where it is active.
+        Returns the log importance (B, H, S) of the expert ``"learned"``. Called only if that expert is active.
     """
     terms: dict[int, Tensor] = {}
     if ranks is not None:
@@ -135,7 +136,12 @@ def calibrated_scores(
 def mix_experts(
     call: LayerCall, routing: Routing, experts: Sequence[Expert], compression_ratio: float | None
 ) -> Float[Tensor, "B H S"]:
-    """Mixed score of the experts that judge any pair of a call; the others are not computed."""
+    """
+    Mixed score (B, H, S) of the experts that judge any pair of a call.
+
+    The other experts are not computed, with one exception: if the expert ``"learned"`` is active and sees ranks, all
+    experts are ranked for it.
+    """
 
     def score(index: int) -> Tensor:
         return experts[index].score(call, compression_ratio, routing)
@@ -155,6 +161,6 @@ def mix_experts(
 
 
 def of_experts(weights: Float[Tensor, "B h S E_all"], experts: Sequence[int]) -> Float[Tensor, "B E h S"]:
-    """Routing weights of some experts, laid out like their scores; no copy where they are all."""
+    """Routing weights of some experts, with the same axes as their scores. No copy if these are all experts."""
     chosen = weights if len(experts) == weights.shape[-1] else weights[..., list(experts)]
     return chosen.movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""The registry of experts: names, sets of names, and an expert from whatever a user may write."""
+"""The registry of experts: names, sets of names, and building an expert from what a user gives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvpress_moe.experts.kvpress_scorers import (
 )
 from kvpress_moe.experts.windows import score_window, window_keep_fraction
 
-#: The guide's table, in its order. ``experts=None`` takes the first ``num_experts`` of it.
+#: The default table, in its order. ``experts=None`` takes the first ``num_experts`` of it.
 NAMED_EXPERTS = (
     "aggressive",
     "moderate",
@@ -30,9 +30,9 @@ NAMED_EXPERTS = (
 )
 
 
-DEFAULT_NUM_EXPERTS = 4  # the guide's
+DEFAULT_NUM_EXPERTS = 4
 
-#: Sets that a single name stands for.
+#: Named sets: name -> the names of its experts.
 EXPERT_SETS = {
     "guide": NAMED_EXPERTS,
     "strong": ("leverage", "cur", "non_causal", "keydiff"),
@@ -40,7 +40,7 @@ EXPERT_SETS = {
 
 
 def named_expert(name: str) -> Expert:
-    """A fresh expert by its registered name."""
+    """A new expert, from its registered name."""
     if name in ("aggressive", "moderate", "conservative", "ultra_aggressive", "adaptive"):
         return OwnExpert(name, partial(score_window, name=name), partial(window_keep_fraction, name), registered=True)
     if name == "selective":
@@ -63,9 +63,10 @@ def named_expert(name: str) -> Expert:
 
 def make_expert(given: str | ScorerPress | ScoreFunction | Expert) -> Expert:
     """
-    An expert from what a user may write: a name, a kvpress scorer, or a function.
+    Build an expert from what a user gives: a name, a kvpress scorer, or a function.
 
-    A scorer's own keep fraction is ``1 - compression_ratio``, read when the expert is made; a function's is one half.
+    The own keep fraction of a scorer is ``1 - compression_ratio``, read when the expert is built. That of a function is
+    0.5.
     """
     if isinstance(given, Expert):
         return given
@@ -85,7 +86,7 @@ def make_expert(given: str | ScorerPress | ScoreFunction | Expert) -> Expert:
 
 
 def expert_specs(experts: str | Iterable[Any] | None, num_experts: int | None) -> Sequence[Any]:
-    """What ``experts=`` stands for: a set's names, the given list, or the first ``num_experts`` of the table (4)."""
+    """What ``experts=`` means: a set's names, the given list, or the first ``num_experts`` (or 4) of the table."""
     if experts is None:
         return NAMED_EXPERTS[: DEFAULT_NUM_EXPERTS if num_experts is None else num_experts]
     if isinstance(experts, str):
@@ -98,7 +99,7 @@ def expert_specs(experts: str | Iterable[Any] | None, num_experts: int | None) -
 
 
 def parse_experts(experts: str | None) -> str | list[str] | None:
-    """``"guide"`` stays a set's name; ``"knorm,tova"`` becomes a list."""
+    """Parse the value of a command's option: ``"guide"`` stays a set's name, ``"knorm,tova"`` becomes a list."""
     if experts is None or experts.strip() in ("guide", "strong"):
         return experts and experts.strip()
     return [name.strip() for name in experts.split(",")]

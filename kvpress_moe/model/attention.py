@@ -1,4 +1,4 @@
-"""Attention of the latest queries over cached keys: what experts judge by, and what hit rates are counted with."""
+"""Attention of the latest queries over cached keys. Experts use it, and hit rates are counted with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate states (B, heads, Q, D) by cos and sin (B or 1, Q, R); where R < D only the first R dimensions turn."""
+    """Rotate states (B, heads, Q, D) by cos and sin (B or 1, Q, R). If R < D, only the first R dimensions rotate."""
     cos, sin = cos[:, None], sin[:, None]
     turning, fixed = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
     return torch.cat((turning * cos + rotate_half(turning) * sin, fixed), dim=-1)
@@ -23,9 +23,9 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def softcap(module: Attention) -> float | None:
     """
-    The bound that an attention layer bends its logits below (Gemma 2), None where it does not apply_softcap them.
+    The soft cap that an attention layer applies to its logits (Gemma 2). None if it applies none.
 
-    transformers' SDPA attention does not, whatever the configuration says.
+    transformers' SDPA attention applies none, whatever the configuration says.
     """
     config = module.config
     cap: float | None = getattr(config, "attn_logit_softcapping", None)
@@ -33,7 +33,7 @@ def softcap(module: Attention) -> float | None:
 
 
 def apply_softcap(logits: Tensor, cap: float | None) -> Tensor:
-    """Logits between ``-cap`` and ``cap``; as they are for None."""
+    """Logits with a soft cap, between ``-cap`` and ``cap``. With None they are unchanged."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -41,7 +41,7 @@ def layer_logits(module: Attention, queries: Tensor, keys: Tensor) -> Tensor:
     """
     A layer's logits of queries (B, num_heads, Q, D) over keys (B, H, S, D): (B, num_heads, Q, S), float32.
 
-    With the layer's own scaling and soft cap.
+    The layer's own scaling and soft cap are applied.
     """
     grouped = queries.reshape(keys.shape[0], keys.shape[1], -1, keys.shape[-1])  # no copy of keys per query head
     logits = (grouped * module.scaling @ keys.transpose(2, 3)).float().view(*queries.shape[:3], keys.shape[2])
@@ -50,7 +50,7 @@ def layer_logits(module: Attention, queries: Tensor, keys: Tensor) -> Tensor:
 
 def causal_logits(module: Attention, queries: Tensor, keys: Tensor) -> Tensor:
     """
-    Logits of the newest Q tokens over all S, each seeing itself and what came before.
+    Logits of the newest Q tokens over all S tokens. Each token sees itself and the tokens before it.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def causal_logits(module: Attention, queries: Tensor, keys: Tensor) -> Tensor:
     """
     q_len = queries.shape[2]
     logits = layer_logits(module, queries, keys)
-    future = torch.ones(q_len, q_len, dtype=torch.bool, device=keys.device).triu(1)  # what came before, all may see
+    future = torch.ones(q_len, q_len, dtype=torch.bool, device=keys.device).triu(1)  # all queries see the earlier keys
     logits[..., -q_len:].masked_fill_(future, -torch.inf)
     return logits
 

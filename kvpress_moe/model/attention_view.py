@@ -1,4 +1,4 @@
-"""AttentionView: an attention layer as scorers see it, with projections shared and nothing on the model changed."""
+"""AttentionView: an attention layer as scorers see it. Scorers share its projections. The model is not changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from kvpress_moe.model.layers import Attention, own_layer_type
 
-#: Layers whose norms of queries and keys kvpress does not know, and the ones with the same norms that it knows.
+#: Layers whose norms of queries and keys kvpress does not know -> layers with the same norms that it knows.
 NORMED_ALIKE: dict[type[nn.Module], type[nn.Module]] = {Qwen3MoeAttention: Qwen3Attention}
 
 
@@ -19,24 +19,25 @@ class AttentionView:
     """
     Stands in for an attention layer while experts score it.
 
-    In kvpress ExpectedAttention, Cap and NonCausalAttn each project all hidden states to queries, a tenth of a layer's
-    time each. Here they get what the layer projected itself, where that is known; else the first projection of (nearly)
-    all tokens is kept and the others are slices of it. It also gives
-    Gemma 3's rotary embedding the layer type that kvpress's presses do not pass.
+    In kvpress, ExpectedAttention, Cap and NonCausalAttn each project all hidden states to queries. Each projection
+    takes a tenth of a layer's time. Here they get what the layer itself projected, if that is known. Otherwise the
+    first projection of at least half of the tokens covers all tokens and is kept. Later projections are slices of it.
 
-    kvpress applies the norms of queries and keys to Qwen 3 and Gemma 3 only. A Qwen 3 MoE layer therefore passes for
-    one of Qwen 3, and OLMoE's norms, which come before the heads are split, belong to its projections here.
+    The view also gives Gemma 3's rotary embedding the layer type, which kvpress's presses do not pass.
 
-    Everything else is the layer's own; ``isinstance`` says what it says of the layer.
+    kvpress applies the norms of queries and keys to Qwen 3 and Gemma 3 only. So a Qwen 3 MoE layer appears as a Qwen 3
+    layer. OLMoE's norms come before the heads are split, so here they are a part of its projections.
+
+    Everything else is the layer's own. ``isinstance`` gives the same answers as for the layer.
 
     Parameters
     ----------
     module : nn.Module
         The attention layer.
     hidden_states : Tensor, shape (B, Q, C)
-        The tokens whose projections are worth keeping.
+        The tokens whose projections are kept.
     projected : dict of str -> Tensor, optional
-        What is known of them already, by the projection's name.
+        Projections of these tokens that are already known, by the name of the projection.
     """
 
     def __init__(self, module: Attention, hidden_states: Tensor, projected: dict[str, Tensor] | None = None):
@@ -86,7 +87,7 @@ class AttentionView:
 
 
 def slice_start(whole: Tensor, given: Tensor) -> int | None:
-    """Where ``given`` (B, Q, C) begins in ``whole`` (B, S, C), if it is a slice of its tokens, a view; else None."""
+    """Where ``given`` (B, Q, C) begins in ``whole`` (B, S, C), if it is a view of a slice of its tokens. Else None."""
     same = (
         given.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         and given.stride() == whole.stride()

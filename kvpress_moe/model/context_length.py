@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_length(model: PreTrainedModel, n_context: int, n_question: int = 0, n_answer: int = 0) -> None:
-    """Raise if text, question and answer together are longer than the model takes."""
+    """Raise if text, question and answer together are longer than the model allows."""
     limit = model.config.get_text_config().max_position_embeddings
     if n_context + n_question + n_answer > limit:
         raise SettingError(

@@ -1,4 +1,4 @@
-"""Which model a router belongs to: its sizes, and a few of its weights."""
+"""Which model a router or a cache belongs to: the model's sizes, and a few of its weights."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kvpress_moe.model.layers import Attention, language_model
 
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 _N_SAMPLES = 64
-_MIN_COSINE = 0.9  # a 4-bit copy of a model or a fine-tune of it stays above .98; another model is near 0
+_MIN_COSINE = 0.9  # a 4-bit copy or a fine-tune of a model stays above .98; another model is near 0
 
 
 def sizes(config: Any) -> dict[str, Any]:
-    """The facts of a text configuration that a router depends on."""
+    """The model type and the sizes of a text configuration that a router depends on."""
     config = config.get_text_config(decoder=True)
     return {name: getattr(config, name) for name in _SIZES}
 
 
 def samples(output_projection: Tensor) -> list[float] | None:
-    """64 weights, evenly spaced, of the first layer's output projection; None for packed (quantised) weights."""
+    """64 evenly spaced weights of the first layer's output projection. None if they are quantised or not in memory."""
     if not output_projection.is_floating_point() or output_projection.device.type == "meta":
         return None
     flat = output_projection.detach().flatten()
@@ -40,7 +40,7 @@ def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 def fingerprint(config: Any, first_attention: Attention) -> dict[str, Any]:
     """
-    What identifies a model across dtypes, quantisations and fine-tunes.
+    What identifies a model, also in another dtype, quantised, or fine-tuned.
 
     Parameters
     ----------
@@ -51,19 +51,19 @@ def fingerprint(config: Any, first_attention: Attention) -> dict[str, Any]:
     Returns
     -------
     dict
-        Sizes, and 64 sampled weights (or None where they cannot be read).
+        Sizes, and 64 sampled weights (or None if they cannot be read).
     """
     return {**sizes(config), "samples": samples(first_attention.o_proj.weight)}
 
 
 def check_form(saved: Any) -> dict[str, Any]:
     """
-    A fingerprint that was read from a file, if it has the form of one.
+    Check that a value from a file has the form of a fingerprint, and return it.
 
     Raises
     ------
     ValueError
-        If it has not.
+        If it does not.
     """
     if not isinstance(saved, dict) or not all(is_text(saved.get(n)) or is_whole(saved.get(n)) for n in _SIZES):
         raise ValueError(f"fingerprint: expected {', '.join(_SIZES)}")
@@ -77,20 +77,20 @@ def check_fingerprint(
     saved: dict[str, Any], model: dict[str, Any], source: str, what: str = "router", min_cosine: float = _MIN_COSINE
 ) -> None:
     """
-    Raise unless two fingerprints are of the same model.
+    Raise unless two fingerprints belong to the same model.
 
     Parameters
     ----------
     saved, model : dict
     source, what : str
-        Where the saved one comes from, and what it is of; for the text of the error.
+        Where the saved fingerprint comes from, and what it was saved with (a router or a cache); for the error message.
     min_cosine : float, default=0.9
-        Of the sampled weights; nearer to 1 also tells fine-tunes and 4-bit copies apart.
+        Smallest cosine of the sampled weights. A value closer to 1 also tells fine-tunes and 4-bit copies apart.
 
     Raises
     ------
     CheckpointError
-        Naming the first fact that differs.
+        The message names the first difference.
     """
     for name in _SIZES:
         if saved.get(name) != model[name]:
@@ -100,7 +100,7 @@ def check_fingerprint(
             )
     if saved.get("samples") and model["samples"]:
         cosine = torch.cosine_similarity(torch.tensor(saved["samples"]), torch.tensor(model["samples"]), dim=0).item()
-        if not cosine >= min_cosine:  # NaN is no agreement
+        if not cosine >= min_cosine:  # NaN counts as different
             raise CheckpointError(
                 f"{what}: {source} was made for another model of the same size (its weights agree to a cosine of "
                 f"{cosine:.4f}, expected at least {min_cosine}). Use a {what} of this model."

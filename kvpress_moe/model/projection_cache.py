@@ -1,4 +1,4 @@
-"""ProjectionCache: what attention layers project in their own forward, for experts that would project it again."""
+"""ProjectionCache: keeps what attention layers project in their own forward, so that experts can use it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ProjectionCache:
     """
     Keeps a layer's projected queries and keys, before norms and rotation, until the layer has been judged.
 
-    Leverage scores need the unrotated keys of all tokens, ExpectedAttention and NonCausalAttn the unrotated queries:
-    projecting them again costs up to a tenth of a layer's time. Never more than one layer is held.
+    Leverage scores need the unrotated keys of all tokens. ExpectedAttention and NonCausalAttn need the unrotated
+    queries. To project them again would take up to a tenth of a layer's time. At most one layer is held at a time.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class ProjectionCache:
         return keep
 
     def of(self, attention: Attention, hidden_states: Tensor) -> dict[str, Tensor]:
-        """What this layer projected of exactly these hidden states, by the projection's name."""
+        """What this layer projected from exactly these hidden states, by the name of the projection."""
         if self._layer is not attention:
             return {}
         return {name: output for name, (given, output) in self._projected.items() if given is hidden_states}

@@ -36,7 +36,7 @@ SUPPORTED_MODELS = (
 )
 
 
-#: Those whose norms of queries and keys kvpress's own presses leave out, see :mod:`kvpress_moe.model.attention_view`.
+#: Models whose norms of queries and keys kvpress's presses do not apply, see :mod:`kvpress_moe.model.attention_view`.
 UNKNOWN_NORMS = (OlmoeForCausalLM, Qwen3MoeForCausalLM)
 
 
@@ -56,8 +56,8 @@ def check_model(model: PreTrainedModel) -> None:
     Raises
     ------
     UnsupportedModelError
-        For a class that kvpress's scorers do not understand, a compiled model, flex attention, or sliding-window layers
-        only.
+        For a class that kvpress's scorers do not support, a compiled model, attention that does not use transformers'
+        attention interface, flex attention, or a model with sliding-window layers only.
     """
     if is_compiled(model):
         raise UnsupportedModelError(COMPILED)

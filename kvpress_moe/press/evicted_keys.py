@@ -1,4 +1,4 @@
-"""EvictedKeys: what generated tokens would have attended to, had it not been evicted."""
+"""EvictedKeys: estimates how much attention generated tokens would have paid to evicted pairs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from kvpress_moe.routers import Routing
 
 class EvictedKeys:
     """
-    Keeps the keys that were evicted from each layer on the CPU, with the experts that judged them.
+    Keeps the keys that were evicted from each layer in CPU memory, with the experts that judged them.
 
-    A generated token's query is then compared with what is cached and with what is not: one softmax over both says
-    which share of its attention to the prompt a full cache would have sent to evicted pairs. An estimate, since a full
-    cache would also have led to other hidden states.
+    The query of a generated token is compared with the cached keys and with the evicted keys. One softmax over both
+    says which share of its attention to the prompt would have gone to evicted pairs in a full cache. This is an
+    estimate, because a full cache would also have led to other hidden states.
     """
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[weakref.ref[Any], Tensor, Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_layers": {}}  # caches cannot travel
+        return {"_layers": {}}  # a weak reference to a cache cannot be copied
 
     def keep(self, call: LayerCall, routing: Routing, indices: Tensor) -> None:
-        """Remember the pairs of a call that are not at ``indices``, shape (B, H, K)."""
+        """Keep the keys of a call that are not at ``indices``, shape (B, H, K)."""
         if call.cache is None:
             return
         evicted = (~kept_mask(indices, call.k_len)).nonzero()[:, 2].view(*indices.shape[:2], -1)  # (B, H, S - K)
@@ -51,12 +51,12 @@ class EvictedKeys:
         Parameters
         ----------
         call : LayerCall
-            A decoding step: the new tokens' hidden states, and all cached keys.
+            A decoding step: hidden states of the new tokens, and all cached keys.
 
         Returns
         -------
         hit, mass : Tensor, shape (E,)
-            On kept pairs, and on kept and evicted ones. None if this cache's prompt was not tracked.
+            Mass on kept pairs, and mass on kept and evicted pairs. None if the prompt of this cache was not tracked.
         """
         found: tuple[Any, ...] = self._layers.get(call.layer_idx, (None, None, None, None))
         cache, missing, routed_missing, routed_kept = found

@@ -1,4 +1,4 @@
-"""Who is in use: a press serves one model at a time, and a model one MoERouterPress."""
+"""Exclusive use: a press serves one model at a time, and a model has one MoERouterPress at a time."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any
 
 from kvpress_moe.errors import UnsupportedInputError
 
-# id of a press or a model -> the block that holds it, by the name of its thread. It belongs to the process, not to the
-# press: a copy of a press that is in use is free. `setdefault` is atomic, and a fork cannot leave it locked.
+# id of a press or a model -> the block that holds it, as a text that names the block's thread. The table belongs to the
+# process, not to the press, so a copy of a press in use is free. `setdefault` is atomic. There is no lock that a fork
+# could leave locked.
 _HELD: dict[int, str] = {}
 
 
 def is_in_use(press: Any) -> bool:
-    """Whether a ``with press(model)`` block of this very press is open, in any thread."""
+    """Whether a ``with press(model)`` block of exactly this press is open, in any thread."""
     return id(press) in _HELD
 
 
 @contextmanager
 def exclusive_use(press: Any, model: Any) -> Iterator[None]:
     """
-    Hold a press and a model for the length of a block.
+    Reserve a press and a model for the duration of a block.
 
     Raises
     ------
     UnsupportedInputError
-        If either is held already, by this thread or another; then neither is held by this one.
+        If this or another thread already holds the press or the model. Then this block holds neither of them.
     """
-    block = f"thread {threading.current_thread().name!r}"  # a new string: its identity is the block's
+    block = f"thread {threading.current_thread().name!r}"  # a new string; its identity marks this block
     holder = _HELD.setdefault(id(press), block)
     if holder is not block:
         if _HELD.get(id(model)) is holder:

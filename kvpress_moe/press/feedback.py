@@ -1,4 +1,4 @@
-"""Feedback: what was counted of routing and eviction, and what routers are told of it."""
+"""Feedback: counts routing and eviction, and tells the routers the hit rates."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from kvpress_moe.press.nan_checks import check_finite
 from kvpress_moe.press.statistics import RoutingStats
 from kvpress_moe.routers import RouterOutput, Routers, Routing
 
-N_SINK = 4  # first tokens that hit rates leave out
+N_SINK = 4  # the first tokens; hit rates leave them out
 
 
 @torch.no_grad()
 def observe(call: LayerCall, routing: Routing) -> Observation:
     """
-    What :func:`count` needs to know of a call.
+    The routing of a call, and the attention of its latest queries. :func:`count` needs both.
 
-    The first four tokens are left out of the mass: they are attention sinks, which nearly every expert keeps, and would
-    decide the hit rate of whichever expert they happen to be routed to.
+    The first four tokens are left out of the attention mass (if there are more than eight). They are attention sinks,
+    and nearly every expert keeps them. The hit rate of the experts that they are routed to would depend on them alone.
     """
     mass = per_kv_head(call.window_mass, call.keys.shape[1])
     if call.k_len > 2 * N_SINK:
@@ -40,7 +40,7 @@ def observe(call: LayerCall, routing: Routing) -> Observation:
 @torch.no_grad()
 def count(observation: Observation, kept: Tensor) -> dict[str, Tensor]:
     """
-    Pairs and attention of each expert, each of shape (E,), when only ``kept`` (B, H, S) stays.
+    Pairs and attention of each expert, each of shape (E,), if only the pairs ``kept`` (B, H, S) stay.
 
     Returns
     -------
@@ -57,14 +57,14 @@ def count(observation: Observation, kept: Tensor) -> dict[str, Tensor]:
 
 
 def tell_router(routers: Routers | None, layer_idx: int, hit: Tensor, mass: Tensor) -> None:
-    """Give a layer's router the experts' hit rates; 0 / 0 is unknown, NaN."""
+    """Give a layer's router the experts' hit rates. 0 / 0 is NaN, which means unknown."""
     assert routers is not None, "tokens were routed, so there are routers"
     routers.layers[layer_idx].observe(hit / mass)
 
 
 class Feedback:
     """
-    The press's counts, and the keys that it evicted where misses are tracked.
+    The press's counts. With ``track_misses`` also the keys that it evicted.
 
     Attributes
     ----------
@@ -85,13 +85,13 @@ class Feedback:
         )
 
     def add_eviction(self, layer_idx: int, observation: Observation, kept: Tensor, routers: Routers | None) -> None:
-        """Count what each expert's tokens lost when only ``kept`` (B, H, S) stayed, and tell the router."""
+        """Count what each expert's tokens lost if only the pairs ``kept`` (B, H, S) stay, and tell the router."""
         counts = count(observation, kept)
         self.stats.add(layer_idx, **counts)
         tell_router(routers, layer_idx, counts["hit"], counts["mass"])
 
     def add_decoding_step(self, module: Attention, kwargs: Mapping[str, Any], routers: Routers | None) -> None:
-        """Count what new tokens find in the cache and what they miss, and tell the router."""
+        """Count the attention of new tokens to kept and to evicted pairs, and tell the router."""
         keys, values = extract_keys_and_values(kwargs["past_key_values"], module.layer_idx)
         call = LayerCall(module, kwargs["hidden_states"], keys, values, None, kwargs)
         masses = self.evicted.masses(call)
@@ -106,5 +106,5 @@ class Feedback:
         self.evicted.keep(call, routing, indices)
 
     def forget_evicted(self) -> None:
-        """The routing that evicted keys were kept with is of no use any more."""
+        """Forget the evicted keys. The routing that was stored with them is no longer valid."""
         self.evicted = EvictedKeys()

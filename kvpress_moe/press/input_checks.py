@@ -1,4 +1,4 @@
-"""Inputs, caches and other presses that the press cannot serve: refused before any work is done."""
+"""Checks that refuse inputs, caches and other presses that the press cannot serve."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PADDED = (
 
 def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: bool) -> None:
     """
-    Raise where layers cannot be replaced by ragged ones.
+    Raise if layers cannot be replaced by ragged ones.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: b
 
 def check_can_serve_padding(cache: Cache | None, eager: bool, track_misses: bool) -> None:
     """
-    Raise where a padded batch cannot be served: its rows keep different numbers of pairs, in ragged layers.
+    Raise if a padded batch cannot be served. Its rows keep different numbers of pairs, which needs ragged layers.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def check_can_serve_padding(cache: Cache | None, eager: bool, track_misses: bool
 
 def check_unmasked(attention: Attention, press: BasePress) -> None:
     """
-    Raise if another press that is hooked in masks pairs of a layer by their index, which an eviction would change.
+    Raise if another active press masks pairs of a layer by their index. An eviction would change these indices.
 
     Raises
     ------
@@ -105,7 +105,7 @@ def check_still_there(cache: Cache, n_judged: dict[int, int]) -> None:
     ----------
     cache : Cache
     n_judged : dict of int -> int
-        Pairs that each layer held when it was judged.
+        Number of pairs that each layer held when it was judged.
 
     Raises
     ------
@@ -121,20 +121,20 @@ def check_still_there(cache: Cache, n_judged: dict[int, int]) -> None:
 
 
 def forward_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model's forward pass by name, as a pre-hook gets them."""
+    """The arguments of a model's forward pass by name, from what a pre-hook gets."""
     named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    named |= named.pop("kwargs", {})  # what forward takes as **kwargs
+    named |= named.pop("kwargs", {})  # arguments that forward accepts as **kwargs
     return named
 
 
 def check_forward(model: Any, kwargs: dict[str, Any]) -> bool:
     """
-    Raise on arguments of a forward pass below the head that would be compressed wrongly without a word.
+    Raise if arguments of the forward pass (of the model without its head) would be compressed wrongly and silently.
 
     Returns
     -------
     bool
-        Whether a prompt is read into an empty cache, which is what a press compresses.
+        Whether a prompt is prefilled into an empty cache. This is what a press compresses.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def check_forward(model: Any, kwargs: dict[str, Any]) -> bool:
     inputs = kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
-        return False  # the model itself complains
+        return False  # the model itself raises an error
     if inputs.shape[1] == 0:
         raise UnsupportedInputError(
             f"input_ids: got a prompt without tokens, shape {tuple(inputs.shape)}, expected at least one token. "
@@ -179,12 +179,12 @@ def check_forward(model: Any, kwargs: dict[str, Any]) -> bool:
 
 def check_mask(mask: Tensor | None) -> None:
     """
-    Raise if a prompt's attention mask hides tokens from its last one; for calls from inside a wrapper.
+    Raise if a prompt's attention mask hides tokens from its last token. For calls from inside a wrapper.
 
     Parameters
     ----------
     mask : Tensor, shape (B, 1, Q, S), bool or additive; or None
-        Of a layer with full attention. Only a prompt's is looked at, which is square.
+        Mask of a layer with full attention. Only a square mask is checked, because a prompt's mask is square.
 
     Raises
     ------
@@ -197,7 +197,7 @@ def check_mask(mask: Tensor | None) -> None:
 
 def check_attention(eager: bool, experts: Sequence[Expert], budget: str | None) -> None:
     """
-    Raise where experts or budget need another kind of attention than the model was loaded with.
+    Raise if experts or budget need another kind of attention than the model was loaded with.
 
     Raises
     ------
@@ -222,14 +222,14 @@ def check_attention(eager: bool, experts: Sequence[Expert], budget: str | None) 
 
 def check_wrapped(attention: Attention, compression_ratio: float | None) -> None:
     """
-    Raise where a wrapper of kvpress that asks for scores would evict what it should not.
+    Raise if a wrapper of kvpress asks for scores that it could not use correctly.
 
     Raises
     ------
     SettingError
-        Without a ratio, which the wrapper reads.
+        If ``compression_ratio`` is None. The wrapper reads its budget from this setting.
     UnsupportedModelError
-        On a layer with sliding-window attention.
+        If the layer has sliding-window attention. The wrapper would evict from it.
     """
     if compression_ratio is None:
         raise SettingError(

@@ -1,4 +1,4 @@
-"""MoERouterPress: hidden states in, smaller cache out. This file names every stage in order."""
+"""MoERouterPress: from hidden states to a smaller cache. Its methods are the stages of this, in order."""
 
 from __future__ import annotations
 
@@ -41,22 +41,24 @@ from kvpress_moe.routers.resolve import belong, check_routers, fits, warn_untrai
 @dataclass
 class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
     """
-    A mixture-of-experts router over compression experts.
+    A press with a mixture of experts: a router chooses compression experts for every token.
 
-    Each layer's router decides for every token of the prompt which experts judge its KV pairs. An expert gives every
-    pair a score. Scores are made comparable (rank within the head) and mixed by the router's weights. The best
-    ``1 - compression_ratio`` of the pairs stay, in their original order. Only the prompt is compressed, once. It works
-    wherever a kvpress ``ScorerPress`` works; kvpress's wrappers need a number for ``compression_ratio``.
+    Each layer has a router. It decides for every token of the prompt which experts judge the token's KV pairs. An
+    expert gives every pair a score. Scores are made comparable (rank within the head) and mixed by the router's
+    weights. The best ``1 - compression_ratio`` of the pairs stay, in their original order. Only the prompt is
+    compressed, once. The press works wherever a ``ScorerPress`` does; wrappers need a number for ``compression_ratio``.
 
     Parameters
     ----------
     compression_ratio : float or None, default=0.5
-        Share of the KV pairs to remove, in [0, 1); exact in total (``kvpress.utils.compute_n_kept``). ``None``: each
-        expert's own keep fraction decides, see :meth:`n_kept`.
+        Share of the KV pairs to remove, in [0, 1). The total is exact (``kvpress.utils.compute_n_kept``). ``None``:
+        each expert's own keep fraction decides, see :meth:`n_kept`.
     num_experts : int, optional
-        Experts to choose from: the first of the guide's table, 4 by default, up to 8. With ``experts``: their number.
+        Number of experts to choose from: the first ones of the default table, 4 by default, up to 8. If ``experts``
+        is given: the number of these experts.
     top_k : int, optional
-        Experts that judge a token: 2 by default, 1 where there is one expert, or what trained routers were trained with.
+        Number of experts that judge a token. By default 2, or 1 if there is only one expert, or the number that trained
+        routers were trained with.
     capacity_factor : float, default=1.5
         An expert takes at most ``ceil(capacity_factor * tokens * top_k / num_experts)`` tokens of a prompt, at least 1.
     dropout : float, default=0.1
@@ -70,36 +72,36 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
     experts : str or sequence, optional
         ``"guide"``, ``"strong"``, or a list of names, kvpress scorers and functions with the signature of ``score``.
     router : path, str or Routers, optional
-        Trained routers: a directory, a hub id, or the object. ``None`` takes those that ship with the package for this
-        very model, if there are any and neither ``experts`` nor ``num_experts`` was named; else untrained ones, which
-        weigh all experts alike until cache feedback changes that. Where no experts are named, they are the ones that
-        the trained routers know.
+        Trained routers: a directory, a hub id, or the object. ``None`` takes the routers that ship with the package
+        for exactly this model, if there are any, if neither ``experts`` nor ``num_experts`` was given, and if
+        ``router_type`` is ``"pikv"``. Otherwise ``None`` takes untrained routers, which weigh all experts alike until
+        cache feedback changes that. If no experts are given, the press uses the experts of the trained routers.
     track_misses : bool, default=False
-        Keep evicted keys on the CPU, and count hit rates with every generated token too, not only with the prompt's
-        last tokens. Costs memory there and time at each step.
+        Keep evicted keys in CPU memory, and count hit rates with every generated token too, not only with the last
+        tokens of the prompt. This takes CPU memory, and time at each step.
     budget : {"uniform", "layer", "global"}, optional
-        Which heads share the budget. ``"uniform"``: none, every head keeps the same number of pairs. ``"layer"``: the
-        heads of a layer. ``"global"``: all heads of all layers. The total is always exact. With ``"layer"`` and
+        Which heads share the budget. ``"uniform"``: every head keeps the same number of pairs. ``"layer"``: the heads
+        of a layer share. ``"global"``: all heads of all layers share. The total is always exact. With ``"layer"`` and
         ``"global"`` the layers of the DynamicCache in use become :class:`~kvpress_moe.cache.RaggedLayer` at the end of
-        the prefill, and memory is freed pair by pair. Both need scores that compare across heads: those of trained
-        routers, or of one expert such as ``experts=["expected_attention"]``, whose scores are then used as they are.
-        ``None``: ``"global"`` with trained routers (unless attention is eager or ``track_misses`` is on, which cannot
-        serve it), ``"uniform"`` otherwise; see :attr:`scope`.
+        the prefill, and the memory of every evicted pair is freed. Both need scores that can be compared across heads:
+        those of trained routers, or of one expert such as ``experts=["expected_attention"]``, whose scores are then
+        used unchanged. ``None``: ``"global"`` with trained routers, unless attention is eager or ``track_misses`` is
+        on, which do not support it; otherwise ``"uniform"``. See :attr:`scope`.
     min_share : float, default=0.2
-        Share of the mean that each head keeps at least, where heads share a budget.
+        Where heads share a budget, each head keeps at least this share of the mean number of pairs.
 
     Raises
     ------
     SettingError
-        A ``ValueError``; at once, for any setting that is wrong.
+        If a setting is wrong. It is a ``ValueError``, and it is raised as soon as the setting is set.
 
     Notes
     -----
-    Batches padded on the left are served row by row: each row is routed, ranked and budgeted as if it were alone, and
-    the layers turn ragged under every ``budget``. In the statistics each row counts as a call.
+    Batches padded on the left are processed row by row. Each row is routed, ranked and budgeted as if it were alone,
+    and the layers become ragged under every ``budget``. In the statistics each row counts as a call.
 
-    Cache feedback is state: a second call routes by what the first one saw. ``del press.routers`` forgets it,
-    ``cache_aware=False`` does without.
+    Cache feedback is state: what the first call counts changes the routing of the second call. ``del press.routers``
+    forgets it. With ``cache_aware=False`` it is not used.
     """
 
     compression_ratio: float | None = 0.5
@@ -129,24 +131,24 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """
-        Check the model, let the experts prepare themselves, and have the routers ready.
+        Check the model, let the experts prepare themselves, and build or load the routers.
 
         Raises
         ------
         UnsupportedModelError, CheckpointError, SettingError
-            Before any hook is registered.
+            If the model, the routers or a setting cannot be used. No hook has been registered then.
         """
         check_model(model)
         self._eager = model.config._attn_implementation == "eager"
         attention = language_model(model).layers[0].self_attn
         if self.router is None and self._routers is not None and not belong(self._routers, attention):
-            del self.routers  # shipped ones, or feedback, of another model of this size
+            del self.routers  # shipped for another model of this size, or with its feedback
         routers = self._routers_for(attention)
         check_attention(self._eager, self._experts, self.budget)
         for expert in self._experts:
             if isinstance(expert.scorer, ScorerPress):
                 expert.scorer.post_init_from_model(model)
-        if self.router is not None:  # also when they are there: another model may be of the same size
+        if self.router is not None:  # each time: the next model may be another one of the same size
             check_routers(routers, self.router_type, self._expert_names, attention, self.router)
         if not routers.config.trained and self.num_experts > 1:  # one expert needs no routing
             warn_untrained()
@@ -156,14 +158,14 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         """
         Compress every prompt that is prefilled inside the ``with`` block.
 
-        kvpress's own context manager with three additions, see :class:`~kvpress_moe.press.session.Session`: inputs that
-        would be compressed wrongly are refused before the first layer runs, a prompt that fails is undone, and the
-        ``rotary_emb`` that kvpress puts on the attention layers is taken off again.
+        This is kvpress's own context manager with three additions (see :class:`~kvpress_moe.press.session.Session`).
+        Inputs that would be compressed wrongly are refused before the first layer runs. A forward pass that fails
+        leaves nothing behind. The ``rotary_emb`` that kvpress puts on the attention layers is removed at the end.
 
         Raises
         ------
         UnsupportedInputError
-            If this press or another MoERouterPress is in use on this model already.
+            If this press is already in use, or another MoERouterPress is in use on this model.
         """
         check_model(model)
         with self._session.open(self, model, super().__call__(model)):
@@ -171,7 +173,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
 
     @property
     def routers(self) -> Routers | None:
-        """The routers in use, one per layer; None before the first use. ``del press.routers`` frees them."""
+        """The routers in use, one per layer. None before the first use. ``del press.routers`` frees them."""
         return self._routers
 
     @routers.deleter
@@ -181,7 +183,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         self._feedback.forget_evicted()
 
     def _routers_for(self, attention: nn.Module) -> Routers:
-        """The routers of the model that an attention layer belongs to, built or loaded at the first use."""
+        """The routers of the model that an attention layer belongs to. They are built or loaded at the first use."""
         if self._routers is None or not fits(self._routers, attention):
             may_ship = self._follows_routers and self.router_type == "pikv"
             trained = find_trained(self.router, attention, may_ship)
@@ -195,7 +197,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
     def score(
         self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Tensor | None, kwargs: Any
     ) -> Tensor:
-        """Route, then mix the experts' scores: (B, H, S), higher = keep. Wrappers of kvpress call this alone."""
+        """Route, then mix the experts' scores: (B, H, S), higher = keep. Wrappers of kvpress call only this method."""
         check_wrapped(module, self.compression_ratio)
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
         routing = self.route(call)
@@ -206,16 +208,16 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
     def compress(
         self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Tensor | None, kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Score all pairs, keep the best within the budget in their original order, and record what that cost."""
+        """Score all pairs, keep the best within the budget in their original order, and record what this cost."""
         if self.compression_ratio == 0 or slides(module.config, module.layer_idx):
             return keys, values
         if is_in_use(self):
             check_unmasked(module, self)
-        keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)  # an offloaded cache's are away
+        keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)  # a cache may offload them
         projected = self._session.projections.of(module, hidden_states)
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs, projected=projected)
 
-        rows = self._session.rows(call)  # of a padded batch each row's text alone, else the call itself
+        rows = self._session.rows(call)  # one call per row of a padded batch, else the call itself
         routed = [self.route(row) for row in rows]
         scores = [self.mix(row, routing) for row, routing in zip(rows, routed, strict=True)]
         observed = [self.observe(row, routing) for row, routing in zip(rows, routed, strict=True)]
@@ -229,7 +231,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
     def route(self, call: LayerCall) -> Routing:
         """Decide which experts judge which pair."""
         if first_to_compress(call.module):
-            check_mask(call.kwargs.get("attention_mask"))  # a wrapper's, or one that was made by hand
+            check_mask(call.kwargs.get("attention_mask"))  # a wrapper or the caller may have made one
         hidden_states = call.hidden_states
         router = self._routers_for(call.module).place(call.layer_idx, hidden_states.device, hidden_states.dtype)
         output = router(hidden_states, self.top_k, self.capacity_factor)
@@ -240,20 +242,20 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
 
     @torch.no_grad()
     def mix(self, call: LayerCall, routing: Routing) -> Tensor:
-        """Mixed score (B, H, S) of the experts that judge any pair; the others are not computed."""
+        """Mixed score (B, H, S) of the experts that judge at least one pair."""
         return mix_experts(call, routing, self._experts, self.compression_ratio)
 
     def observe(self, call: LayerCall, routing: Routing) -> Observation:
-        """What :meth:`record` needs to know of a call."""
+        """The routing and the attention of a call, which :meth:`record` needs later."""
         return observe(call, routing)
 
     def n_kept(self, call: LayerCall, routing: Routing) -> int:
         """
-        Pairs that each head keeps, or keeps on average.
+        Number of pairs that each head keeps. If heads share a budget: the mean over the heads.
 
-        With ``compression_ratio=None``: the sum over experts of usage share × own keep fraction, as the first
-        compressed layer of the prompt routes. All layers then keep as many, since transformers' masks need layers of
-        equal length.
+        With ``compression_ratio=None`` the kept share is the sum over experts of usage share × own keep fraction. The
+        first compressed layer of the prompt decides it by its routing. All layers then keep the same number, because
+        transformers' masks need layers of equal length.
         """
         if self.compression_ratio is not None:
             n_kept: int = compute_n_kept(call.k_len, self.compression_ratio)
@@ -266,7 +268,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
     def _evict(
         self, call: LayerCall, routing: Routing, scores: Tensor, observation: Observation, n_kept: int
     ) -> tuple[Tensor, Tensor]:
-        """Every head keeps as many pairs: smaller keys and values for an ordinary cache."""
+        """Uniform budget: every head keeps the same number of pairs. Returns the smaller keys and values."""
         indices = select(scores, n_kept)
         self.record(call.layer_idx, observation, kept_mask(indices, call.k_len))
         if self.track_misses:
@@ -280,21 +282,21 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
     def _evict_shared(
         self, call: LayerCall, scores: Sequence[Tensor], observed: Sequence[Observation], n_kept: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Heads compete; once it is decided, layers of the cache are replaced by ragged ones."""
+        """Shared budget: heads compete. Once it is decided, the layers of the cache are replaced by ragged ones."""
         waiting = (self._shared, call, scores, observed, n_kept)
         for layer_idx, parts in evict_shared(*waiting, self.scope, self.min_share, inside_wrapper=not is_in_use(self)):
             for kept, observation in parts:
                 self.record(layer_idx, observation, kept)
-        return call.keys, call.values  # kvpress's hook stores them in the layer that has just been replaced
+        return call.keys, call.values  # kvpress's hook stores them in the old layer object, which is no longer in use
 
     def record(self, layer_idx: int, observation: Observation, kept: Tensor) -> None:
-        """Count what each expert's tokens lost when only ``kept`` (B, H, S) stayed, and tell the router."""
+        """Count what each expert's tokens lost if only the pairs ``kept`` (B, H, S) stay, and tell the router."""
         self._feedback.add_eviction(layer_idx, observation, kept, self._routers)
 
     def forward_hook(
         self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list[Any]
     ) -> list[Any]:
-        """kvpress's hook; with ``track_misses`` it then counts what a decoding step hit and missed."""
+        """kvpress's hook. With ``track_misses`` it also counts a decoding step's attention to evicted keys."""
         output = super().forward_hook(module, input, kwargs, output)
         self._session.projections.clear()
         if self.track_misses and not is_prefilling(kwargs["cache_position"], kwargs["hidden_states"].shape[1]):
@@ -303,7 +305,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
 
     @property
     def _turns_ragged(self) -> bool:
-        """Whether layers turn ragged; inside a wrapper, which stores equal heads, only if ``budget`` asks for it."""
+        """Whether layers become ragged. Inside a wrapper, which stores equal heads, only if ``budget`` asks for it."""
         shares = self.scope != "uniform" and (is_in_use(self) or self.budget is not None)
         return shares or self._session.text_starts is not None
 

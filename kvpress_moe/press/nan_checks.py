@@ -1,4 +1,4 @@
-"""NaN and infinity: where they would decide which pairs stay (``topk`` ranks NaN first), they are an error."""
+"""Errors for NaN and infinity where they would decide which pairs stay. (``topk`` ranks NaN first.)"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvpress_moe.routers import Routing
 
 
 def is_finite(states: Tensor) -> Tensor:
-    """Whether all of a tensor's numbers are finite: a bool scalar on its device. NaN and infinity survive extremes."""
+    """Whether all numbers of a tensor are finite: a bool scalar on its device. The largest or smallest shows it."""
     return torch.stack((states.amax(), states.amin())).isfinite().all()
 
 
@@ -22,12 +22,14 @@ def active_experts(call: LayerCall, weights: Tensor, logits: Tensor) -> list[int
     """
     Indices of the experts with a routing weight (B, 1 or H, S, E) above zero for any pair of a call.
 
-    The device is read once, for this and for whether keys, values and the router's logits (B, S, E) are finite. Hidden
-    states are seen through the logits, which a single NaN or infinity of a token turns into NaN or infinity.
+    The same step checks that keys, values and the router's logits (B, S, E) are finite, so that the device is read only
+    once. Hidden states are checked through the logits: one NaN or infinity in a token's hidden state makes its logits
+    NaN or infinite.
 
     Raises
     ------
     NotFiniteError
+        If hidden states, keys, values or logits are not finite.
     """
     used = (weights > 0).flatten(0, 2).any(0)
     finite = torch.stack([is_finite(states).to(used.device) for states in (logits, call.keys, call.values)])
@@ -45,7 +47,7 @@ def active_experts(call: LayerCall, weights: Tensor, logits: Tensor) -> list[int
 def check_all_finite(
     rows: Sequence[LayerCall], routed: Sequence[Routing], scores: Sequence[Tensor], observed: Sequence[Observation]
 ) -> None:
-    """:func:`check_finite` for each row of a batch."""
+    """Run :func:`check_finite` for each row of a batch."""
     for row, routing, mixed, observation in zip(rows, routed, scores, observed, strict=True):
         check_finite(row, routing, mixed, observation.mass)
 
@@ -54,16 +56,18 @@ def check_finite(
     call: LayerCall, routing: Routing | None = None, scores: Tensor | None = None, mass: Tensor | None = None
 ) -> None:
     """
-    Raise unless what decides over pairs, and what hit rates are made of, is finite; the device is read once.
+    Raise if calibrated scores, or the attention that hit rates are counted with, are not finite.
+
+    The device is read once.
 
     Parameters
     ----------
     call : LayerCall
     routing : Routing, optional
-        That the scores were mixed by.
+        The routing that the scores were mixed by.
     scores : Tensor, shape (B, H, S), optional
-        Mixed ones. Calibrated, they estimate a logarithm of attention and have to be finite; ranks always are, and
-        :meth:`kvpress_moe.experts.expert.Expert.score` looks at what an expert says alone.
+        Mixed scores. Calibrated scores estimate the logarithm of attention and have to be finite. Ranks are always
+        finite. :meth:`kvpress_moe.experts.expert.Expert.score` checks the scores of a single expert.
     mass : Tensor, optional
         Attention that was paid to the pairs.
 
@@ -84,7 +88,7 @@ def check_finite(
 
 
 def not_finite(what: str, call: LayerCall, states: Tensor, remedy: str) -> NotFiniteError:
-    """The error that says which stage of which layer it was."""
+    """The error that names the stage and the layer."""
     n_wrong = int((~states.isfinite()).sum())
     return NotFiniteError(
         f"{what}: got NaN or infinity on layer {call.layer_idx} ({n_wrong} of {states.numel()} numbers), expected "

@@ -1,4 +1,4 @@
-"""Padding on the left of a batch's prompts: where each row's text begins, and each row as if it were alone."""
+"""Batches padded on the left: where each row's text begins, and each row as a call of its own."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from kvpress_moe.experts.layer_call import LayerCall
 
 def text_starts(mask: Tensor | None, position_ids: Tensor | None) -> list[int] | None:
     """
-    Where each row's text begins in a prompt that is padded on the left; None for a prompt without padding.
+    Where each row's text begins in a prompt that is padded on the left. None for a prompt without padding.
 
     Parameters
     ----------
     mask : Tensor, shape (B, S), or None
-        The attention mask as the model gets it. Masks of other shapes are left to the model.
+        The attention mask that the model gets. Masks of other shapes are not checked here.
     position_ids : Tensor, shape (B, S), or None
 
     Raises
     ------
     UnsupportedInputError
-        For padding elsewhere, a row without text, or positions that do not start at each row's text.
+        If there is padding in other places, a row without text, or positions that do not start at each row's text.
     """
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
         return None
@@ -49,9 +49,9 @@ def text_starts(mask: Tensor | None, position_ids: Tensor | None) -> list[int] |
 
 def rows_alone(call: LayerCall, starts: Sequence[int] | None) -> list[LayerCall]:
     """
-    The rows of a padded prompt, each a call of its own without its padding; the call itself where nothing is padded.
+    The rows of a padded prompt, each as a call of its own without its padding. Without padding: the call itself.
 
-    A router's capacity, ranks within a head, windows and budgets then are those of the row alone.
+    So a router's capacity, the ranks within a head, windows and budgets depend on the row alone.
     """
     if starts is None:
         return [call]
@@ -74,5 +74,5 @@ def _row_alone(call: LayerCall, row: int, start: int) -> LayerCall:
 
 
 def join_rows(kept: Sequence[Tensor], k_len: int) -> Tensor:
-    """Masks (B or 1, H, text) of the pairs that stay -> one of the batch (B, H, S), in which padding never stays."""
+    """Join masks (B or 1, H, text) of the pairs that stay into one mask (B, H, S) of the batch. Padding never stays."""
     return torch.cat([F.pad(mask, (k_len - mask.shape[-1], 0)) for mask in kept])

@@ -1,4 +1,4 @@
-"""Trained routers in and out of a press, by the names that transformers uses."""
+"""Load, save and upload the routers of a press. The methods have the names that transformers uses."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Pretrained:
     @classmethod
     def from_pretrained(cls, router: str | Path | Routers, **settings: Any) -> Self:
         """
-        A press with trained routers.
+        Make a press with trained routers.
 
         Parameters
         ----------
         router : path, str or Routers
             A directory, a hub id (``"user/name"``), or the object.
         **settings
-            Of the press. Experts and ``top_k`` are those of the routers unless named.
+            Settings of the press. Experts and ``top_k`` are those of the routers if they are not given.
         """
         return cls(router=trained_routers(router), **settings)  # type: ignore[call-arg]
 
@@ -38,18 +38,20 @@ class Pretrained:
         Raises
         ------
         SettingError
-            If there are none yet: the press has seen no model.
+            If there are no routers yet, because the press has not been used with a model.
         """
         return save_routers(self._routers_in_use(), directory, metrics)
 
     def push_to_hub(self, repo_id: str, private: bool = False, metrics: dict[str, Any] | None = None) -> str:
         """
-        Upload the routers in use to a repository of the Hugging Face hub, which is made if need be; its address.
+        Upload the routers in use to a repository of the Hugging Face hub, and return the address of the repository.
+
+        The repository is created if it does not exist.
 
         Raises
         ------
         SettingError
-            If there are none yet: the press has seen no model.
+            If there are no routers yet, because the press has not been used with a model.
         """
         return push_routers(self._routers_in_use(), repo_id, private, metrics)
 

@@ -1,4 +1,4 @@
-"""RoutingMemory: the routing weights of tokens that are still in a cache, for when it is compressed again."""
+"""RoutingMemory: the routing weights of tokens that are still in a cache. Needed if it is compressed again."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from kvpress_moe.experts.layer_call import LayerCall
 
 class RoutingMemory:
     """
-    Per layer: which cache it was, and the weights (B, H, K, E) of the pairs left in it, in cache order.
+    For each layer: the cache, and the weights (B, H, K, E) of the pairs left in it, in cache order.
 
-    While decoding, kvpress hands over hidden states of the newest tokens only. What was remembered when the cache was
-    last compressed covers its oldest tokens, the fresh routing its newest; tokens between them, and all tokens of a
-    host that hides which tokens it hands over, get the mean weights of those that are known.
+    During decoding, kvpress passes hidden states of the newest tokens only. The weights that were remembered when the
+    cache was last compressed cover its oldest tokens. The new routing covers its newest tokens. Tokens between them get
+    the mean of the known weights. If a wrapper hides which tokens it passes, all tokens get the mean of the new
+    weights.
     """
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[weakref.ref[Any], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_entries": {}}  # caches cannot travel
+        return {"_entries": {}}  # a weak reference to a cache cannot be copied
 
     def remember(self, call: LayerCall, weights: Tensor, indices: Tensor) -> None:
-        """Keep the weights (B, 1 or H, S, E) of the pairs at ``indices``, shape (B, H, K)."""
+        """Remember the weights (B, 1 or H, S, E) of the pairs at ``indices``, shape (B, H, K)."""
         if call.cache is None:
             return
         weights = weights.expand(-1, indices.shape[1], -1, -1)
@@ -35,7 +36,7 @@ class RoutingMemory:
         self._entries[call.layer_idx] = (weakref.ref(call.cache), kept)
 
     def recall(self, call: LayerCall) -> Tensor | None:
-        """Weights of the oldest pairs in this call's cache, None if it was not seen before."""
+        """Weights of the oldest pairs in this call's cache. None if they are not known."""
         cache, weights = self._entries.get(call.layer_idx, (None, None))
         if cache is None or cache() is not call.cache or weights is None:
             return None
@@ -44,7 +45,7 @@ class RoutingMemory:
 
     def align(self, call: LayerCall, fresh: Tensor) -> Tensor:
         """
-        Routing weights of all cached pairs, shape (B, 1 or H, S, E), from those of the given tokens, (B, Q, E).
+        Routing weights (B, 1 or H, S, E) of all cached pairs, from the new weights (B, Q, E) of the given tokens.
         """
         fresh = fresh[:, None]  # (B, 1, Q, E)
         if call.gathered or call.q_len > call.k_len:

@@ -1,4 +1,4 @@
-"""Session: what a press does and knows between the beginning and the end of a ``with press(model)`` block."""
+"""Session: what a press does and knows during a ``with press(model)`` block."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from kvpress_moe.routers.active import restore, snapshot
 
 class Session:
     """
-    The hooks of one press on one model, and what it knows of the forward pass that is under way.
+    The hooks of one press on one model, and what is known of the current forward pass.
 
-    Outside of a block it is empty: then a wrapper of kvpress asks the press.
+    Outside of a block it is empty. If the press is called then, a wrapper of kvpress calls it.
 
     Attributes
     ----------
     projections : ProjectionCache
-        What the layer that is computed projected in its own forward.
+        What the current layer projected in its own forward.
     text_starts : list of int or None
-        Where the text of each row begins in a prompt that is padded on the left.
+        Where the text of each row begins in a prompt that is padded on the left. None for a prompt without padding.
     """
 
     def __init__(self) -> None:
@@ -40,33 +40,33 @@ class Session:
         self.text_starts: list[int] | None = None
 
     def rows(self, call: LayerCall) -> list[LayerCall]:
-        """The call itself; of a padded batch each row's text, as a call of its own."""
+        """The call itself, or for a padded batch one call for each row, without its padding."""
         return rows_alone(call, self.text_starts)
 
     def clear(self) -> None:
-        """Forget the forward pass."""
+        """Forget the current forward pass."""
         self.projections.clear()
         self.text_starts = None
 
     @contextmanager
     def open(self, press: Any, model: PreTrainedModel, compressing: AbstractContextManager[None]) -> Iterator[None]:
         """
-        Compress what the model reads inside the block.
+        Compress every prompt that the model prefills inside the block.
 
         Parameters
         ----------
         press : MoERouterPress
         model : PreTrainedModel
         compressing : context manager
-            kvpress's own, which owns the hooks that compress.
+            kvpress's own context manager. It adds and removes the hooks that compress.
 
         Raises
         ------
         UnsupportedInputError
-            If this press or another MoERouterPress is in use on this model already.
+            If this press is already in use, or another MoERouterPress is in use on this model.
         """
         transaction = Transaction(partial(checkpoint, press))
-        with ExitStack() as leave:  # undoes all that was done, whatever happens in between
+        with ExitStack() as leave:  # undoes every step at the end, whatever happens in between
             leave.enter_context(exclusive_use(press, model))
             leave.callback(self.clear)
             leave.enter_context(bare_afterwards(model))
@@ -82,7 +82,7 @@ class Session:
     def _before_forward(
         self, press: Any, transaction: Transaction, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Refuse what would be compressed wrongly without a word, and note where the text of padded rows begins."""
+        """Refuse input that would be compressed wrongly and silently. Note where the text of padded rows begins."""
         arguments = forward_arguments(model, args, kwargs)
         transaction.begin(arguments)
         self.text_starts = None
@@ -93,7 +93,7 @@ class Session:
 
 
 def checkpoint(press: Any, is_prompt: bool) -> Callable[[], None]:
-    """What takes back all that a press counts in the forward pass that begins now."""
+    """A function that takes back everything that a press counts in the forward pass that begins now."""
     if not (is_prompt or press.track_misses):
         return lambda: None  # nothing is counted
     routers, counted = press.routers, press._feedback.stats.snapshot()
@@ -101,7 +101,7 @@ def checkpoint(press: Any, is_prompt: bool) -> Callable[[], None]:
 
     def take_back() -> None:
         press._feedback.stats.restore(counted)
-        if routers is None:  # they had been dropped, and were built anew in this pass
+        if routers is None:  # there were none before this pass, which built them
             press._routers = None
         else:
             restore(press.routers, feedback)

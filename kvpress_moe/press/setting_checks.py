@@ -1,4 +1,4 @@
-"""What each setting of the press takes, checked whenever it is set."""
+"""What each setting of the press accepts. The checks run whenever a setting is set."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def check_min_share(value: Any) -> None:
 
 
 def check_tracking(track_misses: bool, budget: str | None) -> None:
-    """Raise if misses are to be tracked in a ragged cache."""
+    """Raise if ``track_misses`` is on with a budget that heads share."""
     _require(
         not (track_misses and budget not in (None, "uniform")),
         "track_misses",
@@ -144,7 +144,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
 
 
 def check_top_k_fits(top_k: int, num_experts: int) -> None:
-    """Raise if a token is to be judged by more experts than there are."""
+    """Raise if ``top_k`` is larger than the number of experts."""
     _require(
         top_k <= num_experts,
         "top_k",
@@ -155,7 +155,7 @@ def check_top_k_fits(top_k: int, num_experts: int) -> None:
 
 
 def check_number_of_experts(num_experts: int, n_named: int, given: bool) -> None:
-    """Raise if ``num_experts`` asks for experts that are not there, or disagrees with the list that was given."""
+    """Raise if ``num_experts`` exceeds the default table, or differs from the length of the list that was given."""
     if given:
         _require(
             num_experts == n_named,

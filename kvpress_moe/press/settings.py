@@ -1,4 +1,4 @@
-"""The settings of the press: checked whenever they are set, and what hangs on them is kept in line."""
+"""The settings of the press. They are checked whenever they are set, and what depends on them is updated."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from kvpress_moe.press.setting_checks import (
 from kvpress_moe.routers import Routers
 from kvpress_moe.routers.active import set_in_routers
 
-DEFAULT_TOP_K = 2  # the guide's
+DEFAULT_TOP_K = 2
 
 
 class Following:
     """
-    A setting that follows others while it is ``None``; reading it gives the number in force.
+    A setting that follows other settings while it is ``None``. Reading it gives the number in use.
 
-    A descriptor, as dataclasses take them for fields.
+    This is a descriptor. A dataclass accepts it as the default of a field.
 
     Parameters
     ----------
     derive : callable
-        press -> the number, where none was given.
+        press -> the number to use if none was given.
     default : int, optional
-        Of the dataclass's field; a subclass may name a number.
+        Default of the dataclass's field. A subclass may give a number here.
     """
 
     def __init__(self, derive: Callable[[Any], int | None], default: int | None = None):
@@ -45,7 +45,7 @@ class Following:
 
     def __get__(self, press: Any, owner: type) -> int | None:
         if press is None:
-            return self._default  # asked by the dataclass
+            return self._default  # the dataclass asks for the field's default
         given: int | None = getattr(press, self._given)
         return self._derive(press) if given is None else given
 
@@ -54,16 +54,16 @@ class Following:
 
 
 def following(derive: Callable[[Any], int | None]) -> Any:
-    """A :class:`Following`, for fields that say the type of what is read."""
+    """Make a :class:`Following`. Returns ``Any``, so that a field can declare the type of the value that is read."""
     return Following(derive)
 
 
 class Settings(CustomStrategies):
     """
-    What is common to all settings of a press; the press itself says which there are.
+    What all settings of a press have in common. The press itself declares the settings.
 
-    Every setting is checked whenever it is set; one that is refused changes nothing. Experts, ``num_experts`` and
-    ``top_k`` that were not named follow the trained routers in use.
+    Every setting is checked whenever it is set. A setting that is refused changes nothing. If experts, ``num_experts``
+    or ``top_k`` were not given, they follow the trained routers in use.
     """
 
     num_experts: int
@@ -78,7 +78,7 @@ class Settings(CustomStrategies):
     _eager: bool
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A subclass that names another default for a setting leaves the setting what it is."""
+        """If a subclass gives a number as the default of a :class:`Following`, the setting stays a Following."""
         super().__init_subclass__(**kwargs)
         for name, default in list(vars(cls).items()):
             inherited = next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None)
@@ -88,7 +88,7 @@ class Settings(CustomStrategies):
                 setattr(cls, name, setting)
 
     def __post_init__(self) -> None:
-        number, top_k = self.num_experts, self.top_k  # None where they were not named
+        number, top_k = self.num_experts, self.top_k  # None if not given
         specs = expert_specs(self.experts, number)
         if number is not None:
             check_number_of_experts(number, len(specs), given=self.experts is not None)
@@ -103,12 +103,12 @@ class Settings(CustomStrategies):
             CHECKS[name](value)
             if name == "experts" and value is not None and not isinstance(value, str):
                 value = tuple(value)
-            if hasattr(self, "_experts"):  # the press is made, and with it what hangs on the setting
+            if hasattr(self, "_experts"):  # the press is complete, so other state depends on the setting
                 value = self._change(name, value)
         super().__setattr__(name, value)
 
     def _change(self, name: str, value: Any) -> Any:
-        """Bring what hangs on a setting in line with a new value; what to store. Raises before anything has changed."""
+        """Update what depends on a setting, and return the value to store. Raises before anything has changed."""
         if name == "top_k" and value is not None:
             check_top_k_fits(value, self.num_experts)
         elif name == "num_experts":
@@ -134,7 +134,7 @@ class Settings(CustomStrategies):
 
     @property
     def expert_strategies(self) -> ExpertStrategies:
-        """Index -> name of the expert, readable and writable: ``press.expert_strategies[0] = "ultra_aggressive"``."""
+        """Index -> name of the expert. Entries can be set: ``press.expert_strategies[0] = "ultra_aggressive"``."""
         return ExpertStrategies(lambda: self._experts, lambda specs: setattr(self, "experts", specs))
 
     @expert_strategies.setter
@@ -150,7 +150,7 @@ class Settings(CustomStrategies):
         return [expert.name for expert in self._experts]
 
     def _set_experts(self, specs: Sequence[Any]) -> None:
-        """Judge by other experts. Routers and counts belong to the old ones and start anew."""
+        """Use other experts. Routers and counts belong to the old experts, so they start anew."""
         experts = self._make_experts(specs)
         check_top_k_fits(self.top_k, len(experts))
         self._experts = experts
@@ -159,11 +159,11 @@ class Settings(CustomStrategies):
 
     @property
     def _follows_routers(self) -> bool:
-        """Whether no experts were named: then they are those that the trained routers know."""
+        """Whether no experts were given. Then the press uses the experts of the trained routers."""
         return self.experts is None and self._given_num_experts is None
 
     def _follow(self, trained: Routers | None) -> None:
-        """Judge by the experts that trained routers know; by the guide's again where there are none."""
+        """Use the experts of trained routers, or the default experts if there are no trained routers."""
         if not self._follows_routers:
             return
         names = expert_specs(None, None) if trained is None else trained.config.experts
@@ -173,7 +173,7 @@ class Settings(CustomStrategies):
 
     @property
     def scope(self) -> str:
-        """Which heads share the budget: ``budget`` where it was set; else what the routers in use allow."""
+        """Which heads share the budget: ``budget`` if it was set, else what the routers in use allow."""
         if self.budget is not None:
             return self.budget
         calibrated = self.routers is not None and bool(self.routers.config.num_heads)
@@ -181,12 +181,12 @@ class Settings(CustomStrategies):
 
 
 def number_of_experts(press: Settings) -> int | None:
-    """``num_experts`` where none was named; unknown while the press is being made."""
+    """``num_experts`` if none was given. None while the press is being made."""
     return len(press._experts) if hasattr(press, "_experts") else None
 
 
 def default_top_k(press: Settings) -> int | None:
-    """``top_k`` where none was named: that of trained routers whose experts the press follows, else the guide's."""
+    """``top_k`` if none was given: that of the trained routers whose experts the press uses, else at most 2."""
     if not hasattr(press, "_experts"):
         return None
     if press._follows_routers and press.routers is not None and press.routers.config.trained:

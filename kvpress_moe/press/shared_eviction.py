@@ -1,4 +1,4 @@
-"""Eviction under a budget that heads share: layers wait until it is decided, then turn ragged."""
+"""Eviction under a budget that heads share. Layers wait until the budget is decided, then they become ragged."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ def evict_shared(
     inside_wrapper: bool,
 ) -> Decided:
     """
-    Let heads compete for the budget, and turn the layers whose pairs are decided into ragged ones.
+    Let heads compete for the budget. Layers whose pairs are decided become ragged.
 
     Parameters
     ----------
     shared : SharedBudget
-        With the prompt's layers that wait already.
+        It contains the layers of the prompt that are already waiting.
     call : LayerCall
     scores, observed, n_kept : sequence
-        One of each for the whole batch or, of a padded one, for each row.
+        One entry for the whole batch, or one for each row of a padded batch.
     budget : {"uniform", "layer", "global"}
     min_share : float
         Share of the mean that each head keeps at least.
     inside_wrapper : bool
-        Whether a wrapper of kvpress asks, which stores layers of equal heads.
+        Whether a wrapper of kvpress calls the press. Wrappers store layers of equal heads.
 
     Returns
     -------
     list of (layer index, list of (kept, observation))
-        Of each layer that is decided the pairs (B, H, S) that stay, row by row; empty while all layers wait.
+        For each layer that is decided: the pairs (B, H, S) that stay and what was observed, row by row. Empty while
+        all layers wait.
 
     Raises
     ------
     SettingError, UnsupportedInputError
-        Where layers cannot turn ragged, or another press evicted pairs meanwhile.
+        If layers cannot become ragged, or if another press evicted pairs in the meantime.
     """
     check_can_turn_ragged(call.cache, call.layer_idx, inside_wrapper)
     if first_to_compress(call.module):

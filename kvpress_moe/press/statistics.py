@@ -1,4 +1,4 @@
-"""RoutingStats: what was counted. Sums stay on the device and are read only when asked for."""
+"""RoutingStats: counts of routing and eviction. Sums stay on the device until they are asked for."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from torch import Tensor
 
 class RoutingStats:
     """
-    Exact counts per layer, kept as running sums on the layer's device.
+    Exact counts per layer, as running sums on the layer's device.
 
-    A layer's sums: ``calls``, ``tokens``, ``aux_loss`` (from routing); ``assigned`` (tokens per expert), ``used``
-    (calls in which an expert judged a token); ``judged`` and ``kept`` (KV pairs per expert that went through eviction,
-    and that stayed), ``mass`` and ``hit`` (attention mass on them).
+    The sums of a layer: ``calls``, ``tokens``, ``aux_loss`` (from routing); ``assigned`` (tokens per expert); ``used``
+    (calls in which an expert judged a token); ``judged`` and ``kept`` (per expert: KV pairs that went through eviction,
+    and those of them that stayed); ``mass`` and ``hit`` (per expert: attention mass on these pairs, and on those of
+    them that stayed).
     """
 
     def __init__(self) -> None:
         self._layers: dict[int, dict[str, Any]] = defaultdict(dict)
 
     def reset(self) -> None:
-        """Forget everything that was counted."""
+        """Forget all counts."""
         self._layers.clear()
 
     def snapshot(self) -> dict[int, dict[str, Any]]:
-        """What :meth:`restore` takes; sums are never written in place, so this copies no tensor."""
+        """The counts, for :meth:`restore`. Sums are never changed in place, so no tensor is copied."""
         return {layer_idx: dict(sums) for layer_idx, sums in self._layers.items()}
 
     def restore(self, snapshot: dict[int, dict[str, Any]]) -> None:
-        """Go back to what was counted when the snapshot was taken."""
+        """Go back to the counts of a snapshot."""
         self._layers.clear()
         self._layers.update(snapshot)
 
@@ -48,14 +49,14 @@ class RoutingStats:
         Returns
         -------
         dict
-            ``total_aux_loss``, ``avg_aux_loss`` (sum, and mean over layers and calls, of the unscaled auxiliary loss),
-            ``forward_count`` (calls that the most often called layer has seen) and ``layer_stats``, by layer:
+            ``total_aux_loss`` and ``avg_aux_loss`` (sum, and mean over layers and calls, of the unscaled auxiliary
+            loss), ``forward_count`` (calls of the layer that was called most often) and ``layer_stats``, by layer:
 
             - ``router_stats``: ``expert_usage_ratios`` (shares of all assignments, summing to 1),
-              ``expert_usage_count`` (tokens assigned), ``total_tokens``.
-            - ``expert_compression_stats``: ``expert_usage`` (calls in which it judged a token), ``compression_ratios``
-              (share of its pairs that was evicted), ``cache_hit_rates`` (share of the attention mass on its pairs that
-              falls on kept ones). NaN where nothing was counted.
+              ``expert_usage_count`` (tokens assigned to each expert), ``total_tokens``.
+            - ``expert_compression_stats``, each per expert: ``expert_usage`` (calls in which the expert judged a
+              token), ``compression_ratios`` (share of the expert's pairs that was evicted), ``cache_hit_rates`` (share
+              of the attention mass on the expert's pairs that falls on kept pairs). NaN where nothing was counted.
         """
         layers = {layer_idx: self._layer(sums, num_experts) for layer_idx, sums in sorted(self._layers.items())}
         calls = [int(sums["calls"]) for sums in self._layers.values()]

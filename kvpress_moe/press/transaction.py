@@ -1,4 +1,4 @@
-"""Transaction: a forward pass that ends counts; one that fails is undone."""
+"""Transaction: a forward pass that ends is counted; one that fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ class Transaction:
     """
     Watches the forward passes of a model inside one ``with press(model)`` block.
 
-    A pass that raises, or that Ctrl-C ends, leaves nothing behind: what the press counted of it is taken back, and the
-    cache of a prompt is as empty as it was before, instead of compressed in some layers and missing in others. Two
-    threads may take turns, but not read at once.
+    A pass fails if it raises an exception or if Ctrl-C ends it. Then everything that the press counted in this pass is
+    taken back, and the cache of a prompt is as empty as before. So it never happens that some layers are compressed and
+    others are missing. Two threads may take turns, but only one may be in a forward pass at a time.
 
     Parameters
     ----------
     checkpoint : callable
-        ``checkpoint(is_prompt)`` is called when a pass begins; what it returns takes back what came after.
+        ``checkpoint(is_prompt)`` is called when a pass begins. It returns a function that takes back everything that
+        is counted after that.
     """
 
     def __init__(self, checkpoint: Callable[[bool], Callable[[], None]]):
         self._checkpoint = checkpoint
-        self._under_way: dict[str, tuple[threading.Thread, Callable[[], None]]] = {}  # at most one, see `begin`
+        self._under_way: dict[str, tuple[threading.Thread, Callable[[], None]]] = {}  # one entry at most
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """
-        A forward pass begins.
+        Note that a forward pass begins, and remember the state before it.
 
         Parameters
         ----------
         arguments : dict
-            Of the forward of the model below its head, by name.
+            Arguments of the forward pass of the model without its head, by name.
 
         Raises
         ------
@@ -47,7 +48,7 @@ class Transaction:
         me = threading.current_thread()
         earlier = self._under_way.get("pass")
         if earlier is not None and earlier[0] is me:
-            self._undo()  # Ctrl-C ended it and the caller went on
+            self._undo()  # Ctrl-C ended that pass, and the caller went on
         cache: Any = arguments.get("past_key_values")
         is_prompt = cache is None or cache.get_seq_length() == 0
         layers = [copy(layer) for layer in cache.layers] if cache is not None and is_prompt else None
@@ -68,7 +69,7 @@ class Transaction:
         self._under_way["pass"] = (me, undo)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook, also called where the pass failed; without an output then."""
+        """Forward hook. torch also calls it if the pass failed; the output is None then."""
         reader = self._under_way.get("pass")
         if reader is None or reader[0] is not threading.current_thread():
             return  # this pass was refused because of another one
@@ -79,12 +80,12 @@ class Transaction:
 
     def close(self) -> None:
         """
-        The block is left: undo what Ctrl-C ended.
+        Take back a pass that Ctrl-C ended. Called when the block is left.
 
         Raises
         ------
         UnsupportedInputError
-            If another thread is still reading.
+            If another thread is still in a forward pass.
         """
         reader = self._under_way.get("pass")
         if reader is None:

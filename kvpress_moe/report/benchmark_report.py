@@ -1,4 +1,4 @@
-"""The report of benchmark runs, made from their records alone."""
+"""The report of benchmark runs, made only from their records."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def write_report(
     Parameters
     ----------
     runs : sequence of Path
-        Directories that `kvpress-moe bench` wrote; of the same model, seed and setting.
+        Directories that `kvpress-moe bench` wrote. Model, seed and setting must be the same.
     out : Path
-        Directory of the report; made if it is not there.
+        Directory of the report; created if it does not exist.
     ours : str, optional
-        The method that the others are compared with. The best of the group "ours" otherwise.
+        The method that the others are compared with. Default: the best method of the group "ours".
     tasks : sequence of str, optional
-        Only the records of these.
+        Use only the records of these tasks.
     members : sequence of str
-        Methods of which the best for each task, in hindsight, gets a row of its own.
+        Methods for an additional oracle row: for each task the best of them, known in hindsight.
 
     Returns
     -------
     list of Path
-        What was written.
+        The files that were written.
 
     Raises
     ------

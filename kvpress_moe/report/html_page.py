@@ -15,12 +15,12 @@ from kvpress_moe.report.markdown import Table, facts
 _STYLE = files("kvpress_moe.report").joinpath("page.css").read_text(encoding="utf-8")
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 
-#: The page may show its own style and its own images; it loads nothing, runs nothing, sends nothing.
+#: The page may show its own style and images. It loads nothing, runs nothing and sends nothing.
 _POLICY = f"default-src 'none'; img-src data:; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'"
 
 
 def page(results: Results, tables: Sequence[Table], plots: Sequence[tuple[str, str]], out: Path, reference: str) -> str:
-    """The page's text; plots (title, file name) are read from ``out`` and put inside."""
+    """The HTML text of the page. Plots (title, file name) are read from ``out`` and embedded."""
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',

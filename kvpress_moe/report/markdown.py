@@ -1,4 +1,4 @@
-"""The report as Markdown: one table over all methods, one per task, and what they mean."""
+"""The report as Markdown: tables over all methods, tables by task, and notes on what the numbers mean."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ORACLE = "best press per task (oracle)"
 
 @dataclass(frozen=True)
 class Table:
-    """Plain cells, to be written as Markdown or HTML."""
+    """A table of plain cells, to be written as Markdown or HTML."""
 
     title: str
     note: str
@@ -41,12 +41,12 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A name as text: no tag, link or image that a Markdown viewer would follow, no line of its own."""
+    """A name as plain text: no tag, link or image that a Markdown viewer would follow, and no line break."""
     return " ".join(text.split()).replace("<", "&lt;").replace("](", "]\\(")
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
-    """What the numbers are numbers of."""
+    """What was measured, as (name, text): model, samples, setting, protected tokens, versions, commands."""
     header = results.header
     counts = {task: sum(results.task_of[sample] == task for sample in results.samples) for task in results.tasks}
     per_task = (
@@ -69,7 +69,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
 
 
 def overview(results: Results, metric: str, title: str, note: str, spec: str) -> Table:
-    """Methods × ratios: means over tasks with intervals."""
+    """Table of methods × ratios: means over tasks, with intervals."""
     head = ["method", "group", *(f"{ratio:.0%} evicted" for ratio in results.ratios)]
     rows = []
     if metric == "score":
@@ -95,7 +95,7 @@ def overview(results: Results, metric: str, title: str, note: str, spec: str) ->
 
 
 def costs(results: Results) -> Table:
-    """What each method costs and keeps."""
+    """Table of what each method costs and keeps."""
     head = [
         "method",
         *(f"{what} at {ratio:.0%}" for ratio in results.ratios for what in ("pairs kept", "cost", "hit rate")),
@@ -117,7 +117,7 @@ def costs(results: Results) -> Table:
 
 
 def versus(results: Results, reference: str) -> Table:
-    """Paired differences in KL from one method."""
+    """Table of KL minus the KL of one method, paired by sample."""
     head = ["method", *(f"{ratio:.0%} evicted" for ratio in results.ratios)]
     rows = []
     for method in ranked(results):
@@ -133,7 +133,7 @@ def versus(results: Results, reference: str) -> Table:
 
 
 def versus_best_of_task(results: Results, reference: str) -> Table:
-    """Paired differences in KL of every task's best press, known in hindsight, from one method."""
+    """Table by task: KL of the task's best press, known in hindsight, minus the KL of one method, paired by sample."""
     head = ["task", *(f"{ratio:.0%} evicted" for ratio in results.ratios)]
     rows = []
     better, worse = [0] * len(results.ratios), [0] * len(results.ratios)
@@ -166,7 +166,7 @@ def _mark(estimate: Estimate) -> str:
 
 
 def skills(results: Results) -> Table:
-    """What the model can do with its full cache."""
+    """Table of what the model can do with its full cache."""
     rows = []
     for task in results.tasks:
         score = results.by_task(("full", 0.0), "score").get(task, np.array([np.nan]))
@@ -178,7 +178,7 @@ def skills(results: Results) -> Table:
 
 
 def per_task(results: Results, metric: str, title: str, spec: str, ratio: float) -> Table:
-    """Methods × tasks at one ratio."""
+    """Table of methods × tasks at one ratio."""
     head = ["method", *results.tasks]
     rows = []
     for method in (["full"] if metric == "score" else []) + ranked(results):
@@ -226,7 +226,7 @@ def tables(results: Results, reference: str) -> list[Table]:
 
 
 def markdown(results: Results, found: Sequence[Table], plots: Sequence[tuple[str, str]]) -> str:
-    """The whole report; plots as (title, file name)."""
+    """The whole report as text. ``plots`` are (title, file name)."""
     lines = ["# Benchmark of KV-cache presses", ""]
     lines += [f"- **{name}**: {_plain(text)}" for name, text in facts(results)]
     for title, name in plots:

@@ -1,4 +1,4 @@
-"""Tables, plot and growth of what `bench speed` measured, from its rows alone."""
+"""Tables, plots and growth of what `bench speed` measured, made from its rows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from kvpress_moe.files import write_atomically
 
 def growth(rows: Sequence[Row], name: str) -> dict[str, tuple[float, float]]:
     """
-    How a press's time and extra memory grow with the prompt's length: slope and R² of a straight line on a double
-    logarithmic scale, of ``"seconds"`` inside the press and of ``"bytes"``. A slope of 1 is linear.
+    How time and extra memory of a press grow with the prompt's length.
 
-    Nothing with fewer than three lengths, or where there is nothing to measure.
+    Slope and R² of a straight line on a double logarithmic scale, for ``"seconds"`` inside the press and for
+    ``"bytes"``. A slope of 1 is linear growth. A quantity is left out if there are fewer than three lengths, or if a
+    value is not positive.
     """
     of_name = [row for row in rows if row.what == "prefill" and row.name == name and row.batch == 1]
     measured: dict[str, list[tuple[int, float]]] = {
@@ -39,12 +40,12 @@ def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
 
 
 def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
-    """Everything, as plain data."""
+    """All facts and rows as plain data."""
     return {**about, "rows": [asdict(row) for row in rows]}
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Two tables: prefills and decoding."""
+    """For each length and batch two tables: prefills and decoding."""
     lines = []
     for (tokens, batch), of_setting in _by_setting(rows).items():
         full = next((row.extra_peak_bytes for row in of_setting if row.what == "decode" and row.name == "full"), 0)
@@ -83,7 +84,7 @@ def _by_setting(rows: Sequence[Row]) -> dict[tuple[int, int], list[Row]]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Prefill time over that of no press, and extra peak memory, over length (smallest batch), as PNG."""
+    """Plot prefill time (no press = 1) and extra peak memory over the length, for the smallest batch, as PNG."""
     from kvpress_moe.report.figures.style import COLOURS, MARKERS, Plot
 
     figure = Plot(9, 4)
@@ -99,7 +100,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         memory.plot(lengths, [row.extra_peak_bytes / 2**20 for row in of_name], **style)
     times.axhline(1, color="#555555", linewidth=1)
     shown = [row.ratio for row in rows if row.what == "prefill" and row.name != KVZIP]
-    times.set_ylim(min(shown) - 0.03, max(shown) + 0.03)  # KVzip's, several times the prefill, is in the table
+    times.set_ylim(min(shown) - 0.03, max(shown) + 0.03)  # without KVzip's time, several times the prefill
     times.set_ylabel("prefill time over that of no press")
     memory.set_ylabel("extra peak memory, MiB")
     for axis in (times, memory):

@@ -1,4 +1,4 @@
-"""Routers: hidden states (B, S, C) in, routing weights (B, S, E) out. One class a file, one signature for all."""
+"""Routers: from hidden states (B, S, C) to routing weights (B, S, E). One class per file, one signature for all."""
 
 from kvpress_moe.routers.base import BaseMoERouter as BaseMoERouter
 from kvpress_moe.routers.base import RouterOutput as RouterOutput

@@ -1,4 +1,4 @@
-"""The routers in use: which ones a model gets, and what the press changes of them."""
+"""The routers in use: which routers a model gets, and what the press changes in them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from kvpress_moe.model.layers import Attention
 from kvpress_moe.routers.resolve import check_routers, shipped_routers, trained_routers, untrained_routers
 from kvpress_moe.routers.routers import Routers
 
-# Outside inference mode: running averages that were made inside it could not be updated elsewhere.
+# Both functions leave inference mode: running averages that are made in it could not be updated outside of it.
 
 
 @torch.inference_mode(False)
 def find_trained(router: str | Path | Routers | None, attention: Attention, may_ship: bool) -> Routers | None:
     """
-    A copy of the trained routers for the model that an attention layer belongs to.
+    A copy of the trained routers for the model that an attention layer belongs to. None if there are none.
 
     Parameters
     ----------
     router : path, str, Routers or None
-        Those that the user named.
+        The routers that the user gave.
     attention : nn.Module
     may_ship : bool
-        Whether those that ship with the package will do where none is named.
+        Whether routers that ship with the package may be used if the user gave none.
     """
     if router is not None:
         return trained_routers(router)
@@ -44,25 +44,25 @@ def activate(
     attention: Attention,
 ) -> Routers:
     """
-    Routers that are ready for use: the trained ones, else new ones that weigh all experts alike.
+    Routers that are ready for use: the trained routers, or new ones that weigh all experts alike.
 
     Parameters
     ----------
     trained : Routers or None
-        What :func:`find_trained` gave.
+        The result of :func:`find_trained`.
     source : path, str, Routers or None
-        Where they come from, for the text of errors.
+        Where they come from, for error messages.
     router_type, dropout, cache_aware
-        As the press has them.
+        Settings of the press.
     experts : sequence of str
         Names of the press's experts.
     attention : nn.Module
-        Of the model.
+        An attention layer of the model.
 
     Raises
     ------
     CheckpointError
-        If trained routers are of another type, experts or model.
+        If trained routers have another type or other experts, or belong to another model.
     """
     routers = untrained_routers(router_type, experts, dropout, attention) if trained is None else trained
     check_routers(routers, router_type, experts, attention, source)
@@ -72,7 +72,7 @@ def activate(
 
 
 def set_in_routers(routers: Routers | None, name: str, value: float | bool) -> None:
-    """Let all layers' routers follow ``dropout`` or ``cache_aware`` of the press; nothing where there are none."""
+    """Set ``dropout`` or ``cache_aware`` in the routers of all layers. Does nothing if there are no routers."""
     for router in routers.layers if routers is not None else ():
         if name == "dropout":
             router.dropout.p = value
@@ -81,11 +81,11 @@ def set_in_routers(routers: Routers | None, name: str, value: float | bool) -> N
 
 
 def snapshot(routers: Routers) -> list[Tensor]:
-    """The running averages of all layers, as they are; :func:`restore` goes back to them."""
+    """The running averages of all layers, for :func:`restore`. Routers replace these tensors, so no copy is needed."""
     return list(routers.buffers())
 
 
 def restore(routers: Routers, before: list[Tensor]) -> None:
-    """Go back to earlier running averages; routers never write into them in place."""
+    """Go back to the running averages of a snapshot."""
     for rates, earlier in zip(routers.buffers(), before, strict=True):
         rates.copy_(earlier)

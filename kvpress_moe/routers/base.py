@@ -22,13 +22,13 @@ class RouterOutput:
     Attributes
     ----------
     logits : Tensor, shape (B, S, E), float32
-        Preference for every expert, feedback included.
+        Preference for every expert, cache feedback included.
     probs : Tensor, shape (B, S, E), float32
         Softmax of the logits.
     chosen : Tensor, shape (B, S, E), bool
-        The experts that judge each token, after capacity.
+        The experts that judge each token, after the capacity limit.
     weights : Tensor, shape (B, S, E), float32
-        Routing weights: zero for experts not chosen, summing to 1 for every token.
+        Routing weights. They are zero for experts that were not chosen, and sum to 1 for every token.
     aux_loss : Tensor, scalar
         ``sum_e mean_prob_e * usage_share_e``, not yet scaled by ``aux_loss_weight``.
     """
@@ -42,29 +42,31 @@ class RouterOutput:
 
 class BaseMoERouter(nn.Module):
     """
-    Two linear maps with a bottleneck; softmax, top-k, renormalised.
+    Two linear maps with a bottleneck, then softmax, top-k, and normalisation of the chosen weights.
 
-    The second map starts at zero: an untrained router prefers no expert, and its ties go round (see
-    :func:`kvpress_moe.routers.gate.preference_order`). The first starts from a seed, so that two routers built alike are alike.
+    The second map starts at zero. So an untrained router prefers no expert, and ties go to the experts in turn (see
+    :func:`kvpress_moe.routers.gate.preference_order`). The first map starts from a seed, so that two routers with the
+    same settings have the same weights.
 
     Parameters
     ----------
     hidden_size : int
         Width C of the hidden states.
     num_experts : int
-        E.
+        Number of experts E.
     dropout : float, default=0.1
-        Dropout between the two maps; acts in training mode only.
+        Dropout between the two maps, in training mode only.
     bottleneck : int, default=32
         Width between the two maps.
     seed : int, default=0
         Seed of the first map.
     num_heads : int, default=0
-        KV heads H, if the router is to be calibrated: trained to give scores in one unit. 0: ranks are averaged.
+        Number of KV heads H if the router is calibrated, which means trained to give scores of one unit. 0: not
+        calibrated, ranks are averaged.
     learned : int, default=0
-        Width of the expert ``"learned"`` inside this router; 0: it has none.
+        Width of the expert ``"learned"`` inside this router. 0: the router has no such expert.
     num_seen : int, default=0
-        Ranks of other experts that it sees.
+        Number of ranks of other experts that the expert ``"learned"`` sees.
     """
 
     def __init__(
@@ -103,11 +105,11 @@ class BaseMoERouter(nn.Module):
         Parameters
         ----------
         hidden_states : Tensor, shape (B, S, C)
-            Input of the attention layer, of all tokens of a prompt or of its newest ones only.
+            Input of the attention layer, for all tokens of a prompt or for its newest tokens only.
         top_k : int
             Experts per token.
         capacity_factor : float
-            Bounds the tokens per expert.
+            Limits the tokens per expert, see :func:`kvpress_moe.routers.gate.expert_capacity`.
         """
         logits = self.logits(hidden_states)
         decision = gate(logits, top_k, capacity_factor)

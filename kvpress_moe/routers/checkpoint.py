@@ -1,4 +1,4 @@
-"""Routers on disk: safetensors beside one JSON with configuration, fingerprint and versions."""
+"""Routers on disk: a safetensors file, and a JSON file with configuration, fingerprint and versions."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def save_routers(
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """
-    Write routers to a directory, which is made if need be.
+    Write routers to a directory. It is created if it does not exist.
 
     Parameters
     ----------
     routers : Routers
     directory : path
-        Gets ``routers.safetensors`` and ``routers.json``.
+        ``routers.safetensors`` and ``routers.json`` are written into it.
     metrics : dict, optional
-        Anything worth keeping beside the weights.
+        Anything that should be kept with the weights.
     dtype : torch.dtype, default=torch.float32
-        Of the weights in the file; they are float32 again when loaded.
+        Type of the weights in the file. They become float32 again when they are loaded.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def save_routers(
 
 
 def push_routers(routers: Routers, repo_id: str, private: bool, metrics: dict[str, Any] | None = None) -> str:
-    """Upload routers to a repository of the Hugging Face hub, which is made if need be; its address."""
+    """Upload routers to a repository of the Hugging Face hub, created if needed. Returns the repository's address."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -89,8 +89,8 @@ def load_routers(source: str | Path) -> Routers:
     Raises
     ------
     CheckpointError
-        If nothing is there, or what is there is broken, or its weights are not finite. Nothing is allocated for sizes
-        that the files only declare.
+        If there are no routers, if the files are broken, or if the weights are not finite. No memory is allocated for
+        sizes that the files only declare.
     """
     directory = Path(source)
     if not directory.is_dir():
@@ -103,7 +103,7 @@ def load_routers(source: str | Path) -> Routers:
             check_form(saved)
         with open_tensors(directory / WEIGHTS) as tensors:
             held = sum(map(math.prod, read_shapes(tensors).values()))
-            if held != config.num_layers * config.num_weights:  # before anything of that size is built
+            if held != config.num_layers * config.num_weights:  # checked before memory of this size is allocated
                 raise ValueError(f"{WEIGHTS} holds {held} weights, {CONFIG} describes another number")
             routers = Routers(config, saved)
             fill(routers, tensors)
@@ -117,7 +117,7 @@ def load_routers(source: str | Path) -> Routers:
 
 @cache
 def read_fingerprint(directory: Path) -> dict[str, Any]:
-    """Of the model that the routers in a directory belong to."""
+    """Fingerprint of the model that the routers in a directory belong to."""
     return check_form(read_json(directory / CONFIG)["fingerprint"])
 
 

@@ -21,19 +21,19 @@ class RouterConfig:
     ----------
     router_type : {"base", "pikv"}
     experts : tuple of str
-        Names of the experts that the outputs stand for, in order.
+        Names of the experts, in the order of the routers' outputs.
     num_layers, hidden_size : int
-        L and C of the model.
+        Number of layers L and hidden size C of the model.
     dropout : float
     bottleneck : int, default=32
     trained : bool, default=False
-        Whether the weights were fitted; untrained routers weigh all experts alike.
+        Whether the weights were trained. Untrained routers weigh all experts alike.
     num_heads : int, default=0
-        KV heads of the model where the routers are calibrated (all trained ones are), 0 where they are not.
+        Number of KV heads of the model if the routers are calibrated (all trained ones are), else 0.
     learned : int, default=0
-        Width of the expert ``"learned"``, 0 where it is not among the experts.
+        Width of the expert ``"learned"``, 0 if it is not among the experts.
     learned_sees : bool, default=False
-        Whether that expert sees the ranks that the others give.
+        Whether the expert ``"learned"`` sees the ranks by the other experts.
     top_k : int, default=2
         Experts per token that the routers were trained with.
     """
@@ -56,12 +56,12 @@ class RouterConfig:
 
     @property
     def num_seen(self) -> int:
-        """Ranks that the learned expert sees of each token: of every other expert, in every head."""
+        """Number of ranks of each token that the expert ``"learned"`` sees: by every other expert, in every head."""
         return self.num_heads * (self.num_experts - 1) if self.learned and self.learned_sees else 0
 
     @property
     def num_weights(self) -> int:
-        """Numbers that the router of one layer holds, running averages included."""
+        """How many numbers the router of one layer has, running averages included."""
         gate = self.bottleneck * (self.hidden_size + 1) + self.num_experts * (self.bottleneck + 1)
         feedback = self.num_experts * (self.num_experts + 1) if self.router_type == "pikv" else 0
         calibration = self.num_heads * (2 * self.num_experts + 1)
@@ -75,7 +75,7 @@ class RouterConfig:
     @classmethod
     def from_dict(cls, saved: Any) -> RouterConfig:
         """
-        What :meth:`as_dict` said, from a file that anybody may have written.
+        Build a config from what :meth:`as_dict` returned. The values may come from a file that anybody has written.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Router logits -> which experts judge which token, and with what weight. Pure functions, no loop over tokens."""
+"""The gate: router logits decide which experts judge which token, and with what weight. Without a loop over tokens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Gate(NamedTuple):
     probs : Tensor, shape (B, S, E), float32
         Softmax of the logits over all experts.
     chosen : Tensor, shape (B, S, E), bool
-        The experts that judge a token: ``top_k`` of them, fewer where capacity left no more free.
+        The experts that judge a token: ``top_k`` of them, or fewer if no other expert had room.
     weights : Tensor, shape (B, S, E), float32
-        ``probs`` of the chosen experts, renormalised to sum to 1; 0 for all others.
+        ``probs`` of the chosen experts, normalised to sum to 1; 0 for all others.
     """
 
     probs: Tensor
@@ -32,16 +32,16 @@ class Gate(NamedTuple):
 
 
 def expert_capacity(n_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Most tokens of one sequence that one expert takes: ``ceil(capacity_factor * n_tokens * top_k / num_experts)``."""
+    """Limit of the tokens that an expert takes of one sequence: their mean number, times ``capacity_factor``."""
     return math.ceil(capacity_factor * n_tokens * top_k / num_experts)
 
 
 def preference_order(logits: Float[Tensor, "B S E"]) -> Int[Tensor, "B S E"]:
     """
-    Each token's experts from most to least preferred.
+    Each token's experts, from most to least preferred.
 
-    Ties go round: among equal logits token ``s`` prefers expert ``s % E``, then the next, so that a router which
-    knows nothing yet (all logits equal) spreads its tokens evenly over all experts.
+    Ties go to the experts in turn: among equal logits, token ``s`` prefers expert ``s % E``, then the next one. So if
+    all logits are equal, as in an untrained router, all experts get the same number of tokens.
     """
     n_tokens, num_experts = logits.shape[1:]
     tokens = torch.arange(n_tokens, device=logits.device)
@@ -53,9 +53,9 @@ def preference_order(logits: Float[Tensor, "B S E"]) -> Int[Tensor, "B S E"]:
 
 def tie_order(n_tokens: int, device: torch.device | None = None) -> Int[Tensor, " S"]:
     """
-    Order in which equally sure tokens are served: Knuth's multiplicative hash of the position.
+    Order in which tokens with equal probabilities are served: Knuth's multiplicative hash of the position.
 
-    Serving by position instead would hand the whole end of a prompt to the second-best experts.
+    If they were served by position, the whole end of a prompt would go to the second-best experts.
     """
     tokens = torch.arange(n_tokens, device=device)
     return ((tokens * 2654435769) % 2**32).argsort(stable=True)
@@ -65,19 +65,19 @@ def assign_experts(
     probs: Float[Tensor, "B S E"], order: Int[Tensor, "B S E"], top_k: int, capacity: int
 ) -> Bool[Tensor, "B S E"]:
     """
-    Give every token its ``top_k`` most preferred experts, none of which takes more than ``capacity`` tokens.
+    Give every token its ``top_k`` most preferred experts. No expert takes more than ``capacity`` tokens.
 
-    First choices are served before second choices, and so on. Where more tokens ask than an expert has room for, it
-    takes those it is surest of (highest ``probs``); the others overflow to their next choice. With a
-    ``capacity_factor`` of at least 1 every token finds at least one expert. Each sequence of the batch has its own
-    capacity, so the company a prompt keeps does not change its routing.
+    First choices are served before second choices, and so on. If more tokens choose an expert than it has room for, it
+    takes those with the highest ``probs``. The others go to their next choice. With a ``capacity_factor`` of at least 1
+    every token gets at least one expert. Each sequence of the batch has its own capacity, so the other sequences do not
+    change its routing.
 
     Time grows with S log S · E, memory with S · E.
     """
     n_batch, n_tokens, num_experts = probs.shape
     first_choices = order[..., :top_k]
     chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, first_choices, True)
-    if bool((chosen.sum(1) <= capacity).all()):  # nobody overflows
+    if bool((chosen.sum(1) <= capacity).all()):  # no expert gets too many
         return chosen
 
     ties = tie_order(n_tokens, probs.device)
@@ -109,7 +109,7 @@ def gate(logits: Float[Tensor, "B S E"], top_k: int, capacity_factor: float) -> 
     Parameters
     ----------
     logits : Tensor, shape (B, S, E)
-        The router's opinion of every expert for every token.
+        The router's logit of every expert for every token.
     top_k : int
         Experts per token, 1 to E.
     capacity_factor : float
@@ -118,13 +118,13 @@ def gate(logits: Float[Tensor, "B S E"], top_k: int, capacity_factor: float) -> 
     Returns
     -------
     Gate
-        Softmax over all experts, the chosen ones, and their renormalised weights (Shazeer et al., arXiv 1701.06538;
+        Softmax over all experts, the chosen experts, and their normalised weights (Shazeer et al., arXiv 1701.06538;
         capacity as in GShard, arXiv 2006.16668).
     """
     n_tokens, num_experts = logits.shape[1:]
     logits = logits.float()
     probs = logits.softmax(dim=-1)
-    if top_k == num_experts:  # every expert judges every token; no capacity of at least 1 is too small for that
+    if top_k == num_experts:  # every expert judges every token; a capacity_factor of at least 1 allows it
         return Gate(probs, torch.ones_like(probs, dtype=torch.bool), probs)
     capacity = expert_capacity(n_tokens, num_experts, top_k, capacity_factor)
     chosen = assign_experts(probs.detach(), preference_order(logits.detach()), top_k, capacity)
@@ -135,7 +135,7 @@ def gate(logits: Float[Tensor, "B S E"], top_k: int, capacity_factor: float) -> 
 
 def load_balance(probs: Float[Tensor, "B S E"], chosen: Bool[Tensor, "B S E"]) -> Float[Tensor, ""]:
     """
-    Auxiliary loss: ``sum_e mean_prob_e * usage_share_e``: 1/E at perfect balance, up to 1/top_k at collapse.
+    Auxiliary loss ``sum_e mean_prob_e * usage_share_e``. It is 1/E at perfect balance and up to 1/top_k at collapse.
 
     ``usage_share_e`` is expert e's share of all assignments (the shares sum to 1). Only ``mean_prob_e`` has a gradient
     (Switch Transformer, arXiv 2101.03961, without its factor E).

@@ -1,4 +1,4 @@
-"""LearnedExpert: the part of a router that reads importance off the hidden states."""
+"""LearnedExpert: the part of a router that computes importance from the hidden states."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from torch.nn.utils import skip_init
 
 class LearnedExpert(nn.Module):
     """
-    An expert that reads importance off the hidden state, the idea of KVzap (arXiv 2601.07891): C -> width -> H.
+    An expert that computes importance from the hidden state, an idea of KVzap (arXiv 2601.07891): C -> width -> H.
 
-    It may also see how the other experts rank the token in every head, and so learn when to believe whom.
+    It may also see how the other experts rank the token in every head. So it can learn which of them to follow when.
 
     Parameters
     ----------
     hidden_size : int
-        C.
+        Width C of the hidden states.
     width : int
+        Width between the two maps.
     num_heads : int
-        KV heads H.
+        Number of KV heads H.
     seed : int
+        Seed of the first map.
     num_seen : int, default=0
-        Ranks that it sees beside the hidden state: H times the number of other experts.
+        Number of ranks that it sees beside the hidden state: H times the number of other experts.
     """
 
     def __init__(self, hidden_size: int, width: int, num_heads: int, seed: int = 0, num_seen: int = 0):
@@ -43,7 +45,7 @@ class LearnedExpert(nn.Module):
         weight = self.down.weight
         width = hidden_states.shape[-1]
         inside = F.linear(hidden_states.to(weight.dtype), weight[:, :width], self.down.bias)
-        if self.num_seen:  # a sum of two maps, so that hidden states need not be copied beside the ranks
+        if self.num_seen:  # two maps are added, which saves joining hidden states and ranks in one tensor
             given = cast(Tensor, ranks)
             seen = torch.cat((given - 0.5, torch.log1p(-given) + 1), dim=-1)  # both of mean zero
             inside = inside + F.linear(seen.to(weight.dtype), weight[:, width:])
@@ -58,7 +60,7 @@ class LearnedExpert(nn.Module):
         ----------
         hidden_states : Tensor, shape (B, S, C)
         ranks : Tensor, shape (B, other experts, H, S), or None
-            Ranks within the head that the other experts gave; not looked at where this expert sees none.
+            Ranks within the head by the other experts. Not used if this expert sees none.
 
         Returns
         -------

@@ -1,4 +1,4 @@
-"""PiKVMoERouter: a router that listens to how well each expert's tokens fared in the cache."""
+"""PiKVMoERouter: a router that uses the hit rates of the experts."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ class PiKVMoERouter(BaseMoERouter):
     """
     :class:`BaseMoERouter` plus cache feedback.
 
-    Every expert's hit rate is a running average. Experts above the mean of the known rates get more of the next
-    routing, by multiplicative weights: their probabilities are multiplied by ``exp(feedback_strength * (rate - mean))``
-    before renormalising. A learned map of the same deviations is added; it starts at zero and moves in training only.
-    The idea of feeding cache hits back into a router is PiKV's (arXiv 2508.06526).
+    Every expert has a running average of its hit rate. Experts above the mean of the known rates get more tokens in the
+    next routing. This uses multiplicative weights: an expert's probability is multiplied by
+    ``exp(feedback_strength * (rate - mean))``, then the probabilities are normalised again. A learned map of the same
+    deviations is added to the logits. It starts at zero and changes in training only. The idea to feed cache hits back
+    into a router is from PiKV (arXiv 2508.06526).
 
     Parameters
     ----------
     cache_aware : bool, default=True
-        ``False`` switches the feedback off: the router is then exactly a :class:`BaseMoERouter`.
+        ``False`` switches the feedback off. Then the router behaves exactly like a :class:`BaseMoERouter`.
     feedback_strength : float, default=4.0
         Step size of the multiplicative weights.
     momentum : float, default=0.9
-        Share of the old average that one observation leaves in place.
+        Weight of the old average when a new hit rate is observed.
     """
 
     hit_rate: Tensor
@@ -57,18 +58,18 @@ class PiKVMoERouter(BaseMoERouter):
         return logits + self.feedback() if self.cache_aware else logits
 
     def feedback(self) -> Tensor:
-        """What the hit rates add to the logits, shape (E,); zero for experts whose rate is unknown."""
+        """What the hit rates add to the logits, shape (E,). An unknown rate counts as equal to the mean."""
         deviation = (self.hit_rate - self.hit_rate.nanmean()).nan_to_num(0.0)  # (E,)
         adjustment: Tensor = self.adjust(deviation.to(self.adjust.weight.dtype)).float()
         return self.feedback_strength * deviation + adjustment
 
-    @torch.inference_mode(False)  # the averages are to serve outside inference mode too
+    @torch.inference_mode(False)  # the averages are also used outside inference mode
     @torch.no_grad()
     def observe(self, hit_rates: Tensor) -> None:
         """
-        Move the running averages towards ``hit_rates``, shape (E,); NaN leaves an expert's average alone.
+        Move the running averages towards ``hit_rates``, shape (E,). NaN leaves an expert's average unchanged.
 
-        The old ones are not written into: a process that the router was sent to may share their memory.
+        New tensors are made, because a process that the router was sent to may share the memory of the old ones.
         """
         if not self.cache_aware:
             return

@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parents[1] / "data" / "routers"
 
 
-@cache  # once a process: a press is built per request by some
+@cache  # once per process, because some programs build a press for each request
 def warn_untrained() -> None:
-    """Say that the routers are untrained."""
+    """Warn that the routers are untrained."""
     logger.warning(
         "MoERouterPress: the routers are untrained and weigh all experts alike until cache feedback moves them. "
         "Pass router= (a directory, a hub id or a Routers object) to use trained ones."
@@ -35,7 +35,7 @@ def fits(routers: Routers, attention: Attention) -> bool:
 
 
 def belong(routers: Routers, attention: Attention) -> bool:
-    """Whether routers were made for the very model whose first attention layer is given."""
+    """Whether routers were made for exactly the model whose first attention layer is given."""
     if not fits(routers, attention):
         return False
     if routers.fingerprint is None:
@@ -48,19 +48,19 @@ def belong(routers: Routers, attention: Attention) -> bool:
 
 
 def untrained_routers(router_type: str, experts: Sequence[str], dropout: float, attention: Attention) -> Routers:
-    """Routers that prefer no expert yet, for the model that an attention layer belongs to."""
+    """New routers, which prefer no expert, for the model that an attention layer belongs to."""
     config = attention.config
     router_config = RouterConfig(router_type, tuple(experts), config.num_hidden_layers, config.hidden_size, dropout)
     return Routers(router_config, fingerprint(config, attention) if attention.layer_idx == 0 else None)
 
 
 def trained_routers(router: str | Path | Routers) -> Routers:
-    """A copy of the given routers, or those saved where ``router`` says: feedback does not write into the original."""
+    """A copy of the given routers, or the routers saved at ``router``. Feedback does not change the original."""
     return deepcopy(router) if isinstance(router, Routers) else load_routers(router)
 
 
 def shipped_routers(attention: Attention) -> Routers | None:
-    """A copy of the routers that ship with the package for the model that an attention layer belongs to, if any."""
+    """The routers that ship with the package for the model of an attention layer. None if there are none."""
     config = attention.config
     for directory in sorted(SHIPPED.glob("*/")):
         saved = read_fingerprint(directory)
@@ -80,12 +80,12 @@ def check_routers(
     source: str | Path | Routers | None,
 ) -> None:
     """
-    Raise unless routers are of this type, stand for these experts and belong to this model.
+    Raise unless routers have this type and these experts, and belong to this model.
 
     Raises
     ------
     CheckpointError
-        Saying what differs. The weights of the model are compared at layer 0, where they were sampled.
+        The message says what differs. Weights of the model are compared only at layer 0, where they were sampled.
     """
     source = "the Routers object" if isinstance(source, Routers) else str(source)
     if routers.config.router_type != router_type:

@@ -19,11 +19,11 @@ class Routers(nn.Module):
     ----------
     config : RouterConfig
     fingerprint : dict, optional
-        Of the model they belong to, see :func:`kvpress_moe.model.fingerprint.fingerprint`. ``None``: any model of the right
-        size.
+        Fingerprint of the model that they belong to, see :func:`kvpress_moe.model.fingerprint.fingerprint`. ``None``:
+        any model of the right size.
     """
 
-    layers: Any  # one BaseMoERouter a layer; torch says of a ModuleList's members no more than that they are modules
+    layers: Any  # one BaseMoERouter per layer; to torch's types the members of a ModuleList are only Modules
 
     def __init__(self, config: RouterConfig, fingerprint: dict[str, Any] | None = None):
         super().__init__()
@@ -43,10 +43,10 @@ class Routers(nn.Module):
             )
             for layer_idx in range(config.num_layers)
         )
-        self.eval()  # dropout is for training alone
+        self.eval()  # dropout is for training only
 
     def place(self, layer_idx: int, device: torch.device, dtype: torch.dtype) -> BaseMoERouter:
-        """The router of a layer, moved once to the layer's device and dtype (running averages stay float32)."""
+        """The router of a layer, moved once to the layer's device and dtype. Running averages stay float32."""
         router: BaseMoERouter = self.layers[layer_idx]
         weight = router.down.weight
         if weight.device != device or weight.dtype != dtype:

@@ -1,4 +1,4 @@
-"""Routing: which experts judge which pair of one layer call."""
+"""Routing: which experts judge which pair in one call of a layer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from kvpress_moe.routers.base import BaseMoERouter
 @dataclass(frozen=True, eq=False)
 class Routing:
     """
-    What the press's ``route`` decides for a layer call; every later stage reads it, none changes it.
+    What the press's ``route`` decides for one call of a layer. Every later stage reads it, and no stage changes it.
 
     Attributes
     ----------
     router : BaseMoERouter
         The layer's router.
     weights : Tensor, shape (B, 1 or H, S, E)
-        Routing weights of the cached pairs, summing to 1 over E; per head only where a cache is compressed again.
+        Routing weights of the cached pairs, summing to 1 over E. They differ between heads only if a cache is
+        compressed again.
     active : tuple of int
-        Experts with a weight above zero somewhere; no other expert is computed.
+        Experts with a weight above zero somewhere. Other experts do not contribute to the score.
     """
 
     router: BaseMoERouter
@@ -31,5 +32,5 @@ class Routing:
 
     @cached_property
     def routed(self) -> Tensor:
-        """Which expert judges which pair: bool, shape of ``weights``."""
+        """Which expert judges which pair: bool, with the shape of ``weights``."""
         return self.weights > 0

@@ -1,1 +1,1 @@
-"""Training of routers by distillation: capture what a frozen model does with texts, then fit each layer's router."""
+"""Training of routers by distillation: capture a frozen model's states, fit each layer's router, tune all layers."""

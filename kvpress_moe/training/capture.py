@@ -1,4 +1,4 @@
-"""Capture: one prompt through the frozen model -> one shard with all that the routers of every layer learn from."""
+"""Capture: run one prompt through the frozen model and record what the routers learn from (a shard)."""
 
 from __future__ import annotations
 
@@ -24,28 +24,31 @@ def capture(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, experts: Sequence[Expert]
 ) -> dict[str, Tensor]:
     """
-    What the routers learn from one prompt; of the L layers with full attention alone.
+    Record what the routers learn from one prompt, for the L layers with full attention.
 
     Parameters
     ----------
     model : PreTrainedModel
     tokenizer : PreTrainedTokenizerBase
-        For the words that ask for the repetition.
+        Encodes the request for a repetition.
     prompt : Prompt
-        Its context is what the routers learn to judge; its question and answer show what is attended to in earnest.
+        The routers learn to score the pairs of its context. Its question and answer show which pairs a real question
+        attends to.
     experts : sequence of Expert
-        Those whose scores are recorded.
+        The experts whose scores are recorded.
 
     Returns
     -------
     dict
-        ``hidden`` (L, S, C) float16, inputs of the attention layers; ``ranks`` (L, E, H, S) float16, each expert's
-        ranks within the head; ``replay`` (L, H, S) float16, log of the largest attention that a repetition of the
-        context pays (KVzip, arXiv 2505.23416), minus infinity in the template's prefix (or
-        ``<bos>``), which is not repeated;
-        ``answer`` the same of the real question and answer; ``writes`` (L, H, S) float16, log of what the value adds
-        to the residual stream, ‖W_O v‖ of the largest of the head's query heads, over the stream's norm there (mean of
-        the logs of all tokens).
+        All in float16:
+
+        - ``hidden`` (L, S, C): inputs of the attention layers;
+        - ``ranks`` (L, E, H, S): each expert's ranks within the head;
+        - ``replay`` (L, H, S): log of the largest attention that a repetition of the context pays (KVzip,
+          arXiv 2505.23416); minus infinity in the template's prefix (or ``<bos>``), which is not repeated;
+        - ``answer`` (L, H, S): the same for the real question and answer;
+        - ``writes`` (L, H, S): log of ‖W_O v‖, what the value adds to the residual stream (the largest over the head's
+          query heads), minus the log of the stream's norm in this layer (mean over all tokens).
     """
     hidden, ranks, writes, stream = [], [], [], []
     cache = DynamicCache()
@@ -79,7 +82,7 @@ def capture(
 
 
 def written_norm(module: Attention, values: Tensor) -> Tensor:
-    """‖W_O v‖, what a value (B, H, S, D) writes into the residual stream: (B, H, S), largest of its query heads."""
+    """‖W_O v‖ (B, H, S): how much values (B, H, S, D) write into the residual stream; largest over the query heads."""
     head_dim, n_heads = values.shape[-1], values.shape[1]
     by_head = module.o_proj.weight.unflatten(1, (n_heads, -1, head_dim))  # (C, H, G, D)
     norms = [

@@ -1,4 +1,4 @@
-"""What a training run keeps on disk so that one that was interrupted goes on: fitted layers and states of the tuning."""
+"""Files that let an interrupted training run continue: fitted layers, and states of the end-to-end tuning."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's
 @contextmanager
 def own_tensors(path: Path) -> Iterator[Any]:
     """
-    A safetensors file that training wrote, open for reading.
+    Open a safetensors file that training wrote.
 
-    Such files are written whole or not at all, so their contents are not checked again.
+    Such files are written completely or not at all, so their contents are not checked again.
 
     Raises
     ------
     CheckpointError
-        If the file cannot be read, or lacks a tensor.
+        If the file cannot be read, or if a tensor is missing.
     """
     try:
         with safe_open(path, framework="pt") as tensors:
@@ -51,7 +51,7 @@ class FittedLayers:
     Parameters
     ----------
     directory : Path
-        Of the shards; each config gets a directory in it.
+        Directory of the shards. Each config gets its own directory in it.
     about : dict
         Everything that determines the fit, besides the shards.
     """
@@ -66,12 +66,12 @@ class FittedLayers:
         return self.directory / f"layer-{layer_idx:03d}.safetensors"
 
     def save(self, layer_idx: int, router: nn.Module, losses: list[float]) -> None:
-        """Keep a layer's router and the loss of each epoch of its fit; all of it or nothing."""
+        """Save a layer's router and the loss of each epoch of its fit. The file is written completely or not at all."""
         tensors = {name: tensor.contiguous() for name, tensor in router.state_dict().items()}
         write_atomically(self.path(layer_idx), lambda path: save_file(tensors, path, {"losses": json.dumps(losses)}))
 
     def load(self, layer_idx: int, router: nn.Module) -> list[float]:
-        """Fill a router with what was fitted; the loss of each epoch of its fit."""
+        """Load a fitted layer into a router. Returns the loss of each epoch of its fit."""
         with own_tensors(self.path(layer_idx)) as tensors:
             router.load_state_dict({name: tensors.get_tensor(name) for name in router.state_dict()})
             losses: list[float] = json.loads(tensors.metadata()["losses"])
@@ -81,7 +81,7 @@ class FittedLayers:
 def save_tuning_state(
     path: Path, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Adam, figures: dict[str, float]
 ) -> None:
-    """Write parameters, the optimiser's moments and the epoch's figures; all of it or nothing."""
+    """Save parameters, the optimiser's moments and the epoch's figures; the file is complete or not there."""
     tensors = {f"parameter.{i}": parameter.detach().contiguous() for i, parameter in enumerate(parameters)}
     for i, parameter in enumerate(parameters):
         tensors |= {f"{name}.{i}": moment.contiguous() for name, moment in optimizer.state[parameter].items()}
@@ -90,11 +90,11 @@ def save_tuning_state(
 
 @torch.no_grad()
 def load_tuning_state(path: Path, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Adam) -> dict[str, float]:
-    """Fill parameters and the optimiser's moments with what was saved; the epoch's figures."""
+    """Load parameters and the optimiser's moments in place. Returns the epoch's figures."""
     with own_tensors(path) as saved:
         names = set(saved.keys())
         tensors = {f"parameter.{i}": saved.get_tensor(f"parameter.{i}") for i in range(len(parameters))}
-        reached = [i for i in range(len(parameters)) if f"step.{i}" in names]  # by any gradient so far
+        reached = [i for i in range(len(parameters)) if f"step.{i}" in names]  # had a gradient before
         tensors |= {f"{name}.{i}": saved.get_tensor(f"{name}.{i}") for i in reached for name in _MOMENTS}
         figures: dict[str, float] = json.loads(saved.metadata()["figures"])
     for i, parameter in enumerate(parameters):

@@ -1,4 +1,4 @@
-"""Recipe: everything that determines trained routers, besides the model."""
+"""Training config: everything that determines trained routers, besides the model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kvpress_moe.experts.registry import make_expert
 from kvpress_moe.files import is_number, is_whole
 from kvpress_moe.training.losses import TEACHERS
 
-#: Task kinds that training never sees, so that the benchmark can tell learning from memorising.
+#: Kinds of tasks that training never sees, so that the benchmark can tell learning from memorising.
 HELD_OUT = ("variable_tracking", "code")
 
-_END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight")  # fields of what follows the fit of single layers
+_END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight")  # fields of the tuning after the layer-by-layer fit
 
 
 @dataclass(frozen=True)
@@ -25,32 +25,35 @@ class TrainingConfig:
     Parameters
     ----------
     experts : tuple of str
-        Names; ``"learned"`` is the router's own expert.
+        Names of experts; ``"learned"`` is a part of the router itself.
     top_k : int
-        Experts per token; the press has to be used with the same.
+        Experts per token. The press must use the same number.
     samples : int
-        Prompts.
+        Number of prompts.
     length : int
-        Their longest context, in tokens; they are spread between half of it and all of it.
+        Longest context, in tokens. The prompts have 8/8, 7/8, 6/8 and 5/8 of it in turn.
     tasks : tuple of str
-        Kinds of prompts (train split of the benchmark's).
+        Kinds of prompts: tasks of the benchmark. The prompts are of its train split.
     teacher : {"replay", "answer", "both"}
+        Whose attention is learned; see :func:`kvpress_moe.training.losses.target`.
     value_weight : float
-        See :func:`kvpress_moe.training.losses.target`.
+        Weight of what a value writes; see :func:`kvpress_moe.training.losses.target`.
     router_type : {"pikv", "base"}
     bottleneck, learned_width : int
         Widths of the gate and of the learned expert.
     learned_sees : bool
         Whether the learned expert sees the others' ranks beside the hidden state.
     gate : bool
-        False leaves the gate at equal weights: a static mixture, for ablations.
+        If False, all experts keep equal weights: a static mixture, for ablations.
     dropout, aux_loss_weight, budget_weight, learning_rate : float
-        ``budget_weight`` is that of :func:`kvpress_moe.training.losses.budget_loss`, beside the squared error's 1.
+        ``budget_weight`` is the weight of :func:`kvpress_moe.training.losses.budget_loss`; the squared error has
+        weight 1.
     epochs, seed : int
+        Epochs of the layer-by-layer fit, and the seed of prompts and training.
     end_to_end : int
-        Epochs of :class:`kvpress_moe.training.end_to_end.EndToEnd` that follow; 0: none.
+        Epochs of :class:`kvpress_moe.training.end_to_end.EndToEnd` after the fit; 0: none.
     end_to_end_rate, replay_weight : float
-        Its highest learning rate, and the weight of repetitions beside answers.
+        For that tuning: the highest learning rate, and the weight of repetitions. Answers have weight 1.
     """
 
     experts: tuple[str, ...] = ("learned", "keydiff", "leverage", "cur", "tova")
@@ -76,7 +79,7 @@ class TrainingConfig:
     replay_weight: float = 1.0
 
     def check(self) -> None:
-        """Raise SettingError for the first field that is wrong; before anything is loaded."""
+        """Raise SettingError for the first wrong field, before anything is loaded."""
         for name in self.experts:
             make_expert(name)
         find_tasks(self.tasks)
@@ -107,5 +110,5 @@ class TrainingConfig:
 
     @property
     def layer_by_layer(self) -> dict[str, Any]:
-        """What determines the fit of single layers."""
+        """The fields that determine the layer-by-layer fit."""
         return {name: value for name, value in asdict(self).items() if name not in _END_TO_END}

@@ -1,4 +1,4 @@
-"""Crew: processes that train together, each on its own device, as `accelerate launch` starts them."""
+"""Processes that train together, each on its own device, as `accelerate launch` starts them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Work = TypeVar("Work")
 
 class Processes:
     """
-    This process alone.
+    This process alone, and the base class of several processes that train together.
 
     Attributes
     ----------
     rank, size : int
-        Which of how many processes this is.
+        Number of this process (from 0), and number of processes.
     """
 
     rank: int = 0
     size: int = 1
 
     def part(self, work: Sequence[Work]) -> Sequence[Work]:
-        """What of some work falls to this process."""
+        """The part of some work that this process does."""
         return work[self.rank :: self.size]
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Return when all processes have called this."""
 
 
 class LaunchedProcesses(Processes):
@@ -47,5 +47,5 @@ class LaunchedProcesses(Processes):
 
 
 def launched(device: str) -> LaunchedProcesses | None:
-    """The processes that this process belongs to, None if it was started alone."""
+    """The processes that this process was started with; None if it was started alone."""
     return LaunchedProcesses(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None

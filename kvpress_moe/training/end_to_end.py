@@ -1,4 +1,4 @@
-"""Tune the routers of all layers together, by what their eviction does to the model's answers."""
+"""End-to-end tuning: train the routers of all layers together, by the effect of eviction on the model's answers."""
 
 from __future__ import annotations
 
@@ -26,37 +26,38 @@ from kvpress_moe.training.soft_budget import soft_share
 from kvpress_moe.training.soft_eviction import softly_evicted
 from kvpress_moe.training.tuning_samples import CapturedPrompt, TuningSample, question, repetition
 
-FORMAT = 1  # of the method: states of another one do not go on
-SINKS, RECENT, MIN_SHARE = 4, 16, 0.2  # stay in training as in the benchmark
-KEPT = (0.07, 0.55)  # shares of the pairs that budgets in training leave, drawn evenly on a log scale
+FORMAT = 1  # of saved states; a state of another format is not used
+SINKS, RECENT, MIN_SHARE = 4, 16, 0.2  # the benchmark's protection and minimum
+KEPT = (0.07, 0.55)  # range of the share of pairs that a budget keeps, drawn evenly on a log scale
 TEMPERATURES = (0.5, 0.15)  # nats, at the start and at the end
-BATCH = 4  # prompts for one step of the optimiser
+BATCH = 4  # prompts per step of the optimiser
 WARM_UP = 0.1  # share of the steps
 
 
 class EndToEnd:
     """
-    Tuning of trained routers by the KL divergence between the answers of the full cache and of what a budget leaves.
+    End-to-end tuning of fitted routers: make the answers under a budget similar to those of the full cache.
 
-    Each step takes a prompt and a budget, lets the routers score all pairs of all layers, and lets the model, which is
-    frozen, read the question over the cache with log-shares of :func:`soft_share` added to the logits of attention. The
-    gradient of the divergence then says of every pair of every layer what it is worth to the answer, not what
-    attention it gets. The model is also asked to repeat a part of the context (KVzip's question, arXiv 2505.23416), so
-    that pairs which no training question asks for keep their worth.
+    For each prompt a budget is drawn, and the routers score all pairs of all layers. The frozen model then processes
+    the question and the right answer over the cache. Log shares of
+    :func:`kvpress_moe.training.soft_budget.soft_share` are added to the attention logits. The loss is the KL divergence
+    of the next-token distributions from those of the full cache. Its gradient tells for every pair of every layer how
+    much the answer needs it, not how much attention it gets. The model is also asked to repeat a part of the context
+    (KVzip's question, arXiv 2505.23416), so that pairs which no training question needs keep their scores.
 
-    Learning which pairs to evict through a soft mask and a temperature that falls is that of Concrete or L0 gates
-    (Louizos et al., arXiv 1712.01312); learning whole budgets end to end that of LKV (arXiv 2605.06676).
+    A soft mask with a falling temperature is the method of Concrete and L0 gates (Louizos et al., arXiv 1712.01312).
+    Learning whole budgets end to end is the method of LKV (arXiv 2605.06676).
 
     Parameters
     ----------
     model : PreTrainedModel
-        Its weights are left alone.
+        Its weights do not change.
     tokenizer : PreTrainedTokenizerBase
     routers : Routers
-        Calibrated; changed in place.
+        With a calibration; changed in place.
     tuning_samples : sequence of TuningSample
     read : callable
-        Of a sample's shard: what the routers see.
+        Path of a sample's shard -> what the routers see.
     top_k : int
     learned : int or None
         Index of the learned expert.
@@ -64,9 +65,9 @@ class EndToEnd:
     aux_loss_weight, replay_weight : float
     epochs : int
     learning_rate : float
-        The highest, after the warm-up.
+        The highest learning rate, at the end of the warm-up.
     seed : int
-        Of the order of prompts, of budgets and of what is repeated.
+        Seed of the order of prompts, of the budgets and of the parts to repeat.
     """
 
     def __init__(
@@ -97,25 +98,25 @@ class EndToEnd:
         of_tuned = [parameter for router in tuned for parameter in router.parameters()]
         self.parameters = [p for p in of_tuned if train_gate or id(p) not in gates]
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.9, 0.98))
-        self.optimizer.zero_grad()  # the fit before this one left the gradient of its last step
+        self.optimizer.zero_grad()  # the layer-by-layer fit left the gradient of its last step
 
     @property
     def n_steps(self) -> int:
-        """Steps of the optimiser in all."""
+        """Number of steps of the optimiser, all epochs together."""
         return self.epochs * -(-len(self.samples) // BATCH)
 
     def run(
         self, states: Path, progress: Callable[[int, int, float], Any] = lambda done, total, loss: None
     ) -> list[dict[str, float]]:
         """
-        Tune, epoch by epoch; the mean divergences of each.
+        Tune all epochs. Returns the mean divergences of each epoch.
 
         Parameters
         ----------
         states : Path
-            Directory in which every epoch leaves its state; epochs that are there are not done again.
+            Directory where every epoch saves its state. Epochs that are already there are not repeated.
         progress : callable
-            Called with prompts done, prompts in all, and a running mean of the loss.
+            Called with the number of prompts done, of all prompts, and the mean answer divergence of this epoch so far.
         """
         history: list[dict[str, float]] = []
         total = self.epochs * len(self.samples)
@@ -141,7 +142,7 @@ class EndToEnd:
         return history
 
     def _learn(self, sample: TuningSample, part_done: float, n_batch: int, rng: random.Random) -> tuple[float, float]:
-        """Add the gradient of one prompt; its divergences of answer and repetition."""
+        """Add the gradient of one prompt. Returns its divergences of answer and repetition."""
         temperature = TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** part_done
         kept_share = math.exp(rng.uniform(math.log(KEPT[0]), math.log(KEPT[1])))
         scores, aux_loss = self.scores(self.read(sample.shard))
@@ -178,7 +179,7 @@ class EndToEnd:
         return torch.stack(scored), torch.stack(balance).mean()
 
     def divergence(self, cache: Pairs, tokens: Tensor, n_logits: int, log_kept: Tensor) -> Tensor:
-        """Mean KL divergence of the next-token distributions at the last ``n_logits`` of tokens (1, T), in nats."""
+        """Mean KL divergence, in nats, that soft eviction causes at the last ``n_logits`` of the tokens (1, T)."""
         n_read, tokens = cache[0][0].shape[2], tokens.to(self.model.device)
         with torch.no_grad():
             full = step(self.model, as_cache(cache), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
@@ -187,7 +188,7 @@ class EndToEnd:
         return (full.exp() * (full - own)).sum(-1).mean().cpu()
 
     def _step(self, done: int) -> None:
-        """One step of the optimiser: linear warm-up, then half a cosine."""
+        """One step of the optimiser. The learning rate rises linearly, then falls along half a cosine."""
         at = (done + 1) / (self.n_steps + 1)
         rate = at / WARM_UP if at < WARM_UP else 0.5 * (1 + math.cos(math.pi * (at - WARM_UP) / (1 - WARM_UP)))
         for group in self.optimizer.param_groups:
@@ -216,7 +217,7 @@ class EndToEnd:
 
     @contextmanager
     def _scaled(self) -> Iterator[None]:
-        """Routers take standardised hidden states inside the block, for the optimiser's sake."""
+        """Inside the block the routers take standardised hidden states, which are easier to optimise."""
         for linear, mean, std in self._first_maps():
             unfold_scaling(linear, mean, std)
         try:
@@ -227,7 +228,7 @@ class EndToEnd:
 
     @contextmanager
     def _only_parameters_learn(self) -> Iterator[None]:
-        """No gradients inside the block but for what is tuned; as it was, afterwards."""
+        """Inside the block only the tuned parameters have gradients. Afterwards all is as before."""
         everything = [*self.model.parameters(), *self.routers.parameters()]
         before = [parameter.requires_grad for parameter in everything]
         try:

@@ -1,4 +1,4 @@
-"""Fit one layer's router to its targets by gradient descent."""
+"""Layer-by-layer fit: fit the router of one layer to its targets by gradient descent."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class LayerData:
     ----------
     hidden : Tensor, shape (N, C), float32
     ranks : Tensor, shape (N, H, E), float32
-        Of the heuristic experts; the learned one's column is ignored.
+        Ranks by the heuristic experts. The column of the learned expert is ignored.
     targets : Tensor, shape (N, H), float32
     weights : Tensor, shape (N, H), float32
     thresholds : Tensor, shape (3,), float32
-        Targets at which budgets divide the pairs.
+        Values of the target at which budgets divide the pairs.
     """
 
     hidden: Tensor
@@ -45,7 +45,8 @@ def predict(
     """
     Scores (N, H) of tokens, and the load-balancing loss.
 
-    By :func:`kvpress_moe.experts.mixing.calibrated_scores`, as the press; tokens of many prompts count as one.
+    Computed by :func:`kvpress_moe.experts.mixing.calibrated_scores`, as in the press. Tokens of many prompts are
+    treated as one prompt.
 
     Parameters
     ----------
@@ -87,9 +88,9 @@ def fit_layer(
     batch_size: int = 2048,
 ) -> list[float]:
     """
-    Fit a router in place; the weighted squared error of each epoch.
+    Fit a router in place. Returns the weighted squared error of each epoch.
 
-    Hidden states are standardised while fitting; the scaling is folded into the first maps at the end.
+    Hidden states are standardised during the fit. At the end this scaling is folded into the first linear layers.
     """
     mean, std = data.hidden.mean(0), data.hidden.std(0).clamp(min=1e-4)
     hidden = (data.hidden - mean) / std
@@ -110,7 +111,7 @@ def fit_layer(
     router.train()
     losses = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout
+        torch.manual_seed(seed)  # for dropout
         for _ in range(epochs):
             total = 0.0
             for batch in torch.randperm(len(hidden), generator=generator).split(batch_size):
@@ -133,7 +134,7 @@ def fit_layer(
 
 @torch.no_grad()
 def fold_scaling(linear: nn.Linear, mean: Tensor, std: Tensor) -> None:
-    """Make a map whose first C inputs were standardised one of raw inputs."""
+    """Change a linear layer that takes C standardised inputs first, so that it takes the raw inputs."""
     weight = linear.weight[:, : len(std)]
     weight.div_(std)
     linear.bias.sub_(weight @ mean)
@@ -141,7 +142,7 @@ def fold_scaling(linear: nn.Linear, mean: Tensor, std: Tensor) -> None:
 
 @torch.no_grad()
 def unfold_scaling(linear: nn.Linear, mean: Tensor, std: Tensor) -> None:
-    """Undo :func:`fold_scaling`: make a map of raw inputs one whose first C inputs are standardised."""
+    """Undo :func:`fold_scaling`: the first C inputs of the linear layer are then standardised."""
     weight = linear.weight[:, : len(std)]
     linear.bias.add_(weight @ mean)
     weight.mul_(std)

@@ -1,4 +1,4 @@
-"""The model's full caches of training prompts: read once, kept on disk, asked many times."""
+"""Prompt caches: the full cache of each training prompt, computed once, kept on disk, used many times."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # keys and values of every layer, (1, H
 @torch.no_grad()
 def full_cache(model: PreTrainedModel, context: Tensor, path: Path) -> Pairs:
     """
-    Keys and values of a context, all layers, in half precision as they were written.
+    Keys and values of a context, all layers, in the model's dtype. On disk they have half precision.
 
     Parameters
     ----------
     model : PreTrainedModel
     context : Tensor, shape (1, S)
     path : Path
-        Written if it is not there.
+        File of the prompt cache. It is written if it does not exist.
     """
     if not path.exists():
         cache = DynamicCache()
@@ -47,7 +47,7 @@ def full_cache(model: PreTrainedModel, context: Tensor, path: Path) -> Pairs:
 
 
 def as_cache(pairs: Pairs) -> DynamicCache:
-    """A cache that holds these keys and values; what is appended leaves them as they are."""
+    """A cache with these keys and values. Appending to it does not change them."""
     cache = DynamicCache()
     for layer_idx, (keys, values) in enumerate(pairs):
         cache.update(keys, values, layer_idx)

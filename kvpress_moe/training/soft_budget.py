@@ -1,4 +1,4 @@
-"""A budget with a gradient: who stays, and how nearly everybody else did."""
+"""A budget with a gradient: how clearly each pair stays or goes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ def soft_share(
     temperature: float,
 ) -> Float[Tensor, "U S"]:
     """
-    Log of how far each pair stays under the budget of :func:`kvpress_moe.budget.allocation.share`: ``log sigmoid(margin / T)``.
+    How far each pair stays under :func:`kvpress_moe.budget.allocation.share`, as a log: ``log sigmoid(margin / T)``.
 
-    A pair's margin is its score minus the threshold that the budget leaves it: the best score that has to go, or, in a
-    unit that the floor helps, its own last score that stays. Pairs that stay are above a half, pairs that go at or
-    below it; as the temperature falls, this becomes :func:`share` itself. The threshold rises with the scores near it,
-    since a budget is shared: what gains a place takes it from others, and the gradient says so. (The gradient knows one
-    threshold for all; of a unit on the floor it says whether more than the floor would help.)
+    The margin of a pair is its score minus a threshold: the best score that is evicted. If a unit keeps pairs below
+    that score because of its minimum, its threshold is its own lowest kept score. In the result, ``sigmoid`` is at
+    least one half for pairs that stay and at most one half for pairs that go. As the temperature falls, it becomes the
+    decision of ``share``.
+
+    The threshold has a gradient too: it rises with the scores near it. The budget is shared, so a pair that gains a
+    place takes it from another pair, and the gradient contains this. (The gradient uses one threshold for all units.
+    For a unit that keeps only its minimum, it says whether more pairs would help.)
 
     Parameters
     ----------
     scores : Tensor, shape (U, S)
         Units are the heads of all layers.
     protected : Tensor, shape (S,), bool
-        Tokens that stay whatever their scores; no gradient reaches those.
+        Tokens that always stay. Their scores get no gradient.
     n_kept : int
-        Pairs that a unit keeps on average; more than are protected.
+        Pairs that a unit keeps on average; must be more than the protected ones.
     min_share : float
+        Every unit keeps at least this share of ``n_kept``.
     temperature : float
         In the scores' unit, nats.
     """
@@ -46,6 +50,6 @@ def soft_share(
     undecided = torch.sigmoid((hard - threshold) / temperature)
     undecided = undecided * (1 - undecided)
     pull = undecided / undecided.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    threshold = threshold + (pull * (scores - scores.detach())).sum()  # adds a gradient and no amount
+    threshold = threshold + (pull * (scores - scores.detach())).sum()  # adds a gradient, but the number 0
     margin = torch.where(protected, hard - threshold.detach(), scores - threshold)
     return F.logsigmoid(margin / temperature)

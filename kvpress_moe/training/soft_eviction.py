@@ -1,4 +1,4 @@
-"""A model that reads a cache whose pairs are evicted in part: the mask of training end to end."""
+"""Soft eviction: a mask that evicts cached pairs in part, for end-to-end tuning."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def check_takes_masks(model: PreTrainedModel) -> None:
 @contextmanager
 def softly_evicted(model: PreTrainedModel, layers: Sequence[int], log_kept: Tensor) -> Iterator[None]:
     """
-    Inside the block, some layers' attention to the S cached tokens has ``log_kept`` (L, H, S) added to its logits.
+    Inside the block, ``log_kept`` (L, H, S) is added to the attention logits of the S cached tokens in these layers.
 
-    By way of the mask that the layer gets, which every attention implementation with additive masks adds.
+    It is part of the layers' attention mask. Every attention implementation with additive masks adds it.
     """
 
     def weigh(number: int, module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -217,8 +217,9 @@ def tune_routers(
     processes: Processes | None = None,
 ) -> list[dict[str, float]]:
     """
-    Tune fitted routers end to end, in place; the mean divergences of each epoch. Of several processes the first works, and all
-    get what it found.
+    Tune fitted routers end to end, in place; the mean divergences of each epoch.
+
+    Of several processes the first one works, and all get its result.
     """
     processes = processes or Processes()
     tuning_samples = [TuningSample(prompt, shards.path(name)) for name, prompt in made]

@@ -1,4 +1,4 @@
-"""One prompt to tune with: what routers see of it, what the model is asked about it."""
+"""Tuning samples: a prompt, what the routers see of it, and what the model is asked about it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ REPEATED = 96  # tokens that the model repeats
 @dataclass(frozen=True)
 class TuningSample:
     """
-    One prompt to tune with.
+    One prompt for the end-to-end tuning.
 
     Attributes
     ----------
     prompt : Prompt
     shard : Path
-        What was captured of it.
+        File with what was captured of the prompt.
     """
 
     prompt: Prompt
@@ -33,7 +33,7 @@ class TuningSample:
 
     @property
     def cache_path(self) -> Path:
-        """Where the model's cache of this prompt is kept: beside the shards, in a directory of its own."""
+        """File of the prompt cache, in the directory ``caches`` beside the shards."""
         return self.shard.parent / "caches" / self.shard.name
 
 
@@ -46,7 +46,7 @@ class CapturedPrompt:
     ----------
     hidden : Tensor, shape (L, S, C), float32
     ranks : Tensor, shape (L, S, H, E), float32
-        Columns of the config's experts; the learned one's is ignored.
+        One column for each expert of the config. The column of the learned expert is ignored.
     """
 
     hidden: Tensor
@@ -54,12 +54,12 @@ class CapturedPrompt:
 
 
 def question(prompt: Prompt) -> tuple[Tensor, int]:
-    """The prompt's question and right answer, and how many of its tokens predict the answer."""
+    """The prompt's question and right answer (1, T), and how many of these tokens predict the answer."""
     return torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1), prompt.answer.shape[1]
 
 
 def repetition(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> tuple[Tensor, int]:
-    """KVzip's question for a part of the context, chosen by chance, and that part."""
+    """KVzip's question for a random part of the context and that part (1, T), and how many tokens predict the part."""
     ids = prompt.context[0].tolist()
     start = rng.randint(min(prompt.n_prefix + 8, len(ids) - 1), max(len(ids) - REPEATED, prompt.n_prefix + 8))
     start = min(start, len(ids) - 1)

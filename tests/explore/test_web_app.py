@@ -83,7 +83,7 @@ def test_progress_names_each_step(llama, tokenizer):
 def test_a_busy_model_says_so_and_is_free_again_afterwards(client, runner):
     assert post(client).status_code == 202
     busy = post(client)
-    assert (busy.status_code, busy.json()["error"][:13]) == (409, "The model is ")
+    assert (busy.status_code, busy.json()["error"][:15]) == (409, "The model works")
     runner.work()
     assert post(client).status_code == 202
     runner.work()

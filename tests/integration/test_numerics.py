@@ -1,4 +1,4 @@
-"""What is kept does not hang on the dtype: experiments/numerics.py measures it on a real model, here a tiny one does."""
+"""What is kept does not depend on the dtype: experiments/numerics.py measures a real model, these tests a tiny one."""
 
 import copy
 

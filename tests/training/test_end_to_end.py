@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from kvpress_moe.benchmark.cache_eval import read, stack
 from kvpress_moe.benchmark.prompts import Prompt, encode
-from kvpress_moe.benchmark.selections import Judged, Kept
+from kvpress_moe.benchmark.selections import Kept, Selections
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.budget.allocation import share
 from kvpress_moe.errors import CheckpointError, NotFiniteError, UnsupportedModelError
@@ -94,7 +94,7 @@ def test_shares_of_one_and_nothing_read_like_the_cache_that_is_left(family, prom
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     log_kept = torch.where(torch.stack(masks), 0.0, -torch.inf)
     with torch.no_grad():
-        left = stack(Judged(cache, layers), [Kept(masks, None, n_read)])
+        left = stack(Selections(cache, layers), [Kept(masks, None, n_read)])
         expected = read(model, left, prompt, n_read)
         with softly_evicted(model, layers, log_kept):
             got = read(model, as_cache(pairs), prompt, n_read)

@@ -289,7 +289,7 @@ def test_saved_and_loaded_routers_keep_the_same_pairs(llama, trained, prompt, tm
 def test_every_family_trains(family, chat_tokenizer, prompt):
     """Where some layers slide, the others alone are captured, fitted and share the budget."""
     model = tiny_model(family)
-    config = model.config.get_text_config()
+    text_config = model.config.get_text_config()
     full = full_attention_layers(model)
     config = replace(CONFIG, samples=2, epochs=1)
     routers, metrics = train(model, chat_tokenizer, config)
@@ -298,7 +298,7 @@ def test_every_family_trains(family, chat_tokenizer, prompt):
     assert blank == [layer_idx not in full for layer_idx in range(len(blank))]
     cache = prefill(model, prompt.context, MoERouterPress(0.5, router=routers))
     kept = sum(sum(cache.layers[layer_idx].lengths[0]) for layer_idx in full)
-    assert kept == len(full) * config.num_key_value_heads * (prompt.context.shape[1] // 2)
+    assert kept == len(full) * text_config.num_key_value_heads * (prompt.context.shape[1] // 2)
 
 
 @pytest.mark.parametrize(

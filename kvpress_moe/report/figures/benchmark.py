@@ -1,4 +1,4 @@
-"""Plots of the report, as PNG."""
+"""Plots of the report, as PNG files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvpress_moe.report.figures.style import NORMAL, SMALL, Plot, heat_map, labe
 
 
 def draw(results: Results, reference: str, out: Path) -> list[tuple[str, str]]:
-    """All plots, as (title, file name)."""
+    """Draw all plots. Returns their (title, file name)."""
     scores = over_ratio(results, "score", shown(results, reference), by_task=True)
     title = "Task score over the share of pairs evicted; grey: all other methods"
     drawn = [_save(scores, out, "score.png", title), _heat_map(results, out)]
@@ -83,7 +83,7 @@ def _save(figure: Figure, out: Path, name: str, title: str) -> tuple[str, str]:
 
 
 def save_small(figure: Figure, path: Path) -> None:
-    """A PNG of 256 colours, a third of the size: records are committed together with their plots."""
+    """Save a PNG of 256 colours. It has a third of the size; plots are committed together with their records."""
     from PIL import Image
 
     drawn = BytesIO()

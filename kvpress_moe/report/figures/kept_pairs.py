@@ -1,4 +1,4 @@
-"""What stayed: kept pairs by position in the text, and by head."""
+"""Figures of kept pairs: by position in the text, and by head."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kvpress_moe.report.figures.style import NORMAL, SMALL, Plot, heat_map, laye
 
 def kept_positions(kept: Mapping[int, Tensor], bins: int = 128) -> Figure:
     """
-    Where in the text the kept pairs stood: the share of pairs that stayed, by layer and stretch of the text.
+    Share of pairs that stayed, by layer and by position in the text.
 
     Parameters
     ----------
     kept : mapping of int -> Tensor (B, H, S), bool
-        By layer: :func:`kvpress_moe.cache.kept_pairs`. Shares are over batch and heads.
+        By layer, as :func:`kvpress_moe.cache.kept_pairs` returns it. Shares are means over batch and heads.
     bins : int
-        Stretches that the text is cut into, as equal as they can be; at most one a token.
+        Number of stretches that the text is cut into. They are as equal as possible; at most one per token.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def kept_share(kept: Mapping[int, Tensor]) -> Figure:
     Parameters
     ----------
     kept : mapping of int -> Tensor (B, H, S), bool
-        By layer: :func:`kvpress_moe.cache.kept_pairs`.
+        By layer, as :func:`kvpress_moe.cache.kept_pairs` returns it.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What compression costs in quality: a benchmark's figures over the share of pairs that is evicted."""
+"""Plots of a benchmark's metrics over the share of evicted pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvpress_moe.benchmark.results import Estimate, Results, best_of_ours, best_
 from kvpress_moe.errors import SettingError
 from kvpress_moe.report.figures.style import COLOURS, MARKERS, NORMAL, OTHERS, REFERENCE, SMALL, Plot, label
 
-#: What can be drawn, and what it is called.
+#: The metrics that can be drawn, and their labels.
 METRICS = {
     "kl": "KL to the full cache, nats",
     "score": "task score",
@@ -32,19 +32,20 @@ def over_ratio(
     by_task: bool = False,
 ) -> Figure:
     """
-    A benchmark's figure over the ratio, with 95 % bootstrap intervals; all methods that are not named in grey.
+    A metric of a benchmark over the compression ratio, with 95 % bootstrap intervals.
+
+    Methods that are not named are drawn in grey, without intervals.
 
     Parameters
     ----------
     records : Results, path or sequence of paths
-        Of runs: directories that ``kvpress-moe bench`` wrote, or :func:`kvpress_moe.benchmark.results.load`'s
-        result.
+        Directories that ``kvpress-moe bench`` wrote, or the result of :func:`kvpress_moe.benchmark.results.load`.
     metric : {"kl", "score", "nll", "extra", "hit"}
         ``extra`` is the NLL beyond the full cache's. KL is drawn on a logarithmic scale.
     methods : sequence of str, optional
-        At most seven, the first of them in front. Otherwise ours, random, and the best of the other groups.
+        At most seven; the first is drawn in front. Default: ours, random, and the best of the other groups.
     by_task : bool
-        A panel for each task, rather than the mean of the tasks' means.
+        Draw one panel per task instead of the mean of the tasks' means.
 
     Raises
     ------
@@ -71,7 +72,7 @@ def over_ratio(
         _panel(axis, records, metric, named, tasks)
         if by_task:
             axis.set_title(label(tasks[0]), fontsize=NORMAL)
-    for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest of each column
+    for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest panel of each column
         axis.set_xlabel("pairs evicted", fontsize=SMALL)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -82,7 +83,7 @@ def over_ratio(
 
 
 def shown(results: Results, reference: str, most: int = len(COLOURS)) -> list[str]:
-    """Methods that a plot names: ours, random, the best single presses of each ratio, the best of the other groups."""
+    """Methods that a plot names: ours, the best single press of each ratio, the best of the other groups, random."""
     names = [reference]
     names += [best for ratio in results.ratios if (best := best_single(results, ratio))]
     order = ranked(results)

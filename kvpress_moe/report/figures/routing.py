@@ -1,4 +1,4 @@
-"""Who judged, and how the judged tokens fared: heat maps of layer × expert from a press's statistics."""
+"""Heat maps of layer × expert, from a press's statistics: usage of the experts and hit rates."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def expert_usage(stats: Mapping[str, Any], names: Sequence[str] | Mapping[int, s
     """
     Each expert's share of all assignments, by layer.
 
-    Where every expert judges every token (``top_k`` is the number of experts, as in the shipped routers) all shares
-    are alike by definition.
+    If every expert judges every token (``top_k`` is the number of experts, as in the shipped routers), all shares are
+    equal by definition.
 
     Parameters
     ----------
     stats : dict
         ``press.get_stats()``.
     names : sequence or mapping of str, optional
-        Of the experts: ``press.expert_strategies`` or a list. Their numbers otherwise.
+        Names of the experts: ``press.expert_strategies`` or a list. Default: their numbers.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def expert_usage(stats: Mapping[str, Any], names: Sequence[str] | Mapping[int, s
 
 def hit_rates(stats: Mapping[str, Any], names: Sequence[str] | Mapping[int, str] | None = None) -> Figure:
     """
-    Share of the attention mass on each expert's pairs that falls on kept ones, by layer; grey where unknown.
+    Share of the attention mass on each expert's pairs that falls on kept pairs, by layer; grey if unknown.
 
     Parameters and errors as of :func:`kvpress_moe.plots.expert_usage`.
     """
@@ -53,7 +53,7 @@ def _by_expert(stats: Mapping[str, Any], part: str, name: str) -> tuple[list[int
             "stats", type(stats).__name__, "what press.get_stats() returns", f"It lacks {error}."
         ) from error
     if not by_layer:
-        raise SettingError("stats", {}, "counts of at least one layer", "Read a prompt inside `with press(model):`.")
+        raise SettingError("stats", {}, "counts of at least one layer", "Prefill a prompt inside `with press(model):`.")
     return list(by_layer), np.array(list(by_layer.values()), dtype=float)
 
 

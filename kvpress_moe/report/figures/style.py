@@ -1,4 +1,4 @@
-"""How all plots look: colours that colour-blind readers and a black-and-white print can tell apart."""
+"""Style of all plots. Its colours differ for colour-blind readers, and its markers in a black-and-white print."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-#: Okabe and Ito's palette, safe for colour-blind readers, and a marker each for print.
+#: Okabe and Ito's palette, safe for colour-blind readers, and a marker for each colour.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 OTHERS, REFERENCE, UNKNOWN = "#cccccc", "#555555", "#dddddd"
@@ -21,7 +21,7 @@ SMALL, NORMAL = 8, 9
 
 
 class Plot(Figure):
-    """A figure that a notebook shows by itself; plain ones need pyplot to be imported there."""
+    """A figure that a notebook displays without pyplot. Plain figures need an import of pyplot."""
 
     def __init__(self, width: float, height: float):
         super().__init__(figsize=(width, height), layout="constrained")
@@ -33,7 +33,7 @@ class Plot(Figure):
 
 
 def label(name: str, most: int = 32) -> str:
-    """A name that fits into a plot, its dollar signs no formula."""
+    """A name, shortened to fit into a plot. Dollar signs are escaped, because they would start a formula."""
     name = " ".join(name.split())
     return (name if len(name) <= most else f"{name[: most - 1]}…").replace("$", "\\$")
 
@@ -47,20 +47,20 @@ def heat_map(
     fontsize: float = 6,
 ) -> AxesImage:
     """
-    Draw a grid (rows, columns) from the top; NaN is grey, and a dash where values are written.
+    Draw a grid (rows, columns), first row at the top. NaN is grey; if values are written, it is a dash.
 
     Parameters
     ----------
     axis : Axes
     grid : array of float
     norm : Normalize, optional
-        From 0 to 1 otherwise.
+        Default: from 0 to 1.
     cmap : str
-        One that brightens or darkens steadily.
+        Name of a colour map whose brightness rises or falls steadily.
     spec : str, optional
         Write every value in this format.
     fontsize : float
-        Of the values.
+        Font size of the values.
     """
     colours = colormaps[cmap].with_extremes(bad=UNKNOWN)
     image = axis.imshow(np.ma.masked_invalid(grid), norm=norm or Normalize(0, 1), cmap=colours, aspect="auto")
@@ -74,13 +74,13 @@ def heat_map(
 
 def _bright(image: AxesImage, value: float) -> bool:
     red, green, blue, _ = image.cmap(image.norm(np.asarray(value)))
-    return 0.299 * red + 0.587 * green + 0.114 * blue > 0.46  # where black and white contrast alike
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 0.46  # black and white text have equal contrast here
 
 
 def layer_map(
     grid: np.ndarray, layers: Sequence[int], columns: Sequence[str], xlabel: str, measure: str, spec: str | None = None
 ) -> Figure:
-    """A figure of one heat map of shares, layers from the top, with its colour bar in per cent."""
+    """A figure with one heat map of shares, first layer at the top, and a colour bar in per cent."""
     figure = Plot(1.9 + max(2.2, 0.75 * len(columns)), 1.4 + 0.17 * len(layers))
     axis = figure.add_subplot()
     image = heat_map(axis, grid, spec=spec)
@@ -97,21 +97,21 @@ def layer_map(
 
 
 def layer_axis(axis: Axes, layers: Sequence[int]) -> None:
-    """Number the rows of a heat map by layer, as many as there is room for."""
+    """Label the rows of a heat map with layer numbers, as many as there is room for."""
     step = -(-len(layers) // 16)
     axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=SMALL)
     axis.set_ylabel("layer", fontsize=NORMAL)
 
 
 def share_bar(figure: Figure, image: AxesImage, axis: Axes, measure: str) -> None:
-    """A colour bar in per cent."""
+    """Add a colour bar in per cent."""
     bar = figure.colorbar(image, ax=axis, format=PercentFormatter(1, decimals=0), fraction=0.05, pad=0.03)
     bar.set_label(measure, fontsize=NORMAL)
     bar.ax.tick_params(labelsize=SMALL)
 
 
 def line_axis(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """A figure of one plain axis for lines; whole numbers below it."""
+    """A figure with one axis for lines. The x axis shows whole numbers."""
     figure = Plot(5.6, 3.6)
     axis = figure.add_subplot()
     axis.set_xlabel(xlabel, fontsize=NORMAL)

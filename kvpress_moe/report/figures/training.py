@@ -1,4 +1,4 @@
-"""How a fit went: the loss that training logs."""
+"""Plots of the loss that training logs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOSS = "weighted squared error"
 
 def training_curves(log: Mapping[str, Any] | str | Path) -> Figure:
     """
-    The loss of every epoch: one line a layer, dark to bright from the first to the last, and their mean.
+    The loss of every epoch: one line per layer (from dark, the first, to bright, the last), and their mean.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def training_curves(log: Mapping[str, Any] | str | Path) -> Figure:
     Raises
     ------
     SettingError
-        If there is no such log, or it holds no loss by epoch: routers trained before these were kept.
+        If there is no such log, or it has no loss by epoch. Logs of older versions have none.
     """
     curves = np.array(_read(log, "loss_by_epoch"), dtype=float)  # (L, epochs)
     figure, axis = line_axis("epoch", LOSS)
@@ -52,7 +52,7 @@ def loss_by_layer(log: Mapping[str, Any] | str | Path) -> Figure:
     """
     The loss of the last epoch, by fitted layer.
 
-    Parameters and errors as of :func:`kvpress_moe.plots.training_curves`; every log holds this.
+    Parameters and errors as of :func:`kvpress_moe.plots.training_curves`; every log has this loss.
     """
     losses = np.array(_read(log, "loss_by_layer"), dtype=float)
     figure, axis = line_axis("fitted layer", f"{LOSS}, last epoch")
