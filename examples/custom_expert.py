@@ -37,7 +37,7 @@ def main(model_name: str | None = None) -> None:
         cache = DynamicCache()
         with torch.no_grad(), press(model):
             model(**inputs, past_key_values=cache)
-        print(f"{name}: {inputs.input_ids.shape[1]} tokens, {cache.get_seq_length()} pairs kept per head")
+        print(f"{name}: {inputs.input_ids.shape[1]} tokens, {cache.layers[0].keys.shape[2]} pairs kept per head")
         for index, rate in enumerate(
             press.get_stats()["layer_stats"][0]["expert_compression_stats"]["cache_hit_rates"]
         ):

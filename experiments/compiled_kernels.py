@@ -1,13 +1,13 @@
 """
-The Triton kernels of ragged attention, compiled for GPUs that need not be there: what each block takes of a GPU.
+Compile the Triton kernels of ragged attention for GPUs that need not be present, and print what they need of a GPU.
 
     python -m experiments.compiled_kernels                      capabilities 8.0, 8.6, 9.0; all dtypes and head sizes
     python -m experiments.compiled_kernels --capabilities 90 --dtypes bf16 --head-dims 128
 
-Needs kvpress-moe[triton], which brings NVIDIA's assembler; no GPU. For every kernel: registers of a thread, bytes
-spilled to local memory, shared memory beside the most that the GPU gives a program, and counts of the instructions that
-matter: copies of 16 bytes that do not wait, and products on tensor cores. Ends with an error if one does not fit. What
-it cannot say is how fast a kernel is, or that its compiled form computes what the interpreted one does.
+Needs kvpress-moe[triton], which includes NVIDIA's assembler, but no GPU. For every kernel it prints the registers per
+thread, the bytes spilled to local memory, the shared memory (and the most that a program gets), and how often two
+instructions occur: asynchronous copies of 16 bytes, and products on tensor cores. It ends with an error if a kernel
+does not fit. It does not show how fast a kernel is, or whether the compiled kernel gives the interpreter's results.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STRIDES = [f"{of}_{along}" for of in ("query", "key", "value", "output") for alo
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel takes."""
+    """What a compiled kernel needs."""
 
     registers: int
     spilled_bytes: int
@@ -56,7 +56,7 @@ class Compiled:
 
 
 def compiled(kernel: Any, dtype: str, constants: dict[str, Any], capability: int) -> Compiled:
-    """Compile a kernel for one kind of GPU; pointers, strides and tiles are multiples of 16, as those of caches are."""
+    """Compile a kernel for one kind of GPU. Pointers, strides and tiles are multiples of 16, as in real caches."""
     names = kernel.arg_names
     types = TYPES | dict.fromkeys(TENSORS, f"*{dtype}")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -80,7 +80,7 @@ def compiled(kernel: Any, dtype: str, constants: dict[str, Any], capability: int
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """What the assembler's own tool says of a binary: registers, stack, local memory."""
+    """Registers, stack and local memory of a binary, as the assembler's own tool reports them."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -92,7 +92,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def variants(dtype: str, head_dim: int) -> list[tuple[str, Any, dict[str, Any]]]:
-    """The kernels as ragged attention launches them: one new token, a question, logits under a cap."""
+    """The kernels as ragged attention launches them: one new token, a question, a question with a soft cap."""
     shape = {"N_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim}
     found = []
     for what, n_rows, capped in (("one token", 4, False), ("question", 400, False), ("question, capped", 400, True)):

@@ -1,12 +1,12 @@
 """
-What cache feedback adds on a stream whose kind changes half-way: prose, then key-value lists.
+Effect of cache feedback on a stream of prompts whose kind changes half-way: prose, then key-value lists.
 
-    python experiments/feedback_stream.py                                  untrained routers, guide's and strong experts
+    python experiments/feedback_stream.py                         untrained routers, experts "guide" and "strong"
     python experiments/feedback_stream.py --router routers/top2 --samples 8
 
-One press with feedback and one without read the same prompts in the same order; what each keeps is asked the prompt's
-question, and its answer is compared with the full cache's (KL, nats). Feedback of one prompt acts from the next one on.
-Prints a table; the last line is one JSON document.
+One press with feedback and one without compress the same prompts in the same order. The prompt's question is answered
+from each compressed cache, and the answer is compared with that of the full cache (KL, nats). Feedback from one prompt
+has an effect from the next prompt on. Prints a table; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STREAM = ("prose", "kv_list")
 
 
 def presses(router: str | None, ratio: float) -> dict[tuple[str, str], MoERouterPress]:
-    """(what, "with" or "without" feedback) -> press."""
+    """(name of the routers or experts, "with" or "without" feedback) -> press."""
     sets = {"the eight built-in experts": {"experts": "guide"}, "strong experts": {"experts": "strong"}}
     settings = {"trained": {"router": router}} if router else {name: s for name, s in sets.items()}
     return {
@@ -41,7 +41,7 @@ def presses(router: str | None, ratio: float) -> dict[tuple[str, str], MoERouter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--router", help="directory of trained routers")
-    parser.add_argument("--samples", type=int, default=12, help="of each kind")
+    parser.add_argument("--samples", type=int, default=12, help="number of prompts of each kind")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--ratio", type=float, default=0.75)
     args = parser.parse_args()
@@ -80,17 +80,17 @@ def main() -> None:
 
 
 def ask_compressed(model, cache, prompt) -> torch.Tensor:
-    """Log-probabilities of the answer's tokens over a cache of equally long heads."""
+    """Log-probabilities at the answer's tokens over a cache whose heads have equal lengths."""
     return read(model, cache, prompt, cache.get_seq_length(), offsets(prompt, cache))[0].log_softmax(-1)
 
 
 def offsets(prompt, cache) -> torch.Tensor:
-    """A uniform cache counts the pairs kept; positions go on where the prompt ended."""
+    """A uniform cache reports its kept pairs as its length. Positions must continue after the whole prompt."""
     return torch.tensor([prompt.context.shape[1] - cache.get_seq_length()])
 
 
 def feedback(press: MoERouterPress) -> list[float]:
-    """What feedback adds to each expert's logit in the end, mean of the layers' magnitudes."""
+    """What feedback finally adds to each expert's logit: mean of the absolute values over the layers."""
     added = torch.stack([router.feedback().detach() for router in press.routers.layers])
     return [round(value, 4) for value in added.abs().mean(0).tolist()]
 

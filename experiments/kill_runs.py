@@ -1,15 +1,15 @@
 """
-Training and benchmark runs that are killed (SIGKILL) at random moments, go on, and have to end as if undisturbed.
+Kill training and benchmark runs (SIGKILL) at random moments. They must continue and end like an undisturbed run.
 
     python -m experiments.kill_runs                      20 runs of each command, each killed twice
     python -m experiments.kill_runs --runs 40 --seed 1
 
-A tiny model with random weights. The moments are spread over the whole run: the n-th run's first kill falls at random
-into the n-th part of the undisturbed run's time, its second anywhere (it comes too late where little was left to do).
-Every command runs in a process that is forked from one that has imported all it needs, which saves seconds a start and
-nothing else. Compared are the trained routers to the byte (and their card, times apart), the records of the benchmark
-line by line (times apart). Prints a table; the last line is one JSON document, the exit status 1 where a run ended
-otherwise.
+The model is tiny and has random weights. The kills cover the whole run: the first kill of the n-th run is at a random
+moment in the n-th part of the undisturbed run's time. The second kill is at any moment (it is too late if little work
+was left). Every command runs in a process that is forked from one with all imports done. This only saves seconds per
+start. The trained routers must be the same to the byte, and their card except for times. The records of the benchmark
+must be the same line by line, except for times. Prints a table; the last line is one JSON document. The exit status is
+1 if a run ended with another result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; sums in another order are other routers
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: sums in another order would give other routers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TRAIN = "train --samples 20 --length 512 --tasks kv_list,prose --experts learned,keydiff,cur --epochs 12"
@@ -47,7 +47,7 @@ BENCH = "bench --limit 12 --lengths 400 --tasks kv_list,needle_noise --methods k
 
 
 def start(work: Callable[[], Any]) -> int:
-    """Do some work in a forked process, silently; its id."""
+    """Do some work in a forked process without output. Returns the process id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -64,12 +64,12 @@ def start(work: Callable[[], Any]) -> int:
 
 
 def wait(child: int) -> bool:
-    """Whether a process ended well."""
+    """Wait for a process. Returns whether it ended without an error."""
     return os.waitpid(child, 0)[1] == 0
 
 
 def command(arguments: list[str]) -> Callable[[], None]:
-    """What `kvpress-moe` does with these arguments."""
+    """A function that runs `kvpress-moe` with these arguments."""
 
     def run() -> None:
         from kvpress_moe.cli import main
@@ -85,7 +85,7 @@ def command(arguments: list[str]) -> Callable[[], None]:
 
 
 def kill_after(child: int, seconds: float) -> bool:
-    """Kill a process after so many seconds; False if it was done before."""
+    """Kill a process after some seconds. Returns False if it ended before."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -97,7 +97,7 @@ def kill_after(child: int, seconds: float) -> bool:
 
 
 def save_model(directory: Path) -> None:
-    """A tiny model that the commands can load."""
+    """Save a tiny model that the commands can load."""
     from tests.tiny import byte_tokenizer, tiny_model
 
     tiny_model("llama", num_hidden_layers=3).save_pretrained(directory)
@@ -105,7 +105,7 @@ def save_model(directory: Path) -> None:
 
 
 def trained(out: Path) -> tuple[bytes, Any]:
-    """Routers to the byte, and their card without times and paths."""
+    """The bytes of the routers, and their card without times and paths."""
     card = json.loads((out / "routers" / "routers.json").read_text())
     for name in ("seconds", "command"):
         del card["metrics"][name]
@@ -113,13 +113,13 @@ def trained(out: Path) -> tuple[bytes, Any]:
 
 
 def recorded(out: Path) -> list[Any]:
-    """Records without times."""
+    """The records without times."""
     records = [json.loads(line) for line in (out / "run" / "records.jsonl").read_bytes().splitlines()]
     return [{**record, "prefill_s": 0, "results": [row[:-1] for row in record["results"]]} for record in records]
 
 
 def found(out: Path) -> str:
-    """What a killed run left."""
+    """What a killed run left on disk."""
     files = [path for path in out.rglob("*") if path.is_file()]
     shards = sum(path.parent.name == "shards" and path.suffix == ".safetensors" for path in files)
     layers = sum(path.name.startswith("layer-") for path in files)
@@ -130,7 +130,7 @@ def found(out: Path) -> str:
 
 
 def compare(name: str, make: Callable[[Path], list[str]], result: Callable[[Path], Any], args, work: Path) -> dict:
-    """Kill runs of one command; prints a row for each, and returns the sums."""
+    """Kill runs of one command. Prints a row for each run, and returns the sums."""
     calm = work / f"{name}-calm"
     started = time.monotonic()
     if not wait(start(command(make(calm)))):
@@ -164,7 +164,7 @@ def compare(name: str, make: Callable[[Path], list[str]], result: Callable[[Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=20, help="of each command")
+    parser.add_argument("--runs", type=int, default=20, help="number of runs of each command")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

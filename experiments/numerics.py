@@ -1,12 +1,12 @@
 """
-How many of the pairs that a press keeps in float32 it keeps in bfloat16 and float16 too.
+Share of the pairs kept in float32 that a press also keeps in bfloat16 and float16.
 
     python experiments/numerics.py                      the whole built-in text, 804 tokens
     python experiments/numerics.py --n-tokens 300
 
-Two figures for each dtype. "stages": the press alone; it judges the float32 model's hidden states, keys and values,
-rounded to the dtype, with the rounded weights. "model": the model's own forward pass is in the dtype as well. A minute
-or two. Prints a table; the last line is one JSON document.
+There are two figures for each dtype. "stages": only the press uses the dtype. It scores the hidden states, keys and
+values of the float32 model, rounded to the dtype, with rounded weights. "model": the model's forward pass uses the
+dtype too. Takes one or two minutes. Prints a table; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from kvpress_moe import MoERouterPress, load_model
 from kvpress_moe.budget.cross_layer import Observation
 from kvpress_moe.cache.ragged_layer import RaggedLayer
 from kvpress_moe.model.layers import language_model
+from kvpress_moe.model.transformers_api import with_cache
 
 PRESSES: dict[str, Callable[[float], MoERouterPress]] = {
     "trained routers, budget global": lambda ratio: WatchedPress(ratio, cache_aware=False),
     "trained routers, budget uniform": lambda ratio: WatchedPress(ratio, cache_aware=False, budget="uniform"),
-    "guide's experts, budget uniform": lambda ratio: WatchedPress(ratio, 4, cache_aware=False),
+    "the four built-in window and attention experts, budget uniform": lambda ratio: WatchedPress(
+        ratio, 4, cache_aware=False
+    ),
     "expected_attention, budget global": lambda ratio: WatchedPress(
         ratio, experts=["expected_attention"], budget="global"
     ),
@@ -40,7 +43,7 @@ RATIOS = (0.5, 0.75, 0.9)
 
 
 class WatchedPress(MoERouterPress):
-    """Notes which pairs stay, by layer."""
+    """A press that stores which pairs stay, by layer."""
 
     def record(self, layer_idx: int, observation: Observation, kept: Tensor) -> None:
         self.__dict__.setdefault("kept", {})[layer_idx] = kept
@@ -48,7 +51,7 @@ class WatchedPress(MoERouterPress):
 
 
 def prefill(model: PreTrainedModel, input_ids: Tensor) -> tuple[list[dict[str, Any]], DynamicCache]:
-    """Arguments of each attention layer, and the full cache."""
+    """Prefill a prompt. Returns the arguments of each attention layer, and the full cache."""
     calls: list[dict[str, Any]] = []
     cache = DynamicCache()
 
@@ -59,7 +62,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor) -> tuple[list[dict[str, A
         layer.self_attn.register_forward_pre_hook(note, with_kwargs=True) for layer in language_model(model).layers
     ]
     with torch.no_grad():
-        model.model(input_ids=input_ids, past_key_values=cache)
+        model.model(input_ids=input_ids, **with_cache(cache))
     for hook in hooks:
         hook.remove()
     return calls, cache
@@ -68,7 +71,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor) -> tuple[list[dict[str, A
 def kept_pairs(
     model: PreTrainedModel, press: MoERouterPress, calls: list[dict[str, Any]], full: DynamicCache, dtype: torch.dtype
 ) -> Tensor:
-    """The pairs (L, B, H, S) that stay when the press judges these calls, rounded to a dtype."""
+    """The pairs (L, B, H, S) that stay when the press compresses these calls, rounded to a dtype."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, tuple):

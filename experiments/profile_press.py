@@ -1,11 +1,11 @@
 """
-Where the trained press's time goes: CPU time of its stages as shares of a prefill, on one thread.
+CPU time of each stage of the trained press, as a share of the time of a prefill, on one thread.
 
     python experiments/profile_press.py                   4,096 tokens
     python experiments/profile_press.py --tokens 1024
 
-CPU time, so that other processes disturb little; on one thread, since torch waits actively for the others. Prints a
-table; the last line is one JSON document.
+CPU time is measured, so that other processes have little effect. One thread is used, because threads of torch that wait
+use CPU time too. Prints a table; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.experts import mixing
 from kvpress_moe.experts.expert import Expert
 
-#: Owner, function, and what the row is called; an expert's row is called after it.
+#: Owner, function, and name of the row. The row of an expert gets the expert's name.
 STAGES: tuple[tuple[Any, str, str], ...] = (
     (MoERouterPress, "compress", "the press, all in all"),
     (MoERouterPress, "route", "router and gate"),

@@ -1,14 +1,14 @@
 """
-Bytes and decoding time of a ragged cache, beside a uniform cache of the same bytes, AdaKV's masking and the full cache.
+Bytes and decoding time of ragged caches, compared with a uniform cache of equal size, AdaKV's masking and a full cache.
 
     python -m experiments.ragged_cache                              SmolLM2 and a small random Llama, 4k and 16k tokens
     python -m experiments.ragged_cache --models random --lengths 2048 --rounds 3
     python -m experiments.ragged_cache --models llama-8b --lengths 32768 --device cuda
 
-All caches of one model and length are decoded in turns within one run, round after round; medians are compared, so read
-the ratios, not the seconds. On a GPU the ragged caches are decoded by each of ``--attentions``: the package's two, and
-the candidates of ``ragged_candidates.py``. The last column is the largest difference of a question's logits from those
-that plain PyTorch computes on the same cache. Prints a table; the last line is one JSON document.
+All caches of one model and length are decoded in turns in one run, and their medians are compared. So use the ratios,
+not the seconds. On a GPU the ragged caches are decoded by each of ``--attentions``: the two of the package, and the
+candidates of ``ragged_candidates.py``. The last column is the largest difference between a question's logits and those
+of plain PyTorch on the same cache. Prints a table; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from kvpress_moe import MoERouterPress, load_model
 from kvpress_moe.benchmark.random_models import RANDOM_MODELS
 from kvpress_moe.cache.attention_dispatch import RaggedAttention, use_ragged_attention
 from kvpress_moe.cache.prefill import Prefill, cache_bytes
+from kvpress_moe.model.transformers_api import crop, with_cache
 
 RATIO = 0.75
 PROSE = "The harbour master writes a report every year, and this is the part about ships, cranes, fish, ice and fog. "
@@ -42,7 +43,7 @@ QUESTION = 24  # tokens
 
 @dataclass
 class Way:
-    """A cache and how it is read, and what was measured of the two."""
+    """A cache, the attention that decodes it, and what was measured."""
 
     cache: object
     masked: list  # of each attention layer: the indices that AdaKV masks, or None
@@ -68,7 +69,7 @@ def attention_layers(model) -> list:
 
 
 def ways_of(model, ids, attentions: list[str]) -> dict[str, Way]:
-    """One prefill, four caches. AdaKV's is the full one plus masked indices on the attention layers."""
+    """One prefill, several caches. AdaKV's is the full cache plus masked indices on the attention layers."""
     prefill = Prefill(model, ids)
     nothing = [None] * len(attention_layers(model))
     ours = {
@@ -88,12 +89,12 @@ def ways_of(model, ids, attentions: list[str]) -> dict[str, Way]:
 
 def take_back(cache, lengths: list[int]) -> None:
     for layer, length in zip(cache.layers, lengths, strict=True):
-        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        crop(layer, length)
 
 
 @torch.no_grad()
 def read(model, way: Way, blocks: list[torch.Tensor], n_read: int) -> tuple[float, torch.Tensor]:
-    """Read blocks of tokens one after another and take them off again: the seconds, and the last block's logits."""
+    """Process blocks of tokens one by one, then remove them. Returns the seconds, and the last block's logits."""
     for attention, indices in zip(attention_layers(model), way.masked, strict=True):
         attention.masked_key_indices = indices
     lengths = [way.cache.get_seq_length(layer_idx) for layer_idx in range(len(way.cache))]
@@ -102,7 +103,7 @@ def read(model, way: Way, blocks: list[torch.Tensor], n_read: int) -> tuple[floa
         started = now(model.device)
         for block in blocks:
             positions = torch.arange(n_read, n_read + block.shape[1], device=block.device)[None]
-            logits = model(block, past_key_values=way.cache, position_ids=positions).logits
+            logits = model(block, **with_cache(way.cache), position_ids=positions).logits
             n_read += block.shape[1]
         return now(model.device) - started, logits
     finally:
@@ -111,7 +112,7 @@ def read(model, way: Way, blocks: list[torch.Tensor], n_read: int) -> tuple[floa
 
 
 def attempt(model, way: Way, blocks: list[torch.Tensor], n_read: int) -> tuple[float, torch.Tensor] | None:
-    """The same; what fails says why. A kernel that nobody has tried on this GPU may raise anything."""
+    """Like :func:`read`, but an error is stored in ``way.failed``. A new kernel on a GPU may raise anything."""
     try:
         return read(model, way, blocks, n_read)
     except Exception as error:
@@ -127,10 +128,10 @@ def now(device: torch.device) -> float:
 
 def measure(model, ids, rounds: int, n_new: int, attentions: list[str]) -> dict[str, Way]:
     """
-    Everything decoded in turns. A way that fails is left out of further rounds.
+    Decode from all caches in turns. A way that fails is left out of further rounds.
 
-    A kernel that writes where it should not spoils the process, and what comes after it fails too: ``--attentions``
-    of one name each tell which it was.
+    A kernel that writes to wrong memory damages the process, and everything after it fails too. To find this kernel,
+    run ``--attentions`` with one name at a time.
     """
     ways = ways_of(model, ids, attentions)
     question, token = ids[:, :QUESTION], torch.zeros_like(ids[:, :1])
@@ -193,8 +194,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the model's own otherwise")
-    parser.add_argument("--attentions", nargs="+", choices=list(ATTENTIONS), help="torch; on a GPU all")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the model's own")
+    parser.add_argument("--attentions", nargs="+", choices=list(ATTENTIONS), help="default: torch; on a GPU all")
     arguments = parser.parse_args()
     on_gpu = arguments.device.startswith("cuda")
     attentions = arguments.attentions or (list(ATTENTIONS) if on_gpu else ["torch"])

@@ -1,8 +1,9 @@
 """
 Other ways to compute ragged attention on a GPU; ``experiments/ragged_cache.py`` measures them beside the package's own.
 
-Both let a library's kernel read the kept pairs where they lie, compute the few tokens that came since in plain PyTorch,
-and put the two together by their sums of exponentials. Whichever wins on a GPU belongs in the package, the others not.
+In both, the kernel of a library processes the kept pairs without a copy, and plain PyTorch processes the few newer
+tokens. The two results are combined with their sums of exponentials. Only the fastest one on a GPU belongs in the
+package.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from kvpress_moe.model.attention import apply_softcap
 
 def flash_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
     """
-    flash-attn's call for sequences of different lengths, as torch ships it: a head is a sequence.
+    flash-attn's function for sequences of different lengths, as torch ships it. Each head is a sequence.
 
-    The G·Q queries of a head are those of one sequence with one head, so that its pairs are read once. float16 and
-    bfloat16 on CUDA, without a cap.
+    The G·Q queries of a head form one sequence with one head, so that its pairs are loaded once. Only float16 and
+    bfloat16 on CUDA, without a soft cap.
     """
     from torch.nn.attention import varlen  # of torch 2.10
 
     if cap is not None:
-        raise ValueError("flash-attn's call in torch knows no cap of the logits")
+        raise ValueError("flash-attn's function in torch has no soft cap of the logits")
     grouped, logits = newest_logits(query, layer, scaling, cap)
     n_heads, n_rows, head_dim = grouped.shape
     lengths = list(chain.from_iterable(layer.lengths))
@@ -46,13 +47,13 @@ def flash_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: floa
         scale=1.0,  # the queries are scaled
         return_aux=varlen.AuxRequest(lse=True),
     )
-    empty = (bounds.diff() == 0)[:, None]  # whose sum of exponentials the kernel reports as plus infinity
+    empty = (bounds.diff() == 0)[:, None]  # the kernel reports plus infinity as their sum of exponentials
     logs = logs.view(n_heads, n_rows).masked_fill(empty, -torch.inf)
     return _with_newest(kept.view_as(grouped), logs, logits, layer, query)
 
 
 def flex_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float | None = None) -> Tensor:
-    """FlexAttention: all heads are one sequence, in which queries see their own head's pairs alone."""
+    """FlexAttention: all heads are one sequence. Queries see only the pairs of their own head."""
     grouped, logits = newest_logits(query, layer, scaling, cap)
     n_heads, n_rows, head_dim = grouped.shape
     mask = _own_heads(tuple(chain.from_iterable(layer.lengths)), n_rows, query.device)
@@ -70,16 +71,16 @@ def flex_attention(query: Tensor, layer: RaggedLayer, scaling: float, cap: float
 
 def _with_newest(kept: Tensor, logs: Tensor, logits: Tensor, layer: RaggedLayer, query: Tensor) -> Tensor:
     """
-    Attention over kept pairs and newest tokens from that over either.
+    Combine attention over kept pairs with attention over the newest tokens.
 
     Parameters
     ----------
     kept : Tensor, shape (B·H, G·Q, D)
         Attention over the kept pairs.
     logs : Tensor, shape (B·H, G·Q)
-        Logarithm of the sum of exponentials that it was divided by.
+        Logarithm of the sum of exponentials by which ``kept`` was divided.
     logits : Tensor, shape (B·H, G·Q, T)
-        Over the newest tokens.
+        Logits of the newest tokens.
     """
     newest = logits.softmax(-1).to(query.dtype) @ layer.new_values.flatten(0, 1)
     share = torch.sigmoid(logs - logits.logsumexp(-1))[..., None]
@@ -106,9 +107,9 @@ def _own_heads(lengths: tuple[int, ...], n_rows: int, device: torch.device) -> f
 @cache
 def _flex(device_type: str):
     """
-    Compiled where it will be measured; uncompiled on a CPU, where the compiled one does not return the sums.
+    FlexAttention, compiled on a GPU; uncompiled on a CPU, where the compiled one does not return the sums.
 
-    On a GPU a graph that breaks, or is compiled too often, is an error: timed uncompiled, it would mean nothing.
+    On a GPU it is an error if the graph breaks or is compiled too often: times of uncompiled code would mean nothing.
     """
     if device_type != "cuda":
         return flex.flex_attention
@@ -117,6 +118,6 @@ def _flex(device_type: str):
 
 
 def forget() -> None:
-    """Let go of what is kept of a model's caches."""
+    """Free what is stored about the caches of a model."""
     _on_device.cache_clear()
     _own_heads.cache_clear()

@@ -1,16 +1,16 @@
 """
-What each part of a config is worth: routers trained with one thing changed, compared on the tune split.
+Effect of each part of the training config: train routers with one change each, and compare them on the tune split.
 
-    python experiments/router_variants.py --shards runs/shards                     all variants, three samples a task
+    python experiments/router_variants.py --shards runs/shards                     all variants, three samples per task
     python experiments/router_variants.py --shards runs/shards --end-to-end 3      all of them tuned end to end as well
     python experiments/router_variants.py --shards runs/shards --variants default "top 2" "learned alone"
     python experiments/router_variants.py --shards runs/shards --variants default --routers routers/mine
     python experiments/router_variants.py --shards runs/shards --prompts 48 --epochs 4     smaller, for a first look
 
-Layers are fitted one by one unless --end-to-end says how many epochs of tuning follow (ten minutes a variant on one
-core), or a variant's name does. Captured prompts stay in --shards, so that only the first variant pays for them (about
-ten minutes for SmolLM2 on two cores); fits stay there too. Every variant judges the same prefills under the same global
-budget. Prints a table; the last line is one JSON document.
+Layers are fitted one by one. With --end-to-end, this number of epochs of end-to-end tuning follows (ten minutes per
+variant on one core); some variants include this tuning. Captured prompts stay in --shards, so that only the first
+variant has to make them (about ten minutes for SmolLM2 on two cores). Fitted layers stay there too. All variants
+compress the same prefills with the same global budget. Prints a table; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.trainer import train
 
 VARIANTS = {
-    "default": {},  # all five experts judge every token: balanced by definition, whatever the loss weighs
+    "default": {},  # all five experts judge every token: always balanced, with any weight of the loss
     "attention alone": {"value_weight": 0.0},
     "attention times what is written": {"value_weight": 1.0},
     "teacher replay": {"teacher": "replay"},
@@ -57,7 +57,7 @@ VARIANTS = {
 
 
 def method(name: str, routers: Routers, seen: dict[str, list[MoERouterPress]]) -> Method:
-    """A press with these routers as a method of the benchmark; used presses are noted for their statistics."""
+    """A press with these routers as a method of the benchmark. ``seen`` collects presses for their statistics."""
 
     def make(protect):
         press = MoERouterPress(router=routers, cache_aware=False)
@@ -85,13 +85,15 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument(
-        "--routers", nargs="*", type=Path, default=[], help="directories of trained routers, beside them"
+        "--routers", nargs="*", type=Path, default=[], help="directories of more trained routers to compare"
     )
-    parser.add_argument("--prompts", type=int, default=120, help="to train on; the shipped routers had 120")
+    parser.add_argument(
+        "--prompts", type=int, default=120, help="number of training prompts; the shipped routers had 120"
+    )
     parser.add_argument("--epochs", type=int, default=TrainingConfig().epochs)
-    parser.add_argument("--end-to-end", type=int, default=0, help="epochs")
-    parser.add_argument("--out", type=Path, help="keep the trained routers here, a directory for each variant")
-    parser.add_argument("--samples", type=int, default=3, help="a task")
+    parser.add_argument("--end-to-end", type=int, default=0, help="epochs of end-to-end tuning")
+    parser.add_argument("--out", type=Path, help="save the trained routers here, one directory per variant")
+    parser.add_argument("--samples", type=int, default=3, help="samples per task")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9])
     parser.add_argument("--baselines", nargs="*", default=["kvzip_global", "adakv_keydiff"])
     args = parser.parse_args()
@@ -122,8 +124,8 @@ def main() -> None:
 
 def balance(presses: list[MoERouterPress]) -> dict[str, float]:
     """
-    How evenly a mixture's experts are used: mean of their load-balancing losses times E (1: evenly), and the share of
-    all assignments that the busiest expert of a layer takes, mean over layers.
+    How evenly the experts are used: mean load-balancing loss times E (1: evenly), and the share of all assignments that
+    the busiest expert of a layer has, mean over layers.
     """
     used = [press.get_stats() for press in presses]
     busiest = [
@@ -138,7 +140,7 @@ def print_table(reference: str, compared: list[str], ratios: list[float], kl: di
     print(
         "| routers | "
         + " | ".join(ratio_heads)
-        + " | minus the first row's routers at the last | aux loss × E | busiest expert |"
+        + " | difference from the first trained routers at the last ratio | aux loss × E | busiest expert |"
     )
     print("|---|" + "---|" * (len(ratios) + 3))
     rows = []

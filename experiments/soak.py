@@ -1,15 +1,15 @@
 """
-Thousands of prompts through the same presses and the same model: nothing may grow.
+Process thousands of prompts with the same presses and the same model. Memory, hooks and statistics must not grow.
 
     python -m experiments.soak                       2,000 prompts, a tiny model with random weights
     python -m experiments.soak --prompts 400 --seed 1
 
-Three presses take turns: untrained routers, untrained ones with `track_misses`, and calibrated ones; the first and the
-last change between a budget for each head and one that all heads share. Prompts have 2 to 300 tokens at random, every
-third call reads two at once, one in fifty fails half-way, and four tokens are generated from each. Ten times on the way
-the same short prompt is read, rubbish is collected, and a row is printed: resident memory, Python's objects, tensors
-that are alive and their bytes, hooks, numbers in the statistics. The last line is one JSON document; the exit status is
-1 where something grew from the second row (the first is the warm-up) to the last.
+Three presses take turns: one with untrained routers, one with untrained routers and `track_misses`, one with calibrated
+routers. The first and the last change at random between a uniform budget and one that all heads share. Prompts have 2
+to 300 tokens. Every third call has two prompts, one call in fifty fails half-way, and four tokens are generated after
+each prompt. Ten times the same short prompt is processed, garbage is collected, and a row is printed: resident memory,
+Python's objects, live tensors and their bytes, hooks, numbers in the statistics. The last line is one JSON document.
+The exit status is 1 if something grew from the second row (the first is the warm-up) to the last.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from transformers import PreTrainedModel
 from kvpress_moe import MoERouterPress
 from tests.tiny import calibrated_routers, tiny_model, tokens
 
-#: How much a figure may grow: the allocator and Python's own caches never quite settle, tensors and hooks do.
+#: How much a figure may grow. The allocator and Python's caches always change a little; tensors and hooks must not.
 ALLOWED = {"rss_mib": 8.0, "objects": 200, "tensors": 0, "tensor_bytes": 0, "hooks": 0, "statistics": 0}
 
 
 @dataclass(frozen=True)
 class Figures:
     """
-    What there is of everything at one moment.
+    All figures at one moment.
 
     Attributes
     ----------
     prompts : int
-        Read so far.
+        Number of prompts so far.
     rss_mib : float
         Resident memory of this process.
     objects : int
-        That Python's garbage collector knows.
+        Objects that Python's garbage collector knows.
     tensors, tensor_bytes : int
-        Alive; bytes of their storages, each counted once.
+        Live tensors, and bytes of their storages, each counted once.
     hooks : int
-        On all modules of the model.
+        Hooks on all modules of the model.
     statistics : int
         Numbers in the statistics of all presses.
     """
@@ -66,7 +66,7 @@ class Figures:
 
 
 def take(prompts: int, model: PreTrainedModel, presses: Sequence[MoERouterPress]) -> Figures:
-    """The figures of now."""
+    """The figures at this moment."""
     gc.collect()
     objects = gc.get_objects()
     tensors = [thing for thing in objects if issubclass(type(thing), torch.Tensor)]
@@ -78,7 +78,7 @@ def take(prompts: int, model: PreTrainedModel, presses: Sequence[MoERouterPress]
 
 
 def storage(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """Address and bytes of a tensor's memory; None for those that torch.compile or vmap only imagines."""
+    """Address and bytes of a tensor's memory; None if torch.compile or vmap gave it none."""
     try:
         return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
     except RuntimeError:  # also NotImplementedError
@@ -97,7 +97,7 @@ def fail(*args: Any) -> None:
 
 
 def read(model: PreTrainedModel, press: MoERouterPress, n_tokens: int, n_prompts: int, seed: int, fails: bool) -> None:
-    """Prompts of one length under a press, and four tokens after them."""
+    """Process prompts of one length with a press, and generate four tokens after them."""
     input_ids = tokens(n_tokens, n_prompts, seed)
     hook = model.model.layers[1].register_forward_pre_hook(fail) if fails else None
     try:
@@ -119,7 +119,7 @@ def soak(
     stops: int = 10,
     row: Callable[[Figures], Any] = lambda figures: None,
 ) -> list[Figures]:
-    """Read prompts, stopping so many times for figures, which are handed to ``row`` as they are taken."""
+    """Process prompts. ``stops`` times on the way, take figures and give them to ``row``. Returns all figures."""
     rng = random.Random(seed)
     rows: list[Figures] = []
     done = call = 0
@@ -131,7 +131,7 @@ def soak(
         read(model, press, rng.randint(2, 300), at_once, rng.randrange(2**31), fails=call % 50 == 49)
         done, call = done + at_once, call + 1
         if done >= n_prompts * (len(rows) + 1) / stops:
-            for press in presses:  # which may hold something of the prompt they read last
+            for press in presses:  # they may hold something of their last prompt
                 read(model, press, 64, 1, 0, fails=False)
             rows.append(take(done, model, presses))
             row(rows[-1])

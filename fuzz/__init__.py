@@ -1,1 +1,1 @@
-"""Files from strangers, made on purpose: ``python -m fuzz`` feeds every loader with damaged and forged files."""
+"""Fuzzing: ``python -m fuzz`` gives damaged and forged files, as strangers might send them, to every loader."""

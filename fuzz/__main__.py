@@ -1,11 +1,11 @@
 """
-Feed every loader with damaged and forged files, and print what became of them.
+Give damaged and forged files to every loader, and print what happened.
 
 python -m fuzz                                   204,000 inputs over all loaders
 python -m fuzz --inputs 6000 --loaders routers   some
 
-Half of the inputs are random, from a seed; the other half is steered by Atheris towards code that was not reached
-before (``pip install atheris``; where it is missing, all are random). Every loader and driver has a process of its own.
+Half of the inputs are random, from a seed. Atheris steers the other half towards code that was not reached before
+(``pip install atheris``; without it all inputs are random). Every pair of loader and driver has its own process.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-NAMES = ("routers", "caches", "records", "resumed runs", "fitted layers", "training shards")
+NAMES = ("routers", "caches", "records", "resumed runs")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=204_000, help="of all loaders together")
+    parser.add_argument("--inputs", type=int, default=204_000, help="number of inputs for all loaders together")
     parser.add_argument("--loaders", default=",".join(NAMES), help="names separated by commas")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--child", nargs=3, metavar=("LOADER", "DRIVER", "DIRECTORY"), help=argparse.SUPPRESS)
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def of_one(loader: str, driver: str, inputs: int, seed: int) -> dict[str, Any]:
-    """Feed one loader in a process of its own, whose death is a fault too."""
+    """Test one loader in its own process. If the process dies, this is a fault too."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as directory:
         options = ["--inputs", str(inputs), "--seed", str(seed), "--child", loader, driver, directory]
@@ -78,7 +78,7 @@ def row(loader: str, driver: str, found: dict[str, Any]) -> str:
 
 
 def feed(loader: str, driver: str, directory: Path, inputs: int, seed: int) -> None:
-    """Feed one loader in this process; what was found is written down every now and then."""
+    """Test one loader in this process. Results are written to a file every 500 inputs."""
     if driver == "atheris":
         import atheris
 
@@ -96,7 +96,7 @@ def feed(loader: str, driver: str, directory: Path, inputs: int, seed: int) -> N
     target = next(target for target in TARGETS if target.name == loader)(directory / "around" / "input")
 
     def one(data: bytes) -> None:
-        if found["inputs"] >= inputs:  # libFuzzer has a few of its own besides
+        if found["inputs"] >= inputs:  # libFuzzer adds a few inputs of its own
             return
         found["inputs"] += 1
         try:
@@ -117,7 +117,7 @@ def feed(loader: str, driver: str, directory: Path, inputs: int, seed: int) -> N
     else:
         flags = (f"-runs={inputs + 100}", "-max_len=64", "-len_control=0", "-rss_limit_mb=0", "-timeout=60")
         atheris.Setup([sys.argv[0], *flags, f"-seed={seed}", f"-artifact_prefix={directory}/"], one)
-        atheris.Fuzz()  # does not come back
+        atheris.Fuzz()  # does not return
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A string of bytes as a source of decisions, so that Hypothesis and Atheris can steer the same mutations."""
+"""Bytes as a source of decisions, so that Hypothesis and Atheris can steer the same mutations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 class Choices:
     """
-    Decisions read off bytes, one after the other; where they end, the first of everything.
+    Decisions taken from bytes, one after the other. After the last byte every decision is the first choice.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ class Choices:
         self.at = 0
 
     def raw(self, size: int) -> bytes:
-        """The next bytes, filled up with zeros."""
+        """The next bytes; missing ones are zeros."""
         found = self.data[self.at : self.at + size]
         self.at += size
         return found.ljust(size, b"\0")
@@ -35,5 +35,5 @@ class Choices:
         return items[self.below(len(items))]
 
     def one_in(self, number: int) -> bool:
-        """True once in ``number`` times; never where the bytes have ended."""
+        """True once in ``number`` times; never after the last byte."""
         return self.below(number) == number - 1

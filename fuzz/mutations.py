@@ -1,4 +1,4 @@
-"""Damage that knows the formats: JSON, safetensors, gzip; and damage that knows nothing."""
+"""Mutations of files: changes that respect a format (JSON, safetensors, gzip), and changes of raw bytes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ OTHERS: tuple[Any, ...] = (None, True, False, "", "x", "\ud800", [], {}, [[]], [
 
 
 def junk(choices: Choices) -> Any:
-    """A value that JSON can hold and that nobody expects."""
+    """An unexpected value that JSON can hold."""
     kind = choices.below(64)
-    if kind == 37:  # deeper than a parser likes, once in a while than the stack
+    if kind == 37:  # deep nesting; sometimes deeper than the stack allows
         return Raw("[" * (100_000 if choices.one_in(16) else 2_000))
-    if kind == 23:  # thirty times its size when it is parsed, just below and above what is parsed at all
+    if kind == 23:  # thirty times as large after parsing; near the size limit of the parser
         return Raw("[" + "[]," * (choices.pick((340_000, 350_000)) if choices.one_in(16) else 1_000) + "[]]")
     if kind == 61:
         return Raw(choices.pick(("-", "1e999", "0x10", "nul", "'a'", "{", '"\\ud800"', "\x00", "1" * 5000)))
@@ -45,11 +45,11 @@ def junk(choices: Choices) -> Any:
 
 
 class Raw(str):
-    """Text that goes into JSON as it is."""
+    """Text that is put into JSON unchanged."""
 
 
 def dump(value: Any) -> str:
-    """JSON with raw parts in it."""
+    """JSON text of a value that may contain raw parts."""
     raws: list[Raw] = []
 
     def mark(item: Any) -> Any:
@@ -67,13 +67,13 @@ def dump(value: Any) -> str:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a value."""
+    """Every (container, key) inside a value."""
     items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     return [(value, key) for key, _ in items] + [place for _, part in items for place in places(part)]
 
 
 def mutate_json(choices: Choices, value: Any) -> Any:
-    """A value with one to three changes somewhere in it."""
+    """A copy of a value with one to three changes in it."""
     value = copy.deepcopy(value)
     for _ in range(1 + choices.below(3)):
         found = places(value)
@@ -97,7 +97,7 @@ def mutate_json(choices: Choices, value: Any) -> Any:
 
 
 def mutate_bytes(choices: Choices, data: bytes) -> bytes:
-    """Bytes flipped, cut off, put in, doubled."""
+    """A copy of the bytes with some of them flipped, removed, inserted or doubled."""
     changed = bytearray(data)
     for _ in range(1 + choices.below(4)):
         at = choices.below(len(changed) + 1)
@@ -129,7 +129,7 @@ def join_tensors(header: Any, body: bytes) -> bytes:
 
 
 def mutate_tensors(choices: Choices, data: bytes) -> bytes:
-    """A safetensors file whose names, dtypes, shapes, offsets, metadata, numbers or bytes were changed."""
+    """A safetensors file with changed names, dtypes, shapes, offsets, metadata, numbers or bytes."""
     kind = choices.below(10)
     if kind == 0:
         return mutate_bytes(choices, data)
@@ -140,7 +140,7 @@ def mutate_tensors(choices: Choices, data: bytes) -> bytes:
     start, end = entry["data_offsets"]
     if kind == 1:
         header = mutate_json(choices, header)
-    elif kind == 2:  # numbers that are none
+    elif kind == 2:  # NaN, infinity or random bits
         step = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}.get(entry["dtype"], 1)
         infinite = {2: b"\x00\x7c", 4: b"\x00\x00\x80\x7f", 8: b"\0\0\0\0\0\0\xf0\x7f"}.get(step, b"\xff")
         bad = choices.pick((b"\xff" * step, infinite, choices.raw(step)))
@@ -159,7 +159,7 @@ def mutate_tensors(choices: Choices, data: bytes) -> bytes:
         entry["data_offsets"] = [choices.pick((start, end, *NUMBERS)), choices.pick((end, start, *NUMBERS))]
     elif kind == 7:
         header[choices.pick(NAMES)] = header.pop(name)
-    elif kind == 8:  # one tensor less or more, the rest as it should be
+    elif kind == 8:  # one tensor more or less; the rest is correct
         if choices.below(2):
             header[choices.pick(NAMES)] = {"dtype": "U8", "shape": [0, choices.pick(NUMBERS)], "data_offsets": [0, 0]}
         else:
@@ -176,7 +176,7 @@ def mutate_tensors(choices: Choices, data: bytes) -> bytes:
 
 
 def mutate_lines(choices: Choices, data: bytes) -> bytes:
-    """JSON lines of which some were changed, doubled or cut."""
+    """JSON lines; one of them is changed, repeated or damaged."""
     lines = data.splitlines(keepends=True)
     number = choices.below(len(lines))
     kind = choices.below(5)
@@ -191,7 +191,7 @@ def mutate_lines(choices: Choices, data: bytes) -> bytes:
 
 
 def mutate_gzip(choices: Choices, data: bytes, change: Callable[[Choices, bytes], bytes] = mutate_lines) -> bytes:
-    """A gzip file of changed lines, a damaged one, or one that unpacks to far more than it is."""
+    """A gzip file with changed lines, a damaged gzip file, or one that unpacks to a much larger size."""
     data = gzip.decompress(data)
     kind = choices.below(32)
     if kind == 17:

@@ -1,4 +1,4 @@
-"""The loaders, each with real files to start from, and what has to hold when a file was taken."""
+"""The loaders under test: valid files to start from, and what must be true if a file is accepted."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ CONFIG = RouterConfig("pikv", ("learned", "knorm"), 2, 8, bottleneck=4, num_head
 
 class Target(ABC):
     """
-    One loader.
+    One loader under test.
 
     Parameters
     ----------
     directory : Path
-        For the files of the input at hand; better in memory.
+        Directory for the files of the current input; faster if it is in memory.
     """
 
     name: str
@@ -54,18 +54,18 @@ class Target(ABC):
 
     @abstractmethod
     def make_seeds(self) -> list[Files]:
-        """Sets of files that are taken."""
+        """Sets of files that the loader accepts."""
 
     @abstractmethod
     def mutate(self, choices: Choices, files: Files) -> Files:
-        """The same files, some of them changed."""
+        """The same files, with some of them changed."""
 
     @abstractmethod
     def load(self) -> None:
-        """Load what lies in the directory; assert what has to hold of what was taken."""
+        """Load the files in the directory, and assert what must be true if they are accepted."""
 
     def put(self, files: Files) -> None:
-        """Exactly these files, and no others."""
+        """Write exactly these files into the directory, and no others."""
         shutil.rmtree(self.directory, ignore_errors=True)
         for name, content in files.items():
             path = self.directory / name
@@ -151,7 +151,7 @@ def ragged(layer: Any) -> bool:
 
 
 def signed(data: bytes) -> bytes:
-    """A cache file whose digest is right for what it holds, as a forger would make it; as it was if that cannot be."""
+    """A cache file with a correct digest for its content, as a forger would make it; unchanged if impossible."""
     from safetensors.torch import load as load_tensors
 
     try:
@@ -159,7 +159,7 @@ def signed(data: bytes) -> bytes:
         digest = cache_files._digest(header["__metadata__"]["header"], load_tensors(data))
         header["__metadata__"]["sha256"] = digest
         return join_tensors(header, body)
-    except Exception:  # not even safetensors: no digest makes it right
+    except Exception:  # not a safetensors file: no digest can be correct
         return data
 
 
@@ -214,7 +214,7 @@ class RecordsTarget(Target):
 
 
 class ResumedTarget(RecordsTarget):
-    """A run that goes on from such records; this one writes."""
+    """A run that continues from such records. This loader also writes."""
 
     name = "resumed runs"
 

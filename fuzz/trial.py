@@ -1,4 +1,4 @@
-"""One input through one loader: taken or refused, with what it took in time and memory."""
+"""Try one input with one loader: accepted or refused, and the time and memory that this needed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from fuzz.choices import Choices
 from fuzz.targets import Files, Target
 from kvpress_moe.errors import KVPressMoEError
 
-SECONDS = 20  # for one input
-BASE = 64 * 2**20  # bytes beside twice the files' size: what a MiB of JSON becomes, and safetensors' longest header
+SECONDS = 20  # time limit for one input
+BASE = (
+    64 * 2**20
+)  # bytes allowed besides twice the files' size: for 1 MiB of parsed JSON and the longest safetensors header
 
 
 class Fault(AssertionError):
@@ -27,17 +29,18 @@ class Outcome:
     taken: bool
     size: int
     seconds: float
-    extra: int | None  # bytes of resident memory at the peak beyond those before; None where the system does not say
+    extra: int | None  # peak of resident memory minus the memory before, in bytes; None if unknown
 
 
 def try_one(target: Target, data: bytes) -> Outcome:
     """
-    Make an input of bytes and load it.
+    Make an input from bytes and load it.
 
     Raises
     ------
     Fault
-        If the loader raised another error than the package's, took too long or too much memory, or wrote outside.
+        If the loader raised an error that is not the package's, needed too much time or memory, or wrote outside of its
+        directory.
     """
     choices = Choices(data)
     files = choices.pick(target.seeds)
@@ -57,7 +60,7 @@ def try_files(target: Target, files: Files) -> Outcome:
         taken = True
     except KVPressMoEError:
         taken = False
-    except BaseException as error:  # also the panics of a library in Rust
+    except BaseException as error:  # includes panics of Rust libraries
         if isinstance(error, KeyboardInterrupt):
             raise
         raise Fault(f"{target.name}: {type(error).__name__}: {str(error)[:300]}") from error
@@ -72,7 +75,7 @@ def try_files(target: Target, files: Files) -> Outcome:
 
 
 def listing(directory: Path) -> set[tuple[str, int]]:
-    """Names and sizes of what lies beside the input's own directory."""
+    """Names and sizes of everything beside the input's own directory."""
     with os.scandir(directory) as entries:
         return {(entry.name, entry.stat().st_size if entry.is_file() else -1) for entry in entries}
 
@@ -92,7 +95,7 @@ def time_limit() -> Iterator[None]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process, in bytes."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -100,7 +103,7 @@ def resident() -> int:
 
 
 def forget_peak() -> bool:
-    """Let the peak of resident memory count from now on; whether the system can do that (Linux)."""
+    """Reset the peak of resident memory. Returns whether the system can do that (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -109,7 +112,7 @@ def forget_peak() -> bool:
 
 
 def peak() -> int:
-    """Bytes of this process in memory at most, since :func:`forget_peak`."""
+    """Peak of resident memory since :func:`forget_peak`, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -187,7 +187,7 @@ def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
             temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise WriteError(
-                f"{path}: cannot be written ({error}), expected a directory with room and permission. What was there "
-                "before is intact. Make room, or name another place."
+                f"{path}: cannot be written ({error}), expected a directory with free space and write permission. "
+                "What was there before is intact. Free some space, or choose another directory."
             ) from error
         raise

@@ -1,4 +1,4 @@
-"""Ask many compressed caches the same question at once, and measure how far their answers are from the full cache's."""
+"""Cache evaluation: run one question over many compressed caches and compare the answers with the full cache's."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from kvpress_moe.model.attention import apply_rope, causal_logits
 from kvpress_moe.model.attention_view import AttentionView
 from kvpress_moe.model.hooks import hooked
 from kvpress_moe.model.layers import Attention, full_attentions
+from kvpress_moe.model.transformers_api import crop, with_cache
 
-BATCH_BYTES = 2**30  # of keys and values that are asked at once
+BATCH_BYTES = 2**30  # of keys and values in one batch of caches
 
 
 @dataclass
 class Reference:
     """
-    What the full cache answers.
+    The answer of the full cache.
 
     Attributes
     ----------
     logits : Tensor, shape (A, V)
-        For each token of the right answer.
+        Logits at each token of the right answer.
     mass : Tensor, shape (L, H, S)
         Attention that question and answer pay to each pair of the layers with full attention, summed over their tokens
         and the head's query heads.
     peak : Tensor, shape (L, H, S)
-        The largest attention that any of them pays.
+        The largest attention that any of these queries pays.
     """
 
     logits: Tensor
@@ -47,7 +48,7 @@ class Reference:
 @dataclass
 class Answer:
     """
-    How one cache answers.
+    The answer of one cache.
 
     Attributes
     ----------
@@ -56,14 +57,14 @@ class Answer:
     kl : float
         Mean KL divergence of its next-token distributions from the full cache's, at the same tokens, in nats.
     greedy : Tensor, shape (A,), bool
-        Which tokens of the right answer are the likeliest ones, given the right ones before them. All of them: greedy
-        decoding gives the right answer.
+        Which tokens of the right answer are the most likely ones, given the right tokens before them. If all are,
+        greedy decoding gives the right answer.
     hit_rate : float
-        Share of the attention that the full cache's question and answer paid which falls on pairs that were kept.
+        Share of the attention of question and answer (measured on the full cache) that falls on kept pairs.
     n_pairs, n_bytes : int
-        Counted from the cache that answered.
+        Counted in the cache that answered.
     written : list of int or None
-        Greedily decoded tokens, where asked for.
+        Greedily decoded tokens, if requested.
     """
 
     nll: float
@@ -77,7 +78,7 @@ class Answer:
 
 @torch.no_grad()
 def evaluate_full_cache(model: PreTrainedModel, cache: DynamicCache, prompt: Prompt) -> Reference:
-    """Ask the full cache (batch 1); it is as before afterwards."""
+    """Evaluate the full cache (batch 1). Afterwards the cache is as before."""
     n_read = cache.get_seq_length()
     masses: list[Tensor] = []
     peaks: list[Tensor] = []
@@ -96,14 +97,14 @@ def evaluate_full_cache(model: PreTrainedModel, cache: DynamicCache, prompt: Pro
         with hooked(full_attentions(model), observe):
             logits = read(model, cache, prompt, n_read)[0]
     finally:
-        cache.crop(n_read)
+        crop(cache, n_read)
     return Reference(logits, torch.stack(masses), torch.stack(peaks))
 
 
 def read(
     model: PreTrainedModel, cache: DynamicCache, prompt: Prompt, n_read: int, offsets: Tensor | None = None
 ) -> Tensor:
-    """Let question and answer pass over a cache; the logits (B, A, V) of the answer's tokens."""
+    """Run question and answer over a cache. Returns the logits (B, A, V) of the answer's tokens."""
     tokens = torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1).to(model.device)
     n_rows = 1 if offsets is None else len(offsets)
     return step(model, cache, tokens.expand(n_rows, -1), n_read, offsets, prompt.answer.shape[1])
@@ -112,13 +113,12 @@ def read(
 def step(
     model: PreTrainedModel, cache: DynamicCache, tokens: Tensor, start: int, offsets: Tensor | None, n_logits: int
 ) -> Tensor:
-    """A forward pass over tokens (B, T) at cache positions from ``start`` on; ``offsets`` (B) turn positions."""
+    """A forward pass over tokens (B, T), at cache positions from ``start`` on. ``offsets`` (B) shift positions."""
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
     position_ids = positions[None].expand(len(tokens), -1)
     output = model(
         input_ids=tokens,
-        past_key_values=cache,
-        cache_position=positions,
+        **with_cache(cache, positions),
         position_ids=position_ids if offsets is None else position_ids + offsets[:, None],
         logits_to_keep=n_logits,
     )
@@ -129,7 +129,7 @@ def step(
 def batches(
     kept: Sequence[Kept], bytes_per_pair: int, bytes_beside: int = 0, limit: int = BATCH_BYTES
 ) -> Iterator[list[int]]:
-    """Indices of caches that take at most ``limit`` bytes together (some beside each one's pairs), at most 48."""
+    """Batches of cache indices: at most ``limit`` bytes (pairs, and ``bytes_beside`` per cache), at most 48 caches."""
     batch: list[int] = []
     size = 0
     for index, one in enumerate(kept):
@@ -144,7 +144,7 @@ def batches(
 
 
 def stack(selections: Selections, kept: Sequence[Kept]) -> RaggedCache:
-    """One ragged cache whose rows are what each method kept of a prompt's full cache; layers that slide are whole."""
+    """One ragged cache. Each row is what one method kept of the full cache; sliding-window layers are complete."""
     ragged = RaggedCache()
     layers: list[Any] = selections.cache.layers
     for layer_idx, layer in enumerate(layers):
@@ -183,7 +183,7 @@ def evaluate_caches(
     ended: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> list[Answer]:
     """
-    Ask compressed caches, as many at once as memory allows.
+    Evaluate compressed caches, in batches of at most ``BATCH_BYTES``.
 
     Parameters
     ----------
@@ -195,9 +195,14 @@ def evaluate_caches(
         The full cache's answer to the same prompt.
     kept : sequence of Kept
     write : int, default=0
-        Decode greedily up to so many tokens. Where the right answer is the likeliest it is not decoded again.
+        Decode greedily up to this many tokens. If the right answer is the most likely one, it is not decoded again.
     ended : callable
-        Whether tokens decoded so far are a whole answer: what followed would not count.
+        Whether the tokens decoded so far are a complete answer. Later tokens would not count.
+
+    Returns
+    -------
+    list of Answer
+        In the order of ``kept``.
     """
     layers: list[Any] = selections.cache.layers
     bytes_per_pair = 2 * layers[0].keys.shape[-1] * layers[0].keys.element_size()
@@ -207,7 +212,7 @@ def evaluate_caches(
     right = prompt.answer[0].to(reference.logits.device)
     n_read = selections.cache.get_seq_length()
     likely = log_reference.exp()
-    order = sorted(range(len(kept)), key=lambda index: kept[index].n_pairs)  # rows of one length are read together
+    order = sorted(range(len(kept)), key=lambda index: kept[index].n_pairs)  # a batch has rows of similar length
     answers: list[Answer] = []
     for batch in batches([kept[index] for index in order], bytes_per_pair, bytes_beside):
         rows = [kept[order[index]] for index in batch]
@@ -235,7 +240,7 @@ def _row_bytes(cache: RaggedCache, row: int) -> int:
 
 
 def hit_rate(kept: Kept, mass: Tensor) -> float:
-    """Share of the mass (L, H, S) on pairs that were kept; NaN where they cannot be told."""
+    """Share of the mass (L, H, S) on kept pairs; NaN if it is unknown which pairs were kept."""
     if not kept.mask:
         return float("nan")
     return (sum((mass[i] * mask).sum() for i, mask in enumerate(kept.mask)) / mass.sum()).item()
@@ -253,10 +258,10 @@ def write_out(
     ended: Callable[[list[int]], bool],
 ) -> None:
     """
-    Decode greedily and note it in the answers.
+    Decode greedily and write the tokens into the answers.
 
-    Up to the first token where a row departs from the right answer, the teacher-forced pass has decoded already; only
-    rows that depart go on from there.
+    The teacher-forced pass already gives all tokens up to the first one that differs from the right answer. Only rows
+    that differ are decoded further.
     """
     right = prompt.answer[0].tolist()
     n_question = prompt.question.shape[1]
@@ -269,15 +274,15 @@ def write_out(
     start = min(departs[row] for row in going)
     written = {row: right[:start] for row in going}
     tokens = {row: int(likeliest[row, start]) for row in going}
-    cache.crop(n_read + n_question + start)
-    rows = list(range(len(answers)))  # those that the cache holds
+    crop(cache, n_read + n_question + start)
+    rows = list(range(len(answers)))  # the rows that the cache holds
     for position in range(start, limit):
         for row in going:
             written[row].append(tokens[row])
         going = [row for row in going if not ended(written[row])]
         if not going or position == limit - 1:
             break
-        if len(going) <= 0.75 * len(rows):  # leaving rows out copies the others
+        if len(going) <= 0.75 * len(rows):  # removing rows copies the others
             cache.batch_select_indices(torch.tensor([rows.index(row) for row in going]))
             rows = going
         last = torch.tensor([tokens.get(row, 0) for row in rows], device=offsets.device)

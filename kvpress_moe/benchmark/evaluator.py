@@ -16,13 +16,13 @@ from kvpress_moe.errors import SettingError, UnsupportedModelError
 
 class Evaluator:
     """
-    A loaded model that evaluates samples of a plan, one at a time.
+    A loaded model that evaluates the samples of a plan, one at a time.
 
     Parameters
     ----------
     plan : Plan
     loaded : tuple, optional
-        Model and tokenizer, where they are there already.
+        Model and tokenizer, if they are already loaded.
     """
 
     def __init__(self, plan: Plan, loaded: tuple[Any, ...] | None = None):
@@ -43,7 +43,7 @@ class Evaluator:
             self._leave_windows_alone()
 
     def _leave_windows_alone(self) -> None:
-        """Drop methods that would touch layers with sliding-window attention; refuse those that were named."""
+        """Drop methods that would change sliding-window layers. Raise SettingError if such a method was named."""
         reasons = {name: touches_windows(method) for name, method in self.methods.items()}
         unfit = {name: reason for name, reason in reasons.items() if reason}
         said = ", ".join(f"{name} {reason}" for name, reason in unfit.items())
@@ -68,7 +68,7 @@ class Evaluator:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """All samples of the plan, task by task within each index, so that a part of a run is a fair part."""
+        """All samples of the plan. Every index has all tasks, so that a part of a run covers the tasks equally."""
         plan = self.plan
         if plan.hub is not None:
             from kvpress_moe.benchmark.tasks.hub import load_hub_samples
@@ -89,9 +89,9 @@ class Evaluator:
 
     def evaluate(self, sample: Sample, cells: list[Cell], decode: bool = True) -> dict[str, Any]:
         """
-        One prefill, all cells: the record of a sample.
+        Prefill a sample once and evaluate all cells. Returns the sample's record.
 
-        Without ``decode`` nothing is written out, and F1 scores are 0.
+        Without ``decode`` no answer is decoded, and F1 scores are 0.
         """
         from kvpress_moe.benchmark.cache_eval import evaluate_caches, evaluate_full_cache
         from kvpress_moe.benchmark.metrics import score
@@ -141,5 +141,5 @@ class Evaluator:
         return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
 
     def _ended(self, tokens: list[int]) -> bool:
-        """Whether a decoded answer is whole: the model ended it, or a blank line did, after which no score looks."""
+        """Whether a decoded answer is complete: the model or a blank line ended it. Scores ignore what follows."""
         return tokens[-1] in self._stop_tokens or "\n\n" in self.tokenizer.decode(tokens).strip()

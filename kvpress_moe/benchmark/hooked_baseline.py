@@ -1,4 +1,4 @@
-"""The same figures the usual way, one prefill per press and ratio: what the shared prefill is measured against."""
+"""Baseline for the shared prefill: the same figures in the usual way, with one prefill per press and ratio."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from kvpress_moe.cache import RaggedCache, RaggedLayer
 from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.model.hooks import bare_afterwards
 from kvpress_moe.model.layers import full_attention_layers, full_attentions, language_model, of_layer, slides
+from kvpress_moe.model.transformers_api import with_cache
 
 if TYPE_CHECKING:
     from kvpress_moe.benchmark.evaluator import Evaluator
 
-#: Presses that need one pass and keep equal lengths, so that both ways can run them.
+#: Presses that need one pass and keep equal lengths. Both ways can run them.
 COMPARED = (
     "random",
     "knorm",
@@ -42,10 +43,9 @@ def answer_hooked(
     model: Any, prompt: Prompt, method: Method, ratio: float, sinks: int, recent: int
 ) -> tuple[torch.Tensor, DynamicCache]:
     """
-    Prefill under the hooked press, then let question and answer pass: logits (A, V) of the answer, and the cache.
+    Prefill with the hooked press, then run question and answer. Returns logits (A, V) of the answer, and the cache.
 
-    Random numbers are seeded layer by layer, and layers with sliding-window attention left alone, as in the shared
-    prefill.
+    As in the shared prefill, random numbers are seeded layer by layer, and sliding-window layers are not compressed.
     """
     press: Any = method.make(lambda scorer: protect(scorer, sinks, recent))
     set_ratio(press, ratio)
@@ -62,27 +62,24 @@ def answer_hooked(
     with bare_afterwards(model), attention_of(model, method.eager), press(model):
         for attention in full_attentions(model):
             attention.rotary_emb = of_layer(attention.rotary_emb, attention)
-        model.model(input_ids=prompt.context.to(model.device), past_key_values=cache)
+        model.model(input_ids=prompt.context.to(model.device), **with_cache(cache))
     n_read = prompt.context.shape[1]
     attentions = [layer.self_attn for layer in language_model(model).layers]
     lengths = {cache.get_seq_length(layer_idx) for layer_idx in full_attention_layers(model)}
     if len(lengths) > 1 or any(getattr(attention, "masked_key_indices", None) is not None for attention in attentions):
-        # kvpress's own way fails here: masks need equal lengths, and keys that no query sees are not always found.
+        # kvpress's own masking fails here: it needs equal lengths, and does not always find keys that no query sees.
         cache = RaggedCache.from_masked(model, cache)
         for layer in cache.layers:
             if isinstance(layer, RaggedLayer):
                 layer.n_read = n_read
-    fit_masks(
-        cache, model.config.get_text_config(decoder=True)
-    )  # those of layers that stayed whole: lengths differ now
+    fit_masks(cache, model.config.get_text_config(decoder=True))  # of sliding-window layers: lengths differ now
     tokens = torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1).to(model.device)
     start = cache.get_seq_length() if isinstance(press, kvpress.KeyRerotationPress) else n_read
     positions = torch.arange(start, start + tokens.shape[1], device=model.device)
     logits = model(
         input_ids=tokens,
-        past_key_values=cache,
+        **with_cache(cache, positions),
         position_ids=positions[None],
-        cache_position=positions,
         logits_to_keep=prompt.answer.shape[1],
     ).logits[0]
     return logits, cache
@@ -90,7 +87,7 @@ def answer_hooked(
 
 def compare(evaluator: Evaluator, n_samples: int, ratios: tuple[float, ...]) -> dict[str, Any]:
     """
-    Evaluate the same samples × methods × ratios both ways, one after the other, and compare times and results.
+    Evaluate the same samples × methods × ratios in both ways, one after the other; compare times and results.
 
     Returns
     -------
@@ -104,7 +101,7 @@ def compare(evaluator: Evaluator, n_samples: int, ratios: tuple[float, ...]) -> 
     difference = 0.0
     for sample in evaluator.samples[:n_samples]:
         start = time.perf_counter()
-        record = evaluator.evaluate(sample, cells, decode=False)  # nor does the other way
+        record = evaluator.evaluate(sample, cells, decode=False)  # the other way does not decode either
         seconds["shared"] += time.perf_counter() - start
         start = time.perf_counter()
         prompt = evaluator.prompt(sample)

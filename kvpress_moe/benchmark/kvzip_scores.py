@@ -1,4 +1,4 @@
-"""KVzip's scores, for those who need the scores and not the selection: benchmark and training."""
+"""KVzip's scores without its selection, for benchmark and training."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from kvpress_moe.model.layers import Attention, language_model
 
 class ReplayScores(KVzipPress):  # type: ignore[misc]
     """
-    KVzip's scores (arXiv 2505.23416) without its selection: the largest attention that a repetition of the context
-    pays to each pair.
+    KVzip's scores (arXiv 2505.23416) without its selection.
+
+    A score is the largest attention that a repetition of the context pays to a pair.
 
     Parameters
     ----------
     kvzip_plus_normalization : bool
-        Times the norm of what the value writes over the norm of the hidden state (KVzip+).
+        Multiply by the norm of what the value writes, divided by the norm of the hidden state (KVzip+).
     """
 
     def __init__(self, kvzip_plus_normalization: bool = False):
-        logging.getLogger(KVzipPress.__module__).disabled = True  # says at each start that KVzip is slow
+        logging.getLogger(KVzipPress.__module__).disabled = True  # warns at each start that KVzip is slow
         super().__init__(compression_ratio=0.5, kvzip_plus_normalization=kvzip_plus_normalization)
 
     def compress_post(self, model: PreTrainedModel) -> None:
@@ -37,7 +38,7 @@ class ReplayScores(KVzipPress):  # type: ignore[misc]
     def _compute_cross_attention(
         self, module: Attention, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
-        """KVzip's, with the layer's own norms and scaling of logits, not the head width's."""
+        """KVzip's attention, with the layer's own norms and its own scaling of the logits."""
         own_scaling = module.scaling * math.sqrt(module.head_dim)
         keys = keys if math.isclose(own_scaling, 1.0) else keys * own_scaling
         view = AttentionView(module, hidden_states)
@@ -54,9 +55,9 @@ class ReplayScores(KVzipPress):  # type: ignore[misc]
         n_prefix: int = 0,
     ) -> Tensor:
         """
-        Scores (L, H, S), float32, of a prompt whose full cache is there; the cache is as before afterwards.
+        Scores (L, H, S), float32, of a prompt that is already prefilled. Afterwards the cache is as before.
 
-        Those of layers with sliding-window attention say nothing.
+        The scores of sliding-window layers have no meaning.
 
         Parameters
         ----------
@@ -64,16 +65,16 @@ class ReplayScores(KVzipPress):  # type: ignore[misc]
         tokenizer : PreTrainedTokenizerBase
         input_ids : Tensor, shape (1, S)
         cache : DynamicCache
-            Of these tokens; a plain one, in which layers with sliding-window attention keep all pairs too.
+            Full cache of these tokens. In it, sliding-window layers must keep all pairs too.
         n_prefix : int
-            First tokens that are the chat template's and not repeated; their scores are 0.
+            Number of first tokens that belong to the chat template. They are not repeated; their scores are 0.
         """
         self._context_ids, self._cache, self.prefix_length = input_ids, cache, n_prefix
         suffix = chat_suffix(tokenizer)
         self._suffix_ids = tokenizer.encode(suffix, return_tensors="pt", add_special_tokens=False)
         try:
-            # The part of KVzipPress.__call__ that comes after the prefill; the rest looks for a tokenizer by name.
-            # It is given the text part of multimodal models.
+            # This is the part of KVzipPress.__call__ after the prefill; the rest would load a tokenizer by name.
+            # Of multimodal models it gets the text part.
             config = model.config.get_text_config(decoder=True)
             text = SimpleNamespace(config=config, dtype=model.dtype, device=model.device, model=language_model(model))
             self._perform_kvzip_compression(text, tokenizer)
@@ -84,7 +85,7 @@ class ReplayScores(KVzipPress):  # type: ignore[misc]
 
 
 def chat_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a chat template puts between the user's words and the answer; a new line where there is no template."""
+    """What a chat template puts between the user's words and the answer; a new line if there is no template."""
     if not tokenizer.chat_template:
         return "\n"
     words = "dummy context"

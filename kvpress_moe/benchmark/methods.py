@@ -37,16 +37,17 @@ class Method:
     name : str
     group : str
         ``reference`` (the full cache), ``baseline`` (random), ``kvpress`` (a press as kvpress ships it), ``budget``
-        (its scores under a budget that heads share), ``multi-pass`` (needs passes over the prompt of its own),
-        ``ours``, ``third-party``.
+        (such a press's scores with a budget that heads share), ``multi-pass`` (needs additional passes over the
+        prompt), ``ours``, ``third-party``.
     make : callable
-        ``make(protect)`` gives a fresh press; ``protect`` is to be applied to the scorer that decides.
+        ``make(protect)`` returns a new press. It applies ``protect`` to the scorer that decides.
     budget : {"uniform", "layer", "global"} or None
-        Who shares the budget of a press that scores. None: the press selects in its own ``compress``.
+        Budget of a press that only scores: every head keeps the same number of pairs, or the heads of each layer, or
+        all heads share. None: the press selects in its own ``compress``.
     scorer : str
-        Methods of one scorer name share its scores.
+        Methods with the same scorer name share their scores.
     own_prefill : bool
-        Whether the press needs a prefill of its own: it changes the prefill, or reads the prompt again.
+        Whether the press needs its own prefill, because it changes the prefill or processes the prompt again.
     eager : bool
         Whether that prefill needs eager attention.
     """
@@ -84,7 +85,7 @@ def _built_in() -> Iterator[Method]:
     singles = {name: make for name, make in KVPRESS_EXPERTS.items() if name not in needs_more}
     for name, make in singles.items():
         yield _scored(name, make, "kvpress")
-    yield Method("pyramidkv", "kvpress", lambda protect: protect(kvpress.PyramidKVPress()))  # a budget of its own
+    yield Method("pyramidkv", "kvpress", lambda protect: protect(kvpress.PyramidKVPress()))  # has its own budget
     observed = partial(kvpress.ObservedAttentionPress)
     yield Method("observed_attention", "kvpress", lambda p: p(observed()), own_prefill=True, eager=True)
     yield Method("kvcompose", "multi-pass", lambda p: kvpress.KVComposePress(), own_prefill=True, eager=True)
@@ -116,7 +117,7 @@ def _built_in() -> Iterator[Method]:
 
 def _ours() -> Iterator[Method]:
     sets: dict[str, dict[str, Any]] = {
-        "guide": {"num_experts": 4},  # named, so that no routers are taken that ship for the model
+        "guide": {"num_experts": 4},  # named, so that no shipped routers are used
         "guide8": {"num_experts": 8},
         "strong": {"experts": "strong"},
     }
@@ -138,18 +139,18 @@ def registered() -> dict[str, Method]:
     return methods
 
 
-#: Left out unless asked for by name: they cost several prefills of their own.
+#: Left out unless they are named: each of them costs several prefills.
 SLOW = ("observed_attention", "kvcompose")
 
 
 def find_methods(names: Iterable[str] | None) -> dict[str, Method]:
     """
-    Methods by name; ``None``: all registered ones but the slow.
+    Methods by name. ``None``: all registered methods but the slow ones.
 
     Parameters
     ----------
     names : iterable of str
-        Registered names, or presses of your own as ``module:Class(argument=1)``, with a name before them if you like:
+        Registered names, or your own presses as ``module:Class(argument=1)``. A name before it is possible:
         ``mine=package.module:MyPress(alpha=0.5)``.
 
     Raises
@@ -173,10 +174,11 @@ def find_methods(names: Iterable[str] | None) -> dict[str, Method]:
 
 def touches_windows(method: Method) -> str | None:
     """
-    Why a method cannot be kept to the layers with full attention of a model whose other layers slide; None if it can.
+    Why a method cannot leave sliding-window layers alone; None if it can.
 
-    Keys that were turned to new positions in some layers only would disagree with the others about where the next token
-    stands, and PyramidKV's shares add up to the ratio over all layers alone.
+    In a model with such layers only the others are compressed. If keys were rotated to new positions in some layers
+    only, the layers would disagree about the position of the next token. The shares of PyramidKV add up to the ratio
+    only over all layers.
     """
     if method.own_prefill and method.scorer != "kvzip":
         return "hooks all layers in a prefill of its own"
@@ -187,10 +189,10 @@ def touches_windows(method: Method) -> str | None:
 
 
 def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-party") -> Method:
-    """A method from whatever makes a press; whether it scores or selects is seen from the press."""
+    """A method from a function that makes a press. The press shows whether it only scores, or selects too."""
     press = make()
     if isinstance(press, MoERouterPress):
-        calibrated = press.router is not None  # what its scope will be once it has seen the model
+        calibrated = press.router is not None  # its scope when it has seen the model
         budget = cast(Budget, press.budget or ("global" if calibrated else "uniform"))
         return Method(name, "ours", lambda protect: protect(make()), budget, name)
     if isinstance(press, ScorerPress):
@@ -218,5 +220,5 @@ def _third_party(spec: str) -> Method:
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
         factory = getattr(importlib.import_module(match["module"]), match["attribute"])
         return from_press(match["name"] or spec, partial(factory, *args, **kwargs))
-    except Exception as error:  # anything may go wrong in somebody else's module
+    except Exception as error:  # the module of somebody else may raise anything
         raise SettingError("methods", spec, expected, f"{type(error).__name__}: {error}") from error

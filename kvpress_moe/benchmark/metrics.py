@@ -16,9 +16,10 @@ def score(sample: Sample, answer: Answer, text: str | None) -> float:
     """
     Score an answer between 0 and 1.
 
-    "exact": 1 if greedy decoding writes the right answer, token for token (after the answer's beginning that RULER
-    also gives). "f1": of the references in what was decoded. "any": the best F1 of words with any of the references (as
-    SQuAD and LongBench, arXiv 2308.14508, score short answers). "tokens": share of the right tokens that are likeliest.
+    "exact": 1 if greedy decoding gives the right answer, token for token. The model is given the beginning of the
+    answer, as in RULER. "f1": F1 of the references in the decoded text. "any": the best F1 of words with any of the
+    references (as SQuAD and LongBench, arXiv 2308.14508, score short answers). "tokens": share of the right tokens that
+    are the most likely ones.
     """
     if sample.metric == "exact":
         return float(answer.greedy.all())
@@ -33,7 +34,7 @@ def f1(text: str, references: Sequence[str]) -> float:
     """
     F1 of the items of an enumeration ("a, b, and c") or of a bulleted list, up to the first blank line.
 
-    Items are compared without case and outer punctuation; an item said twice counts as one that is wrong.
+    Items are compared without case and outer punctuation; a repeated item counts as wrong.
     """
     listed = text.strip().split("\n\n")[0]
     items = [normalised(item) for item in _SEPARATORS.split(listed)]
@@ -44,7 +45,7 @@ def f1(text: str, references: Sequence[str]) -> float:
 
 
 def word_f1(text: str, reference: str) -> float:
-    """F1 of the words of the first line of an answer, each counted as often as it comes up; articles left out."""
+    """F1 of the words of an answer's first line. Each word counts as often as it occurs; articles are left out."""
     given, wanted = (Counter(_words(part)) for part in (text.strip().split("\n")[0], reference))
     right = (given & wanted).total()
     return 2 * right / (given.total() + wanted.total()) if right else 0.0
@@ -56,5 +57,5 @@ def _words(text: str) -> list[str]:
 
 
 def normalised(item: str) -> str:
-    """Without case and without punctuation or spaces around it."""
+    """An item in lower case, without punctuation or spaces around it."""
     return item.strip(" \t.:!?\"'`()[]*-").casefold()

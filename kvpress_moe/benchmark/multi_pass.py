@@ -1,4 +1,4 @@
-"""Methods that change the prefill or read the prompt again: each gets passes of its own."""
+"""Methods that change the prefill or process the prompt again: each gets its own passes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from kvpress_moe.benchmark.selections import Cell, Kept, Selections
 from kvpress_moe.benchmark.shared_prefill import allocate, fixed_seed, pick, set_ratio, take_masked
 from kvpress_moe.model.hooks import bare_afterwards
 from kvpress_moe.model.layers import language_model
+from kvpress_moe.model.transformers_api import with_cache
 
 
 def select_in_own_prefill(
@@ -35,7 +36,7 @@ def select_in_own_prefill(
     recent: int,
     min_share: float = 0.2,
 ) -> None:
-    """Add what the methods keep that need a prefill of their own; arguments as in ``select_pairs``."""
+    """Add what methods with their own prefill keep to ``selections``. Arguments as in ``select_pairs``."""
     input_ids = prompt.context.to(model.device)
     replay: tuple[list[Tensor], float] | None = None
     for name, ratio in cells:
@@ -59,11 +60,11 @@ def select_in_own_prefill(
 def select_hooked(
     model: PreTrainedModel, input_ids: Tensor, press: BasePress, selections: Selections, eager: bool = False
 ) -> Kept:
-    """Prefill under a press in the ordinary way and read off what it left; its cost is what exceeds the shared one."""
+    """Prefill with a hooked press and collect the pairs that it left. Its cost is the time beyond the shared one."""
     cache = DynamicCache()
     start = time.perf_counter()
     with torch.no_grad(), bare_afterwards(model), attention_of(model, eager), fixed_seed(0), press(model):
-        model.model(input_ids=input_ids.to(model.device), past_key_values=cache)
+        model.model(input_ids=input_ids.to(model.device), **with_cache(cache))
     seconds = max(0.0, time.perf_counter() - start - selections.prefill_seconds)
     altered = []
     layers: list[Any] = cache.layers
@@ -79,7 +80,7 @@ def select_hooked(
 
 @contextmanager
 def attention_of(model: PreTrainedModel, eager: bool) -> Iterator[None]:
-    """Eager attention for a while, which alone returns the attention weights."""
+    """Use eager attention inside the block if asked: only eager attention returns attention weights."""
     before = model.config._attn_implementation
     try:
         if eager:

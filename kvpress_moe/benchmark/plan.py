@@ -1,4 +1,4 @@
-"""Plan: what a benchmark run is about."""
+"""Plan: the settings of a benchmark run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Cell = tuple[str, float]
 @dataclass(frozen=True)
 class Plan:
     """
-    What a run is about; plain data, so that it can be sent to other machines.
+    The settings of a run. They are plain data, so that they can be sent to other machines.
 
     Parameters
     ----------
     model : str or None
         As in :func:`kvpress_moe.model.loading.load_model`.
     methods, tasks : tuple of str or None
-        ``None``: all that are not slow; all.
+        ``None``: all methods but the slow ones; all tasks.
     ratios, lengths : tuple
         Compression ratios; context lengths in tokens.
     limit : int
@@ -31,9 +31,9 @@ class Plan:
     split : {"train", "tune", "test"}
     setting : {"agnostic", "aware"}
     sinks, recent : int
-        Tokens at both ends that every scorer has to keep.
+        Number of first and of last tokens that every scorer must keep.
     min_share : float
-        Of budgets that heads share.
+        If heads share a budget, each keeps at least this share of the mean.
     device : str
     hub : str or None
         Take the samples from this data set (a hub id or a directory, in kvpress's schema) instead of generating them.
@@ -55,16 +55,20 @@ class Plan:
     hub: str | None = None
 
     def check(self) -> None:
-        """Raise SettingError for the first field that is wrong; before anything is loaded."""
+        """Raise SettingError for the first wrong field, before anything is loaded."""
         for ratio in self.ratios:
             if not 0 < ratio < 1:
-                raise SettingError("ratios", ratio, "numbers between 0 and 1", "The full cache is always asked too.")
+                raise SettingError(
+                    "ratios", ratio, "numbers between 0 and 1", "The full cache is always evaluated too."
+                )
         for field, allowed in (("split", SPLITS), ("setting", SETTINGS)):
             if getattr(self, field) not in allowed:
                 raise SettingError(field, getattr(self, field), f"one of {', '.join(allowed)}", "")
         for field in ("limit", "sinks", "recent"):
             if getattr(self, field) < (field == "limit"):
-                raise SettingError(field, getattr(self, field), "a number that is not negative", "")
+                raise SettingError(
+                    field, getattr(self, field), "a limit of at least 1, sinks and recent of at least 0", ""
+                )
         for length in self.lengths:
             if length < 64:
                 raise SettingError("lengths", length, "at least 64 tokens", "")

@@ -1,4 +1,4 @@
-"""A sample in tokens: what is compressed, what is asked, what would be right."""
+"""Prompt: a sample as token ids, with context, question and right answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Prompt:
     answer : Tensor
         The right answer.
     n_prefix : int
-        First tokens of the context that are the chat template's, or the tokenizer's (`<bos>`).
+        Number of first tokens of the context that belong to the chat template or to the tokenizer (``<bos>``).
     """
 
     context: Tensor
@@ -43,10 +43,10 @@ class Prompt:
 
 def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "agnostic") -> Prompt:
     """
-    Put a sample into the model's chat template and cut it where compression happens.
+    Put a sample into the model's chat template, and cut it where the cache is compressed.
 
-    Of a tokenizer without a chat template (a base model's), context, question and the beginning of the answer are plain
-    text, each on lines of its own.
+    If the tokenizer has no chat template (base models), context, question and the beginning of the answer are plain
+    text, each on its own lines.
 
     Parameters
     ----------
@@ -71,13 +71,13 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
         prefix = context.removesuffix(sample.context)
         context, question = context + "\n", "\n" + question + sample.answer_prefix
     if sample.chat and setting == "aware":
-        # All but the last token before the answer has been read when the cache is compressed.
+        # The cache is compressed when all tokens before the answer but the last one are in it.
         context, question = context + question, ""
     ids = [
         tokenizer(part, add_special_tokens=not chat and first, return_tensors="pt").input_ids.to(torch.int64)
         for part, first in ((context, True), (question, False), (sample.answer, False))
     ]
-    if ids[1].shape[1] == 0:  # nothing is asked: the context's last token stays outside
+    if ids[1].shape[1] == 0:  # no question: the context's last token takes its place
         ids[0], ids[1] = ids[0][:, :-1], ids[0][:, -1:]
     n_prefix = len(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix else 0
     if not chat and ids[0][0, 0] == tokenizer.bos_token_id:
@@ -88,7 +88,7 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
 
 
 def _check_cuts(tokenizer: PreTrainedTokenizerBase, parts: list[str], ids: Tensor) -> None:
-    """Raise if a tokenizer adds something at the beginning of every part, as SentencePiece's dummy prefix does."""
+    """Raise if a tokenizer adds something at the beginning of every part, for example SentencePiece's dummy prefix."""
     in_parts, whole = (
         tokenizer.decode(some, skip_special_tokens=True) for some in (ids, tokenizer("".join(parts)).input_ids)
     )
@@ -102,7 +102,7 @@ def _check_cuts(tokenizer: PreTrainedTokenizerBase, parts: list[str], ids: Tenso
 
 
 def check_fits(prompt: Prompt, sample: Sample, limit: int) -> None:
-    """Raise if a prompt is longer than the model takes."""
+    """Raise SettingError if a prompt is longer than the model allows."""
     if len(prompt) > limit:
         raise SettingError(
             "lengths",

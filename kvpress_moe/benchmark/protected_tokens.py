@@ -1,4 +1,4 @@
-"""The same protection for everyone: the first and the last tokens of a context stay, whatever a scorer thinks."""
+"""The same protection for all methods: the first and the last tokens of a context always stay."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def protect(press: Press, sinks: int, recent: int) -> Press:
             raise SettingError(field, count, "0 or more tokens", "0 protects nothing.")
     if not sinks and not recent:
         return press
-    name = "mix" if isinstance(press, MoERouterPress) else "score"  # its compress asks for the mixture
+    name = "mix" if isinstance(press, MoERouterPress) else "score"  # its compress calls mix
     score = getattr(press, name)
 
     @wraps(score)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 def small_llama(n_tokens: int, device: str = "cpu", num_layers: int = 8, num_heads: int = 16) -> PreTrainedModel:
-    """A Llama with random weights whose attention dominates: heads of 64, four of which share a KV head."""
+    """A small Llama with random weights. Most time goes to attention: heads of 64, four of them per KV head."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -27,7 +27,7 @@ def small_llama(n_tokens: int, device: str = "cpu", num_layers: int = 8, num_hea
 
 
 def llama_8b(n_tokens: int, device: str = "cuda") -> PreTrainedModel:
-    """A model of the shape of Llama 3.1 8B, random weights in bfloat16 (15 GiB) made where they will be used."""
+    """A model of the shape of Llama 3.1 8B, with random bfloat16 weights (15 GiB), made on the device."""
     config = LlamaConfig(
         vocab_size=128_256,
         hidden_size=4096,
@@ -44,7 +44,7 @@ def llama_8b(n_tokens: int, device: str = "cuda") -> PreTrainedModel:
     return model
 
 
-#: Models with random weights, by the name that the command knows them by.
+#: Models with random weights, by their names in the command.
 RANDOM_MODELS: dict[str, Callable[[int, str], PreTrainedModel]] = {
     "random": small_llama,
     "tiny": partial(small_llama, num_layers=2, num_heads=8),

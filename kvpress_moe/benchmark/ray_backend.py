@@ -1,4 +1,4 @@
-"""Samples spread over a Ray cluster: one model per worker, records back in the order they are finished."""
+"""Ray backend: evaluate samples on a Ray cluster, one model per worker. Records come in the order they finish."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def over_ray(address: str, retries: int = 3) -> Callable[[Plan, Work], Iterator[
     Parameters
     ----------
     address : str
-        Of the cluster, ``"auto"`` for the one that this machine belongs to, ``"local"`` for one that is started here.
+        Address of the cluster. ``"auto"``: the cluster of this machine; ``"local"``: a cluster that is started here.
     retries : int, default=3
-        How often a sample is given to another worker when its own died.
+        How often a sample is given to another worker after its worker died.
 
     Returns
     -------
     callable
-        ``(plan, work) -> records``, for :func:`kvpress_moe.benchmark.runner.run`. A record is the same as the one that
-        this machine would write, times apart.
+        ``(plan, work) -> records``, for :func:`kvpress_moe.benchmark.runner.run`. Records are the same as those that
+        this machine would write, except for times.
 
     Raises
     ------
@@ -112,7 +112,7 @@ class Worker:
     ----------
     plan : Plan
     threads : int
-        For torch.
+        Number of torch's threads.
     """
 
     def __init__(self, plan: Plan, threads: int):

@@ -1,4 +1,4 @@
-"""Records of a run: JSON lines that survive a kill, and a header that says what they are records of."""
+"""Records of a run: JSON lines that survive a kill, and a header with the settings of the run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from kvpress_moe.files import (
 FORMAT = 1
 COLUMNS = ("method", "ratio", "score", "nll", "kl", "hit", "pairs", "bytes", "seconds")
 HEADER, RECORDS = "run.json", "records.jsonl"
-_MOST_PACKED = 50  # times that records may grow when they are unpacked; real ones grow four times
+_MOST_PACKED = 50  # times that records may grow when they are unpacked; real records grow 4 times
 
 _UNREADABLE = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError)
 
-#: What two sessions of one run must have in common.
+#: Fields that must be the same in all sessions of a run.
 _IDENTITY = ("format", "model", "fingerprint", "seed", "split", "setting", "sinks", "recent", "min_share")
 
 
@@ -38,15 +38,15 @@ class Records:
     """
     The records of one run, in a directory.
 
-    Each sample is one line, written at once; a line that a kill cut short is cut off when the run goes on. A sample may
-    have several lines, each with other methods or ratios.
+    Each sample is one line, written at once. If a kill left an incomplete last line, it is removed when the run
+    continues. A sample may have several lines, each with other methods or ratios.
 
     Parameters
     ----------
     directory : Path
-        Made if it is not there.
+        Created if it does not exist.
     header : dict
-        What the records are records of; methods and commands of earlier sessions are kept in it.
+        Settings of the run. Methods and commands of earlier sessions are kept in it.
 
     Raises
     ------
@@ -88,7 +88,7 @@ class Records:
         }  # fmt: skip
 
     def _mend(self) -> None:
-        """Unpack records that were gzipped; cut off a last line that was not written to its end."""
+        """Unpack gzipped records; remove an incomplete last line."""
         packed = self.path.with_suffix(".jsonl.gz")
         if packed.exists() and not self.path.exists():
             write_atomically(self.path, lambda path: _unpack(packed, path))
@@ -111,12 +111,12 @@ class Records:
 
     def add(self, record: dict[str, Any]) -> None:
         """
-        Append a sample's line; all of it or nothing.
+        Append a sample's line, completely or not at all.
 
         Raises
         ------
         SettingError
-            If the disk is full; earlier records are intact.
+            If the disk is full. Earlier records are intact.
         """
         line = json.dumps(rounded(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         with self.path.open("ab", buffering=0) as file:
@@ -133,7 +133,7 @@ class Records:
 
 
 def rounded(value: Any, digits: int | None = 5) -> Any:
-    """Floats to so many significant digits (None: all of them), NaN and infinities to null."""
+    """Round floats to ``digits`` significant digits (None: keep all). NaN and infinities become None."""
     if isinstance(value, dict):
         return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -146,7 +146,7 @@ def rounded(value: Any, digits: int | None = 5) -> Any:
 
 
 def read_header(directory: Path) -> dict[str, Any]:
-    """The header of a run; raises SettingError where there is none that can be read."""
+    """The header of a run. Raises SettingError if it cannot be read."""
     path = Path(directory) / HEADER
     try:
         header = read_json(path)
@@ -167,7 +167,7 @@ def read_header(directory: Path) -> dict[str, Any]:
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    """Raise unless a header says all that a report needs, in the right types."""
+    """Raise if a header lacks something that a report needs, or has a wrong type."""
     for name in ("model", "setting", "split"):
         if not is_text(header[name]):
             raise ValueError(f"{name}: expected a text")
@@ -185,12 +185,12 @@ def _check_header(header: dict[str, Any]) -> None:
 
 def read_records(directory: Path) -> Iterator[dict[str, Any]]:
     """
-    The lines of a run, plain or gzipped; a last line that was cut short is left out.
+    The records of a run, plain or gzipped. An incomplete last line is left out.
 
     Raises
     ------
     SettingError
-        If a line is no record, or longer than a MiB, or the file cannot be read.
+        If a line is not a record or is longer than 1 MiB, or if the file cannot be read.
     """
     plain = Path(directory) / RECORDS
     path = plain if plain.exists() else plain.with_suffix(".jsonl.gz")
@@ -209,7 +209,7 @@ def read_records(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The whole lines of a file, plain or gzipped; raises ValueError where one is too long, or all of them are."""
+    """Complete lines of a file, plain or gzipped. Raises ValueError if one line or all together are too long."""
     check_is_file(path)
     left = _MOST_PACKED * path.stat().st_size + MAX_JSON
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -231,7 +231,7 @@ def _unpack(packed: Path, path: Path) -> None:
 
 
 def _check_record(record: Any) -> None:
-    """Raise unless a record has the form that ``bench`` gives it."""
+    """Raise if a record does not have the form that ``bench`` writes."""
     if not (is_text(record["sample"]) and is_text(record["task"]) and is_whole(record["length"])):
         raise ValueError("sample, task or length is wrong")
     if not all(record.get(name) is None or is_number(record[name]) for name in ("depth", "prefill_s")):

@@ -1,4 +1,4 @@
-"""Records of runs -> the numbers of the report: means over tasks, paired differences, intervals."""
+"""From the records of runs to the numbers of the report: means over tasks, paired differences, intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvpress_moe.benchmark.records import read_header, read_records
 from kvpress_moe.errors import SettingError
 
 RESAMPLES = 2000
-SOLVED = 0.5  # full-cache score from which a task says something about scores
+SOLVED = 0.5  # lowest full-cache score with which the scores of a task mean something
 _MUST_AGREE = ("model", "fingerprint", "seed", "split", "setting", "sinks", "recent", "min_share")
 METRICS = ("score", "nll", "kl", "hit", "pairs", "bytes", "seconds")
 
@@ -40,17 +40,17 @@ class Results:
     Attributes
     ----------
     header : dict
-        Of the first run, with the methods and commands of all.
+        Header of the first run, with the methods and commands of all runs.
     tasks : list of str
     samples : list of str
-        Their ids.
+        Ids of the samples.
     task_of, depth_of, length_of : dict
         Sample -> its task, depth, length.
     values : dict of (method, ratio) -> dict of sample -> dict of metric -> float
-        NaN where unknown. ``score``, ``nll``, ``kl``, ``hit``, ``pairs``, ``bytes`` as recorded; ``extra`` is the NLL
+        NaN if unknown. ``score``, ``nll``, ``kl``, ``hit``, ``pairs``, ``bytes`` as recorded; ``extra`` is the NLL
         minus the full cache's, ``cost`` the compression's time over the prefill's, ``share`` the pairs over all.
     members : tuple of str
-        Methods among which a second oracle chooses.
+        Methods from which a second oracle chooses.
     """
 
     header: dict[str, Any]
@@ -75,12 +75,12 @@ class Results:
         return group
 
     def counted(self, method: str) -> int:
-        """Samples that have a record of the method at every ratio that it has."""
+        """Number of samples with a record of the method, at the ratio that has the fewest."""
         cells = [values for (name, _), values in self.values.items() if name == method]
         return min(len(cell) for cell in cells)
 
     def by_task(self, cell: Cell, metric: str, samples: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-        """Task -> the metric of its samples (of those given), in the records' order; unknown values left out."""
+        """Task -> metric of its samples (all, or those given), in the records' order, without unknown values."""
         found: dict[str, list[float]] = {}
         values = self.values.get(cell, {})
         for sample in self.samples if samples is None else samples:
@@ -102,19 +102,18 @@ class Results:
 
 def load(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> Results:
     """
-    Read runs; several lines of one sample are put together, a last line that was cut short is left out.
+    Read the records of runs. Several lines of one sample are merged; an incomplete last line is left out.
 
     Parameters
     ----------
     runs : sequence of Path
     tasks : sequence of str, optional
-        Only the records of these.
+        Use only the records of these tasks.
 
     Raises
     ------
     SettingError
-        If a run cannot be read, holds no record (of a task), or differs from the first in what makes records
-        comparable.
+        If a run cannot be read, if there is no record (of a task), or if a run cannot be compared with the first one.
     """
     headers = [read_header(run) for run in runs]
     for run, header in zip(runs, headers, strict=True):
@@ -167,9 +166,9 @@ def _add(results: Results, record: dict[str, Any]) -> None:
 
 def mean_over_tasks(by_task: dict[str, np.ndarray], seed: int = 0) -> Estimate:
     """
-    The mean of the tasks' means, so that every task counts alike, with its interval.
+    The mean of the tasks' means, with its interval. Every task has the same weight.
 
-    Percentile bootstrap: samples are drawn anew within each task, 2,000 times.
+    Percentile bootstrap: samples are resampled within each task, 2,000 times.
     """
     if not by_task:
         return Estimate(np.nan, np.nan, np.nan)
@@ -185,9 +184,9 @@ def best_single(
     results: Results, ratio: float, task: str | None = None, among: Sequence[str] | None = None
 ) -> str | None:
     """
-    The press of kvpress (or the method among some) with the lowest mean KL at a ratio; of one task, where named.
+    The press of kvpress (or the method of ``among``) with the lowest mean KL at a ratio, over all tasks or for one.
 
-    Chosen on the reported samples themselves, which favours it: an oracle.
+    It is chosen on the reported samples themselves, which favours it: it is an oracle.
     """
     found = {}
     for method in results.methods:
@@ -203,7 +202,7 @@ def best_single(
 def oracle_values(
     results: Results, ratio: float, metric: str, among: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Task -> the metric of the press (or of the method among some) that is best at that very task, by KL."""
+    """Task -> metric of the press (or of the method of ``among``) with the lowest KL at this task."""
     found = {}
     for task in results.tasks:
         best = best_single(results, ratio, task, among)
@@ -214,13 +213,13 @@ def oracle_values(
 
 
 def best_of_ours(results: Results) -> str:
-    """The best method of the group "ours" (a press of this package, a router of one's own); else the best of all."""
+    """The best method of the group "ours" (presses of this package, also with your routers), else the best of all."""
     order = ranked(results)
     return next((method for method in order if results.group(method) == "ours"), order[0])
 
 
 def ranked(results: Results, metric: str = "kl") -> list[str]:
-    """Methods by the mean of a metric at the middle ratio, best first; the full cache before all."""
+    """Methods by the mean of a metric at the middle ratio, lowest first; without the full cache."""
     middle = results.ratios[len(results.ratios) // 2]
 
     def key(method: str) -> float:

@@ -1,4 +1,4 @@
-"""A benchmark run: which samples and cells are wanted, which are done, and the evaluation of one sample."""
+"""A benchmark run: find the samples and cells without a record, evaluate them, and record them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvpress_moe.benchmark.tasks import Sample
 
 
 def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:
-    """What the records of a run are records of."""
+    """The header of a run's records: its settings, model, versions and methods."""
     import platform
     from importlib.metadata import version
 
@@ -44,7 +44,7 @@ def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:
 
 
 def missing(wanted: list[Cell], samples: list[Sample], records: Records) -> list[tuple[Sample, list[Cell]]]:
-    """What is still to be done: samples, each with the cells that no record holds."""
+    """The remaining work: samples, each with the cells that have no record."""
     done = records.done()
     work = []
     for sample in samples:
@@ -63,7 +63,7 @@ def run(
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, Any]:
     """
-    Evaluate what is missing of a plan and record it, sample by sample.
+    Evaluate what is missing of a plan, and record it sample by sample.
 
     Parameters
     ----------
@@ -71,24 +71,25 @@ def run(
     out : Path
         The run's directory.
     command : str
-        Said in the report.
+        Shown in the report.
     evaluator : Evaluator, optional
-        With the model, where it is loaded already.
+        An evaluator whose model is already loaded.
     spread : callable, optional
-        Evaluates the work elsewhere (see :mod:`kvpress_moe.benchmark.ray_backend`); in this process otherwise.
+        Evaluates the work elsewhere (see :mod:`kvpress_moe.benchmark.ray_backend`). Default: in this process.
     progress : callable, optional
-        Called with the number of samples that are done and of all.
+        Called with the number of samples that are done and the number of all that were missing.
 
     Returns
     -------
     dict
-        Figures of the session: samples done now and before, seconds, and this process's peak of memory in MiB.
+        Figures of this session: ``samples`` (done now), ``earlier`` (done before), ``cells``, ``seconds``, and
+        ``peak_mib``, the peak memory of this process.
     """
     plan.check()
     evaluator = evaluator or Evaluator(plan)
     samples = evaluator.samples
     for sample in samples:
-        evaluator.prompt(sample)  # fails before the first record where one does not fit
+        evaluator.prompt(sample)  # fails before the first record if one does not fit
     records = Records(out, header(plan, evaluator, command))
     work = missing(evaluator.cells(), samples, records)
     start = time.perf_counter()
@@ -107,7 +108,7 @@ def run(
 
 
 def peak_mib() -> int | None:
-    """Peak of resident memory of this process so far; None where the system does not say."""
+    """Peak of resident memory of this process so far, in MiB; None if the system does not tell."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""Scores of the layer that is passing, computed once for all methods that use them."""
+"""Score cache: scores of the current layer, computed once for all methods that use them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kvpress_moe.press.moe_router_press import MoERouterPress
 
 class ScoreCache:
     """
-    Scores of the layer that is passing, so that a scorer inside several wrappers, or under several ratios, runs once.
+    Scores of the current layer. A scorer inside several wrappers, or with several ratios, runs only once.
 
-    Only for scorers that a ratio does not change; those that draw random numbers share nothing with other presses,
-    because what they draw depends on what was drawn before.
+    Scorers that read the ratio are not cached. Scorers that draw random numbers share nothing with other presses,
+    because a draw depends on the draws before it.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class ScoreCache:
         self._scores.clear()
 
     def remember(self, scorer: ScorerPress) -> ScorerPress:
-        """Let this scorer (ours: its experts) look up what it was asked before; returns the same scorer."""
+        """Make this scorer (ours: its experts) look up earlier scores. Returns the same scorer."""
         if isinstance(scorer, MoERouterPress):
             return self._remember_experts(scorer)
         if reads_ratio(scorer) or hasattr(scorer.score, "__wrapped__"):
@@ -41,9 +41,9 @@ class ScoreCache:
             module: Attention, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Any, kwargs: Any
         ) -> Any:
             inputs = kwargs["hidden_states"].untyped_storage().data_ptr()
-            if hidden_states.untyped_storage().data_ptr() != inputs:  # gathered: nothing says which tokens these are
+            if hidden_states.untyped_storage().data_ptr() != inputs:  # a gathered copy: its tokens are unknown
                 return score(module, hidden_states, keys, values, attentions, kwargs)
-            # a slice of the layer's inputs says which keys these are: presses score before they change any
+            # a slice of the layer's inputs identifies the keys, since presses score before they change keys
             about = (settings_of(scorer), type(module), hidden_states.data_ptr(), hidden_states.shape, keys.shape)
             if about not in self._scores:
                 self._scores[about] = score(module, hidden_states, keys, values, attentions, kwargs)
@@ -57,7 +57,7 @@ class ScoreCache:
 
         @wraps(mix)
         def remembered(*arguments: Any) -> Tensor:
-            for expert in press._experts:  # may have changed since: a press chooses its experts when it sees a model
+            for expert in press._experts:  # may have changed: a press chooses its experts when it sees a model
                 if isinstance(expert.scorer, ScorerPress):
                     self.remember(expert.scorer)
             return mix(*arguments)
@@ -67,7 +67,7 @@ class ScoreCache:
 
 
 def settings_of(scorer: ScorerPress) -> tuple[Any, ...]:
-    """What two scorers have in common that score alike."""
+    """A key that is the same for scorers that give the same scores."""
     if draws_numbers(scorer):
         return (id(scorer),)
     settings = ((f.name, getattr(scorer, f.name)) for f in fields(scorer) if f.name != "compression_ratio")

@@ -1,4 +1,4 @@
-"""What methods keep of one prompt's cache."""
+"""Selections: what methods keep of one prompt's cache."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Kept:
     Attributes
     ----------
     mask : list of Tensor, each (H, S), bool
-        Per layer with full attention, the pairs that stayed.
+        For each layer with full attention: the pairs that stayed.
     altered : list of (keys, values), each a list of H tensors (K, D), or None
-        Per layer with full attention and head the pairs themselves, where a press changed them (merged values, turned
-        keys).
+        For each layer with full attention, and each head: the pairs themselves, if a press changed them (merged values,
+        rotated keys).
     next_position : int
-        Position of the next token; smaller than S where keys were turned to new positions.
+        Position of the next token; smaller than S if keys were rotated to new positions.
     seconds : float
         Time that scoring and selecting took.
     """
@@ -35,7 +35,7 @@ class Kept:
 
     @property
     def n_pairs(self) -> int:
-        """Pairs that stayed, counted."""
+        """Number of pairs that stayed."""
         if self.altered is not None:
             return sum(len(head) for keys, _ in self.altered for head in keys)
         return int(sum(mask.sum() for mask in self.mask))
@@ -49,12 +49,12 @@ class Selections:
     Attributes
     ----------
     cache : DynamicCache
-        Full, batch 1.
+        The full cache, batch 1.
     layers : list of int
-        Those with full attention, the only ones that presses compress: the others' caches are bounded anyway.
+        Layers with full attention. Presses compress only these; the caches of the other layers are bounded anyway.
     kept : dict of (method, ratio) -> Kept
     prefill_seconds : float
-        Of the shared prefill, without the time that presses took.
+        Duration of the shared prefill, without the time that presses took.
     """
 
     cache: DynamicCache

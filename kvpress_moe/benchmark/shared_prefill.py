@@ -1,4 +1,4 @@
-"""One prefill, every method: all presses see each layer as it passes, and only what they keep is held."""
+"""Shared prefill: one prefill for all methods. All presses see each layer, and only what they keep is stored."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from kvpress_moe.cache.key_hash import KeyIndex
 from kvpress_moe.experts.kvpress_scorers import reads_ratio
 from kvpress_moe.model.hooks import hooked, prepared
 from kvpress_moe.model.layers import Attention, full_attention_layers, full_attentions
+from kvpress_moe.model.transformers_api import attention_arguments, with_cache
 from kvpress_moe.press.moe_router_press import MoERouterPress
 
 
 def set_ratio(press: BasePress, ratio: float) -> None:
-    """Tell a press (and, through its wrappers, its scorer) how much to remove."""
+    """Set the share that a press (and, through its wrappers, its scorer) removes."""
     press.compression_ratio = ratio
 
 
 @contextmanager
 def fixed_seed(seed: int) -> Iterator[None]:
-    """Presses that draw random numbers draw the same ones whichever press ran before them."""
+    """Inside the block a press draws the same random numbers, whichever press ran before it."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed notes a traceback for a GPU that may never come
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also store a traceback, even without a GPU
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(seed)
         yield
@@ -51,7 +52,7 @@ def ratio_free(press: ScorerPress) -> bool:
 
 
 class _Clock:
-    """Time spent in presses: in all, and by cell."""
+    """A clock for the time spent in presses, and the sum of it."""
 
     def __init__(self, device: torch.device):
         self.total = 0.0
@@ -64,7 +65,7 @@ class _Clock:
 
 
 class _Scores:
-    """The scores (H, S) of one scorer, layer by layer; per ratio where they depend on it."""
+    """The scores (H, S) of one scorer, layer by layer; for each ratio if they depend on it."""
 
     def __init__(self, press: ScorerPress, ratios: Sequence[float]):
         self.press, self.ratios = press, ratios
@@ -86,11 +87,11 @@ class _Scores:
 
 
 class _Selection:
-    """What a press keeps in its own ``compress``, found again among the pairs it was given."""
+    """What a press keeps in its own ``compress``, found by comparison with the pairs that it was given."""
 
     def __init__(self, press: BasePress, ratios: Sequence[float]):
         self.press, self.ratios = press, ratios
-        self.kept: dict[float, Any] = {ratio: Kept([], []) for ratio in ratios}  # in the making
+        self.kept: dict[float, Any] = {ratio: Kept([], []) for ratio in ratios}  # filled layer by layer
 
     def add_layer(self, module: Attention, arguments: tuple[Any, ...], clock: _Clock) -> None:
         hidden_states, keys, values, attentions, kwargs = arguments
@@ -123,7 +124,7 @@ class _Selection:
             kept.altered = None
             return found
         for number, (layer_idx, mask) in enumerate(zip(selections.layers, kept.mask, strict=True)):
-            if mask is not None:  # this layer came through unchanged
+            if mask is not None:  # the press changed no pair of this layer
                 layer: Any = selections.cache.layers[layer_idx]
                 kept.altered[number] = (pick(layer.keys[0], mask), pick(layer.values[0], mask))
         kept.mask = []
@@ -136,7 +137,7 @@ def pick(pairs: Tensor, mask: Tensor) -> list[Tensor]:
 
 
 def take_masked(module: Attention) -> tuple[Tensor, ...] | None:
-    """The pairs that a head-wise press masked on an attention layer (batch, head, position); taken off again."""
+    """Remove and return the pairs (batch, head, position) that a head-wise press masked on an attention layer."""
     masked = getattr(module, "masked_key_indices", None)
     module.masked_key_indices = None
     return masked
@@ -144,9 +145,9 @@ def take_masked(module: Attention) -> tuple[Tensor, ...] | None:
 
 def allocate(scores: Sequence[Tensor], ratio: float, budget: str, min_share: float, ours: bool = False) -> list[Tensor]:
     """
-    Which pairs stay, by layer, under a budget: scores (H, S) per layer -> masks (H, S).
+    Which pairs stay under a budget: scores (H, S) of each layer -> masks (H, S) of each layer.
 
-    "uniform" is ``ScorerPress.compress``'s own selection, which leaves open what becomes of equal scores, or, for
+    "uniform" is the selection of ``ScorerPress.compress``, which does not define which of equal scores stay, or, for
     ``ours``, :func:`kvpress_moe.budget.eviction.best`. "layer" and "global" are
     :func:`kvpress_moe.budget.allocation.share`.
     """
@@ -189,24 +190,24 @@ def select_pairs(
     """
     Prefill a prompt once and find what each method keeps at each ratio.
 
-    A press acts after a layer's attention, so its choice does not change what the layers above compute: scoring each
-    layer as it passes gives exactly what the hooked press would keep. Held meanwhile: the full cache, one score per
-    pair and scorer, one bit per pair and cell; never the hidden states of more than one layer.
+    A press acts after a layer's attention, so its choice does not change what the next layers compute. Scoring each
+    layer during one prefill gives exactly what the hooked press would keep. In memory are the full cache, one score per
+    pair and scorer, and one boolean per pair and cell, but never the hidden states of more than one layer.
 
-    Methods that need a prefill of their own are left to :func:`kvpress_moe.benchmark.multi_pass.select_in_own_prefill`.
+    Methods with their own prefill are left to :func:`kvpress_moe.benchmark.multi_pass.select_in_own_prefill`.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Its layers with sliding-window attention are left alone, whatever the press.
+        No press compresses its layers with sliding-window attention.
     input_ids : Tensor, shape (1, S)
     methods : dict of str -> Method
     cells : iterable of (method, ratio)
         What to find.
     sinks, recent : int
-        Tokens at both ends that every scorer has to keep.
+        Number of first and of last tokens that every scorer must keep.
     min_share : float
-        Of ``"layer"`` and ``"global"`` budgets.
+        With ``"layer"`` and ``"global"`` budgets, each head keeps at least this share of the mean.
     """
     ratios: dict[str, list[float]] = {}
     for name, ratio in cells:
@@ -236,6 +237,7 @@ def select_pairs(
         start = clock.now()
         memo.clear()
         layer = cache.layers[module.layer_idx]
+        kwargs = attention_arguments(module, kwargs)
         for taker in passing:
             taker.add_layer(module, (kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs), clock)
         clock.total += clock.now() - start
@@ -243,7 +245,7 @@ def select_pairs(
     start = clock.now()
     presses = [taker.press for taker in passing]
     with prepared(model, presses), hooked(full_attentions(model), pass_layer):
-        model.model(input_ids=input_ids.to(model.device), past_key_values=cache)
+        model.model(input_ids=input_ids.to(model.device), **with_cache(cache))
     selections = Selections(cache, full_attention_layers(model), prefill_seconds=clock.now() - start - clock.total)
 
     for name in ratios:

@@ -1,4 +1,4 @@
-"""What presses cost and give back: prefill, decoding and peak memory, side by side and interleaved in one run."""
+"""Speed of presses: prefill time, decoding time and peak memory, measured in turns in one run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from kvpress_moe.benchmark.kvzip_scores import ReplayScores
 from kvpress_moe.cache.prefill import cache_bytes
 from kvpress_moe.errors import SettingError
 from kvpress_moe.model.layers import language_model
+from kvpress_moe.model.transformers_api import crop, with_cache
 from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.routers.resolve import shipped_routers
 
 NONE = "no press"
-TRAINED = "MoERouter (trained)"  # where routers ship for the model
+TRAINED = "MoERouter (trained)"  # if the package has routers for the model
 ROUTING = "its router and gate alone"
-#: Presses by name, made for a compression ratio; those of kvpress after ours.
+#: Name -> function that makes the press for a compression ratio; first ours, then those of kvpress.
 OURS: dict[str, Callable[[float], BasePress]] = {
     "MoERouter (guide)": partial(MoERouterPress, num_experts=4),
     "MoERouter (guide's eight)": partial(MoERouterPress, num_experts=8),
@@ -55,18 +56,18 @@ class Row:
     what : {"prefill", "route", "decode"}
         ``"route"``: the part of the trained press's prefill that its routers and gates take.
     name : str
-        The press; or how much of the cache is left.
+        The press, or how much of the cache is left.
     tokens, batch : int
-        Prompt length, and prompts at once.
+        Prompt length, and number of prompts.
     seconds, fastest, slowest : float
-        Median over the rounds, and the spread: of a prefill with compression, or of one decoded token.
+        Median, minimum and maximum over the rounds, of a prefill with compression or of one decoded token.
     ratio : float
-        The median over that of no press, or of the full cache.
+        The median divided by that of no press, or of the full cache.
     extra_peak_bytes : int
-        By how much the peak of tensors' memory exceeds that of no press; of a decoding row the bytes of the cache.
+        Peak memory of tensors minus that of no press; in a decoding row, the bytes of the cache.
     in_press : float, optional
-        Median of the seconds of a prefill that passed inside the press's hooks; on a CPU alone, since a GPU works on
-        while the hooks return.
+        Median of the seconds that a prefill spends in the press's hooks. Only on a CPU: a GPU still works when the
+        hooks return.
     """
 
     what: str
@@ -82,7 +83,7 @@ class Row:
 
 
 def seconds(device: torch.device, work: Callable[[], Any]) -> float:
-    """Time that some work takes on a device."""
+    """Seconds that some work takes on a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -94,9 +95,9 @@ def seconds(device: torch.device, work: Callable[[], Any]) -> float:
 
 def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
     """
-    Most bytes of tensors that some work holds at a time, besides what was held before.
+    Peak of the bytes of tensors that some work holds, without what was held before.
 
-    Counted by torch from allocations: resident memory would not do, because freed memory stays with the process.
+    torch counts it from allocations. Resident memory is not usable, because freed memory stays with the process.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -105,7 +106,7 @@ def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
         work()
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = work()  # held, so that what it returns is not freed before the end
+        result = work()  # kept, so that it is not freed before the end
     del result
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
@@ -117,10 +118,10 @@ def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
 
 @torch.no_grad()
 def read_prompt(model: PreTrainedModel, input_ids: Tensor, press: BasePress | None) -> DynamicCache:
-    """Prefill under a press, in the ordinary way."""
+    """Prefill with a hooked press, or without a press."""
     cache = DynamicCache()
     with press(model) if press is not None else _nothing():
-        model.model(input_ids=input_ids, past_key_values=cache)
+        model.model(input_ids=input_ids, **with_cache(cache))
     return cache
 
 
@@ -130,20 +131,20 @@ def _nothing() -> Iterator[None]:
 
 
 def read_and_replay(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor) -> DynamicCache:
-    """KVzip's prefill and scoring pass; its selection, which only masks, is left out."""
+    """KVzip's prefill and scoring pass, without its selection, which only masks pairs."""
     cache = read_prompt(model, input_ids, None)
     ReplayScores().of(model, tokenizer, input_ids, cache)
     return cache
 
 
 def unmask(model: PreTrainedModel) -> None:
-    """Take off what head-wise presses of kvpress leave on the layers."""
+    """Remove the masks that head-wise presses of kvpress leave on the layers."""
     for layer in language_model(model).layers:
         layer.self_attn.masked_key_indices = None
 
 
 class Stopwatch:
-    """Seconds that a press spends in one of its methods, counted from outside."""
+    """Counts the seconds that a press spends in one of its methods."""
 
     def __init__(self, press: BasePress, method: str):
         self.seconds = 0.0
@@ -159,7 +160,7 @@ class Stopwatch:
         setattr(press, method, watched)
 
     def take(self) -> float:
-        """The seconds since the last take."""
+        """The seconds since the last call of this."""
         taken, self.seconds = self.seconds, 0.0
         return taken
 
@@ -172,7 +173,7 @@ def prefill_rows(
     rounds: int,
     presses: dict[str, Callable[[float], BasePress]],
 ) -> list[Row]:
-    """Prefill under each press in turn, round after round; the first round warms up and counts memory."""
+    """Prefill with each press in turn, round after round. The first round warms up and counts memory."""
     made = {name: make(ratio) for name, make in presses.items()}
     watches: dict[str, Stopwatch] = {}
     if model.device.type == "cpu":
@@ -210,7 +211,7 @@ def prefill_rows(
 def decode_rows(
     model: PreTrainedModel, input_ids: Tensor, make: Callable[[float], BasePress], n_new: int, rounds: int
 ) -> list[Row]:
-    """Decode ``n_new`` tokens from each cache in turn, round after round; caches are as before afterwards."""
+    """Decode ``n_new`` tokens from each cache in turn, round after round. Afterwards the caches are as before."""
     caches = {left: read_prompt(model, input_ids, make(ratio) if ratio else None) for left, ratio in DECODED.items()}
     times: dict[str, list[float]] = {left: [] for left in caches}
     for round_number in range(rounds + 1):
@@ -224,14 +225,14 @@ def decode_rows(
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, cache: DynamicCache, input_ids: Tensor, n_new: int) -> None:
-    """Feed ``n_new`` tokens one by one, then take them off again."""
+    """Feed ``n_new`` tokens one by one, then remove them from the cache again."""
     lengths = [layer.get_seq_length() for layer in cache.layers]
     token = input_ids[:, :1]
     for step in range(n_new):
         position = torch.full_like(token, input_ids.shape[1] + step)
-        model(token, past_key_values=cache, position_ids=position)
+        model(token, **with_cache(cache), position_ids=position)
     for layer, length in zip(cache.layers, lengths, strict=True):
-        layer.crop(length)  # type: ignore[attr-defined]
+        crop(layer, length)
 
 
 def _row(
@@ -257,13 +258,13 @@ class SpeedPlan:
     ----------
     lengths, batches : tuple of int
     ratio : float
-        Of the prefills; decoding is measured with the full cache, half and a quarter of it.
+        Compression ratio of the prefills. Decoding is measured with the full cache, half and a quarter of it.
     rounds : int
-        At least 5 for a figure to report.
+        Measurements of each row; at least 5 for figures to report.
     new_tokens : int
-        Decoded in each round.
+        Tokens decoded in each round.
     longest : int
-        Tokens of a batch, all prompts together, beyond which a row is left out.
+        Batches with more tokens than this, all prompts together, are left out.
     """
 
     lengths: tuple[int, ...] = (1024, 4096)
@@ -274,7 +275,7 @@ class SpeedPlan:
     longest: int = 65_536
 
     def check(self) -> None:
-        """Raise SettingError for the first field that is wrong."""
+        """Raise SettingError for the first wrong field."""
         for field in ("lengths", "batches"):
             for number in getattr(self, field):
                 least = 128 if field == "lengths" else 1  # SnapKV's window is 64
@@ -295,17 +296,17 @@ def measure(
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> list[Row]:
     """
-    All rows of a plan.
+    Measure all rows of a plan.
 
     Parameters
     ----------
     model : PreTrainedModel
     tokenizer : PreTrainedTokenizerBase or None
-        For KVzip, which is left out without it.
+        Needed for KVzip, which is left out without it.
     plan : SpeedPlan
     presses : dict, optional
-        Name -> function of the ratio; ours and those of kvpress otherwise. The trained press is left out where no
-        routers ship for the model.
+        Name -> function of the ratio. Default: ours and those of kvpress. The trained press is left out if the package
+        has no routers for the model.
     """
     plan.check()
     presses = dict(presses or OURS | THEIRS)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -90,7 +91,12 @@ def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
                 "attention_mask: got padding among the tokens that meet a compressed cache, expected questions of "
                 "equal length. Ask them one by one, or group those of one length."
             )
-        return _in_use(query, layer, kwargs.get("scaling") or module.scaling, softcap(module)), None
+        scaling, cap = kwargs.get("scaling") or module.scaling, softcap(module)
+        if not torch.is_autocast_enabled(query.device.type):
+            return _in_use(query, layer, scaling, cap), None
+        # Autocast would change the dtype of some steps only. Pairs that were made outside of it have another dtype.
+        with torch.autocast(query.device.type, enabled=False):
+            return _in_use(query.to(layer.flat_keys.dtype), layer, scaling, cap).to(query.dtype), None
 
     attention.without_ragged = function  # type: ignore[attr-defined]
     return attention

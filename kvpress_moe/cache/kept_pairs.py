@@ -44,7 +44,7 @@ def kept_pairs(full: Cache, compressed: Cache) -> dict[int, Tensor]:
     if len(full.layers) != len(compressed.layers):
         raise UnsupportedInputError(
             f"compressed: got {len(compressed.layers)} layers, expected the full cache's {len(full.layers)}. "
-            "Compress a copy of this very cache."
+            "Compress a copy of this full cache."
         )
     kept = {}
     layers: list[Any] = full.layers
@@ -61,7 +61,7 @@ def _kept_in_layer(keys: Tensor, after: Any, layer_idx: int) -> Tensor:
     if (len(left), len(left[0])) != keys.shape[:2]:
         raise UnsupportedInputError(
             f"compressed: layer {layer_idx} has {len(left)} rows of {len(left[0])} heads, expected "
-            f"{keys.shape[0]} of {keys.shape[1]}. Compress a copy of this very cache."
+            f"{keys.shape[0]} of {keys.shape[1]}. Compress a copy of this full cache."
         )
     kept = torch.zeros(keys.shape[:3], dtype=torch.bool)
     for row in range(keys.shape[0]):
@@ -77,7 +77,7 @@ def _kept_in_layer(keys: Tensor, after: Any, layer_idx: int) -> Tensor:
             if positions is None:
                 raise UnsupportedInputError(
                     f"compressed: {place} holds keys that the full cache does not, expected some of its keys, "
-                    "unchanged and without generated tokens. Compress a copy of this very cache, by a press that does "
+                    "unchanged and without generated tokens. Compress a copy of this full cache, by a press that does "
                     "not change keys."
                 )
             kept[row, head, positions.flatten().cpu()] = True

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from kvpress_moe.cache.shortened_layer import ShortenedLayer
 from kvpress_moe.model.layers import slides
-
-
-class ShortenedLayer(DynamicLayer):
-    """
-    A DynamicLayer after eviction. New tokens come after all cached pairs, whatever their positions are.
-
-    transformers compares cache indices with ``cache_position`` to build causal masks. In ``generate``, and in Gemma 3
-    with its layers of different lengths, ``cache_position`` counts all tokens of the prompt, but the cache holds fewer.
-    Then the tokens of a question would see later tokens of the question.
-    """
-
-    def get_mask_sizes(self, cache_position: torch.Tensor) -> tuple[int, int]:
-        """Number of keys, and the offset that puts the first new token directly after the cached ones."""
-        cached = self.get_seq_length()
-        return cached + cache_position.shape[0], int(cache_position[0]) - cached
+from kvpress_moe.model.transformers_api import returned_cache
 
 
 class WholeSlidingLayer(DynamicLayer):
@@ -50,6 +36,6 @@ def fit_masks(cache: Cache, config: Any) -> None:
 
 def fit_masks_after_forward(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the model without its head. It also covers the layers after the last compressed layer."""
-    cache = getattr(output, "past_key_values", None)
+    cache = returned_cache(output)
     if cache is not None and any(isinstance(layer, ShortenedLayer) for layer in cache.layers):
         fit_masks(cache, model.config.get_text_config(decoder=True))

@@ -14,6 +14,7 @@ from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.model.hooks import hooked
 from kvpress_moe.model.layers import Attention, language_model
+from kvpress_moe.model.transformers_api import attention_arguments, with_cache
 
 
 class Prefill:
@@ -44,12 +45,12 @@ class Prefill:
         def record(
             attention: Attention, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]
         ) -> None:
-            self._calls.append((attention, kwargs, output[1]))
+            self._calls.append((attention, attention_arguments(attention, kwargs), output[1]))
             on_layer()
 
         attentions = [layer.self_attn for layer in language_model(model).layers]
         with torch.no_grad(), hooked(attentions, record):
-            model.model(input_ids=input_ids.to(model.device), past_key_values=self.cache)
+            model.model(input_ids=input_ids.to(model.device), **with_cache(self.cache))
 
     def compress(self, press: BasePress | None) -> DynamicCache:
         """

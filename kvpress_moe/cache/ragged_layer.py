@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpress_moe.cache.attention_dispatch import register_ragged_attention
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
+from kvpress_moe.cache.shortened_layer import length_after_crop
 from kvpress_moe.errors import UnsupportedInputError
 
 # B = batch, H = KV heads, S = tokens of the prompt, T = later tokens, D = head dim, N = kept pairs of all heads
@@ -37,6 +38,7 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    is_croppable = True
 
     def __init__(self, flat_keys: Tensor, flat_values: Tensor, lengths: list[list[int]], n_read: int):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -71,44 +73,53 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """A RaggedLayer is made from pairs; there is nothing to initialise."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append tokens to all heads. Returns a placeholder that only ragged attention can use."""
-        self.new_keys = torch.cat((self.new_keys, key_states), dim=2)
-        self.new_values = torch.cat((self.new_values, value_states), dim=2)
-        placeholder = torch.empty(*key_states.shape[:2], self.get_seq_length(), key_states.shape[3], device="meta")
-        placeholder.ragged_layer = self  # type: ignore[attr-defined]
+        self.new_keys = torch.cat((self.new_keys, key_states.to(self.new_keys.dtype)), dim=2)  # of autocast
+        self.new_values = torch.cat((self.new_values, value_states.to(self.new_values.dtype)), dim=2)
+        shape = (*key_states.shape[:2], self.get_seq_length(), key_states.shape[3])
+        placeholder = torch.empty(shape, device="meta").as_subclass(_Placeholder)
+        placeholder.ragged_layer = self
         return placeholder, placeholder
 
     def get_seq_length(self) -> int:
         """Number of tokens that were processed, whether their pairs were kept or not."""
         return self.n_read + self.new_keys.shape[2]
 
-    def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
-        """Sizes of a mask over the new tokens only. Ragged attention builds its own mask."""
-        return cache_position.shape[0], int(cache_position[0])
+    def get_mask_sizes(self, query: Tensor | int) -> tuple[int, int]:
+        """
+        Sizes of a mask over the new tokens only. Ragged attention builds its own mask.
+
+        Parameters
+        ----------
+        query : Tensor or int
+            Positions of the new tokens, or in newer releases of transformers their number.
+        """
+        return (query, self.get_seq_length()) if isinstance(query, int) else (query.shape[0], int(query[0]))
 
     def get_max_cache_shape(self) -> int:
         return -1
 
+    get_max_length = get_max_cache_shape  # its name in newer releases of transformers
+
     def crop(self, max_length: int) -> None:
         """
-        Forget the newest tokens until ``max_length`` tokens are left. If it is negative, forget that many tokens.
+        Forget the newest tokens.
+
+        Parameters
+        ----------
+        max_length : int
+            Number of tokens that are left; if negative, number of tokens to forget. 0 forgets nothing in releases of
+            transformers whose ``crop`` takes a number of tokens to remove.
 
         Raises
         ------
         UnsupportedInputError
             If this would cut into the prompt. Its pairs do not say which positions are missing.
         """
-        max_length = self.get_seq_length() + max_length if max_length < 0 else max_length
-        if max_length < self.n_read:
-            raise UnsupportedInputError(
-                f"max_length: got {max_length}, expected at least the {self.n_read} tokens of the compressed prompt. "
-                "Prefill the shorter prompt instead."
-            )
-        self.new_keys = self.new_keys[:, :, : max_length - self.n_read]
-        self.new_values = self.new_values[:, :, : max_length - self.n_read]
+        left = length_after_crop(self.get_seq_length(), max_length, self.n_read)
+        self.new_keys = self.new_keys[:, :, : left - self.n_read]
+        self.new_values = self.new_values[:, :, : left - self.n_read]
 
     def reset(self) -> None:
         """Forget the tokens that came after the prompt."""
@@ -138,6 +149,22 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
         self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
 
+class _Placeholder(torch.Tensor):
+    """Stands for the keys of a RaggedLayer. Only its shape can be read; whatever computes with it gets an error."""
+
+    ragged_layer: RaggedLayer
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__ in ("__get__", "__set__", "size", "dim", "stride", "numel"):
+            return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        raise UnsupportedInputError(
+            f"attention: got an attention implementation that computes with the keys of a RaggedLayer "
+            f"({function.__name__}), expected one of transformers' attention interface. Eager attention is not one of "
+            "them: call model.set_attn_implementation('sdpa'), or prefill with budget='uniform'."
+        )
+
+
 class _Sliceable:
     """What ``layer.keys`` returns. To remove an answer, kvpress's pipeline slices it and stores the slice."""
 
@@ -147,8 +174,8 @@ class _Sliceable:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"a RaggedLayer holds heads of different lengths; its keys are no tensor and have no {name!r}. What reads "
-            "them, such as another press, cannot be used with budget='layer' or 'global'."
+            f"a RaggedLayer holds heads of different lengths; its keys are no tensor and have no {name!r}. Another "
+            "press that uses them does not work with budget='layer' or 'global'."
         )
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> _Sliced:

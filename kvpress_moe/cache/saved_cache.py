@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from kvpress_moe.cache.masks import ShortenedLayer, WholeSlidingLayer
+from kvpress_moe.cache.masks import WholeSlidingLayer
 from kvpress_moe.cache.ragged_layer import RaggedLayer
+from kvpress_moe.cache.shortened_layer import ShortenedLayer, shorten
 from kvpress_moe.errors import CheckpointError, UnsupportedInputError
 from kvpress_moe.files import (
     MAX_JSON,
@@ -108,6 +109,8 @@ def save_cache(
                     "DynamicCache. Prefill into DynamicCache()."
                 )
             facts = {"kind": kind}
+            if isinstance(layer, ShortenedLayer):
+                facts |= {"n_read": layer.n_read, "n_evicted": layer.n_evicted}
         layers.append(facts)
         tensors |= {f"{layer_idx}.{name}": getattr(layer, name).contiguous().cpu() for name in _TENSORS[facts["kind"]]}
     header = {
@@ -158,16 +161,19 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
         raise _unreadable(path, error) from error
     if not (intact and known):
         raise CheckpointError(
-            f"cache: {path} was altered since it was written, or by another format (expected {FORMAT!r}). "
+            f"cache: {path} was changed after it was written, or has another format (expected {FORMAT!r}). "
             "Compress the text again."
         )
     check_fingerprint(saved, fingerprint(config, attentions[0]), str(path), what="cache", min_cosine=_MIN_COSINE)
     try:
         n_tokens, token_hash, recipe = header["n_tokens"], header["token_hash"], header["recipe"]
         if not (is_whole(n_tokens) and is_text(token_hash) and is_text(recipe)):
-            raise ValueError("n_tokens, token_hash or recipe is not what it should be")
+            raise ValueError("n_tokens, token_hash or recipe has a wrong type or value")
         cache, batch_sizes = DynamicCache(), set()
         for layer_idx, (facts, attention) in enumerate(zip(header["layers"], attentions, strict=True)):
+            if facts["kind"] == "shortened":  # files of version 0.1 do not say how many tokens were evicted
+                n_stored = tensors[f"{layer_idx}.keys"].shape[2]
+                facts = {"n_read": n_tokens, "n_evicted": max(0, n_tokens - n_stored), **facts}
             own = {name: tensors.pop(f"{layer_idx}.{name}") for name in _TENSORS[facts["kind"]]}
             batch_sizes.add(_check_layer(facts, own, (config.num_key_value_heads, attention.head_dim)))
             cache.layers.append(_restore(facts, own, model.device))
@@ -191,8 +197,12 @@ def _check_layer(facts: dict[str, Any], tensors: dict[str, Tensor], per_pair: tu
         if len(lengths) != n_batch or {len(heads) for heads in lengths} != {n_heads} or not is_whole(n_read):
             raise ValueError("lengths or n_read of other heads")
         if not all(is_whole(length) and length <= n_read for heads in lengths for length in heads):
-            raise ValueError("lengths that are none")
+            raise ValueError("lengths that are no numbers of pairs")
         expected["flat_keys"] = expected["flat_values"] = (sum(map(sum, lengths)), head_dim)
+    if facts["kind"] == "shortened" and not (
+        is_whole(facts["n_read"]) and is_whole(facts["n_evicted"]) and facts["n_evicted"] <= facts["n_read"]
+    ):
+        raise ValueError("n_read or n_evicted is not what it should be")
     check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected)
     for name, tensor in tensors.items():
         check_tensor_finite(tensor, name)
@@ -206,8 +216,10 @@ def _restore(facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.de
         ragged = RaggedLayer(own["flat_keys"], own["flat_values"], facts["lengths"], facts["n_read"])
         ragged.new_keys, ragged.new_values = own["new_keys"], own["new_values"]
         return ragged
-    layer = _DENSE[facts["kind"]]()  # type: ignore[no-untyped-call]
+    layer = _DENSE[facts["kind"]]()
     layer.update(own["keys"], own["values"])
+    if facts["kind"] == "shortened":
+        shorten(layer, facts["n_evicted"], facts["n_read"])
     return layer
 
 

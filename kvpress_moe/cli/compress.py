@@ -61,6 +61,7 @@ def compress(
         from kvpress_moe.model.hooks import hooked
         from kvpress_moe.model.layers import language_model
         from kvpress_moe.model.loading import load_model
+        from kvpress_moe.model.transformers_api import with_cache
         from kvpress_moe.press.moe_router_press import MoERouterPress
 
         press = MoERouterPress(ratio, experts=parse_experts(experts), budget=budget, router=router)
@@ -75,7 +76,7 @@ def compress(
         cache, started = DynamicCache(), time.perf_counter()
         advance = partial(step, "prefill", advance=1)
         with torch.no_grad(), press(loaded), hooked(language_model(loaded).layers, lambda *_: advance()):
-            pipeline.model.model(input_ids=input_ids, past_key_values=cache)
+            pipeline.model.model(input_ids=input_ids, **with_cache(cache))
         prefill_seconds = time.perf_counter() - started
         save_cache(out, cache, loaded, input_ids, press)
     result = {

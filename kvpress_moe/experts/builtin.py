@@ -56,8 +56,8 @@ class LearnedScorer(Expert):
             return _part_of_the_router()
         if call.q_len != call.k_len:
             raise ExpertError(
-                f"expert 'learned' got hidden states of {call.q_len} tokens for {call.k_len} pairs, expected one each. "
-                "It judges prompts, not a cache that is compressed again; leave it out of `experts`."
+                f"expert 'learned' got hidden states of {call.q_len} tokens for {call.k_len} pairs, expected one token "
+                "for each pair. It cannot judge a cache that is compressed again. Leave it out of `experts`."
             )
         return routing.router.learned.importance(call.hidden_states, ranks)
 

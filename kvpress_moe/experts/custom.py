@@ -68,7 +68,7 @@ class CustomExpert(Expert):
     def _score(
         self, call: LayerCall, compression_ratio: float | None, routing: Routing | None, ranks: Tensor | None
     ) -> Tensor:
-        assert routing is not None, "custom experts are asked by the press alone"
+        assert routing is not None, "only the press calls custom experts"
         result: Any = self.scorer(call.keys, call.values, self.name, routing.weights.mean(1))
         if isinstance(result, tuple) and len(result) == 2:
             return score_selection(result[0], call.keys, self.name)

@@ -28,7 +28,7 @@ def make_experts(specs: Sequence[Any], custom: ApplyCompression | None = None) -
         If the sequence is empty, or if an entry is wrong.
     """
     if not specs:
-        raise SettingError("experts", specs, "at least one expert", "None takes the guide's.")
+        raise SettingError("experts", specs, "at least one expert", "None takes the default experts.")
     return [_make(spec, custom) for spec in specs]
 
 

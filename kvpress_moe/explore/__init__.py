@@ -1,4 +1,4 @@
-"""See what a router keeps of a text: one prefill, one page; or a small web app around it."""
+"""The explorer: show what a router keeps of a text, as one HTML page or in a small web app."""
 
 from kvpress_moe.explore.exploration import PrefilledText, explore, make_press, prefill_text
 from kvpress_moe.explore.page import page

@@ -1,4 +1,4 @@
-"""A text is read once; every setting of the press that is explored compresses a copy of what that left."""
+"""Explore a text: prefill it once, and compress a copy of its cache for every setting of the press."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Step = Callable[..., Any]
 @dataclass
 class PrefilledText:
     """
-    A text that was read, with what the full cache answers.
+    A prefilled text, with the answers from its full cache.
 
     Attributes
     ----------
@@ -38,10 +38,10 @@ class PrefilledText:
     questions : sequence of str
     questions_ids : sequence of Tensor, shape (1, Q)
     answers : list of str
-        The full cache's.
+        Answers from the full cache.
     max_new_tokens : int
     seconds : float
-        Of the prefill.
+        Duration of the prefill.
     """
 
     pipeline: KVPressTextGenerationPipeline
@@ -56,12 +56,12 @@ class PrefilledText:
 
 def make_press(settings: Mapping[str, Any]) -> RecordingPress:
     """
-    The press to explore.
+    Make the press to explore.
 
     Raises
     ------
     SettingError
-        If a setting is wrong, or the ratio is one at which nothing is judged.
+        If a setting is wrong, or if the ratio is 0: then no pair is scored.
     """
     press = RecordingPress(**settings)
     if not press.compression_ratio:
@@ -69,7 +69,7 @@ def make_press(settings: Mapping[str, Any]) -> RecordingPress:
             "ratio",
             press.compression_ratio,
             "a number in (0, 1), the share of pairs to remove",
-            "Nothing is judged where nothing is removed; the page's slider goes down to 0.",
+            "At 0 no pair is scored. The slider of the page goes down to 0.",
         )
     return press
 
@@ -83,7 +83,7 @@ def prefill_text(
     step: Step,
 ) -> PrefilledText:
     """
-    Prefill a text, and ask the full cache.
+    Prefill a text, and answer the questions from its full cache.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def prefill_text(
     Raises
     ------
     SettingError
-        If text, question and answer are longer than the model takes.
+        If text, question and answer together are longer than the model allows.
     """
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     tokens = pipeline.preprocess(context, list(questions), "", sys.maxsize)
@@ -117,7 +117,7 @@ def prefill_text(
 
 def explore(prefilled: PrefilledText, press: RecordingPress, step: Step) -> dict[str, Any]:
     """
-    Compress a copy of what was read, ask it, and gather what the page shows.
+    Compress a copy of the cache, answer the questions from it, and collect the data of the page.
 
     Parameters
     ----------
@@ -127,16 +127,21 @@ def explore(prefilled: PrefilledText, press: RecordingPress, step: Step) -> dict
     step : callable
         As in :func:`prefill_text`.
 
+    Returns
+    -------
+    dict
+        See :func:`kvpress_moe.explore.payload.payload`.
+
     Raises
     ------
     UnsupportedInputError
-        If the press judged no layer.
+        If the press compressed no layer.
     """
     pipeline, prefill = prefilled.pipeline, prefilled.prefill
     step("compressing", total=1)
     cache = prefill.compress(press)
     if not press.records:
-        raise UnsupportedInputError("TEXT: no layer of this model was compressed, expected at least one to look at.")
+        raise UnsupportedInputError("TEXT: no layer of this model was compressed, expected at least one.")
     step("asking the compressed cache", total=max(1, len(prefilled.questions)))
     answers = answer_each(
         pipeline,

@@ -1,4 +1,4 @@
-"""JobRunner: a model that works on one text at a time, in a thread, and says how far it is."""
+"""Job runner: explores one text at a time, in a thread, and reports its progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvpress_moe.explore.recording_press import RecordingPress
 
 logger = logging.getLogger(__name__)
 
-KEPT_JOBS = 3  # pages of earlier ones are forgotten
+KEPT_JOBS = 3  # older jobs and their pages are deleted
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Job:
     ----------
     state : {"working", "done", "failed"}
     description : str
-        What is being done.
+        The current step.
     done, total : int
-        Steps of that.
+        Progress of the current step.
     error : str
         Why it failed.
     pages : list of str
@@ -54,21 +54,21 @@ class Job:
         self.done += advance
 
     def as_dict(self) -> dict[str, Any]:
-        """What a browser polls for."""
+        """The state that a browser asks for, as plain data."""
         names = ("state", "description", "done", "total", "error")
         return {name: getattr(self, name) for name in names} | {"pages": len(self.pages)}
 
 
 class JobRunner:
     """
-    Explores texts, one at a time.
+    Explores texts with one model, one text at a time.
 
     Parameters
     ----------
     model : PreTrainedModel
     tokenizer : PreTrainedTokenizerBase
     max_new_tokens : int
-        Longest answer.
+        Longest answer, in tokens.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 32):
@@ -80,21 +80,21 @@ class JobRunner:
 
     def submit(self, context: str, questions: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> str:
         """
-        Begin a job; its name, under which :attr:`jobs` holds it.
+        Start a job. Returns its name, which is its key in :attr:`jobs`.
 
         Parameters
         ----------
         context : str
         questions : sequence of str
         settings : sequence of mapping
-            Of the press, one for each page that is wanted.
+            Settings of the press, one for each page.
 
         Raises
         ------
         SettingError
             If the text is empty or a setting is wrong.
         BusyError
-            If the model works on another text.
+            If the model is busy with another text.
         """
         if not context.strip():
             raise SettingError("TEXT", "", "a text with something in it", "Paste or type one.")
@@ -113,12 +113,12 @@ class JobRunner:
 
     def _work(self, job: Job, context: str, questions: Sequence[str], presses: Sequence[RecordingPress]) -> None:
         try:
-            for press in presses:  # routers that do not fit fail before the prefill
+            for press in presses:  # so that routers that do not fit fail before the prefill
                 press.post_init_from_model(self.model)
             prefilled = prefill_text(self.model, self.tokenizer, context, questions, self.max_new_tokens, job.step)
             job.pages = [page(explore(prefilled, press, job.step)) for press in presses]
             job.state = "done"
-        except Exception as error:  # whatever it is, the browser waits for an answer
+        except Exception as error:  # any error: the browser waits for an answer
             job.error = str(error) if isinstance(error, KVPressMoEError) else f"{type(error).__name__}: {error}"
             job.state = "failed"
             if not isinstance(error, KVPressMoEError):

@@ -1,4 +1,4 @@
-"""The explorer as one self-contained HTML page: data, style and program inside, nothing from elsewhere."""
+"""The explorer as one self-contained HTML page. It contains data, style and program, and loads nothing."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import json
 from importlib.resources import files
 from typing import Any
 
-PROGRAM = ("unpack.js", "budget.js", "view.js", "text.js", "panels.js", "main.js")  # in the order they build on another
+PROGRAM = ("unpack.js", "budget.js", "view.js", "text.js", "panels.js", "main.js")  # each file uses the ones before it
 STYLE = ("colours.css", "page.css")
 
 
 def page(payload: dict[str, Any]) -> str:
     """
-    The page's text.
+    The HTML text of the page.
 
-    Whatever comes from a text, a model or an answer is in the JSON block alone, and the program writes it with
+    Everything that comes from a text, a model or an answer is only in the JSON block. The program inserts it with
     ``textContent``. Scripts and styles run only if their hash is in the page's Content-Security-Policy.
     """
     style, program = assets(*STYLE), assets(*PROGRAM)
@@ -24,11 +24,11 @@ def page(payload: dict[str, Any]) -> str:
     text = asset("page.html")
     for place, content in replacements.items():
         text = text.replace(place, content)
-    return text.replace("{{payload}}", as_json(payload))  # last: nothing in it is replaced
+    return text.replace("{{payload}}", as_json(payload))  # last, so that nothing in it is replaced
 
 
 def policy(style: str, program: str) -> str:
-    """A Content-Security-Policy that lets exactly this style and this program in, and no request out."""
+    """A Content-Security-Policy that allows only this style and this program, and no requests."""
     return (
         f"default-src 'none'; script-src '{_hash(program)}'; style-src '{_hash(style)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -40,7 +40,7 @@ def _hash(text: str) -> str:
 
 
 def as_json(data: Any) -> str:
-    """JSON that can stand inside a script element: no ``<`` that could end it or open another."""
+    """JSON that can stand inside a script element: it has no ``<`` that could end the element or start another."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

@@ -1,4 +1,4 @@
-"""What the page needs to know, as plain data: small enough for a page, exact where the budget rule needs it."""
+"""Data of the page: small enough for a page, and exact where the budget rule needs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMAT = 1
 
 def arrays(records: Mapping[int, LayerRecord]) -> dict[str, Any]:
     """
-    Records of all compressed layers, packed.
+    Pack the records of all compressed layers.
 
     Returns
     -------
@@ -28,7 +28,7 @@ def arrays(records: Mapping[int, LayerRecord]) -> dict[str, Any]:
         - ``moves`` (L, H, E, S), int8, in 1/127 of the head's ``move_scale``, the largest of them;
         - ``mass`` (L, H, S), bfloat16.
 
-        And ``layers``, the layers' indices, ``heads`` and ``move_scale``, L lists of H numbers.
+        Also ``layers`` (the layers' indices), ``heads`` (H) and ``move_scale`` (L lists of H numbers).
     """
     scores = torch.stack([record.scores for record in records.values()])
     weights = torch.stack([record.weights for record in records.values()])
@@ -72,13 +72,13 @@ def payload(
     Parameters
     ----------
     tokens : sequence of S str
-        The text, piece by piece.
+        The piece of text of each token.
     records : mapping of int -> LayerRecord
     experts : sequence of E str
     budget : mapping
-        ``ratio``, ``scope`` and ``min_share`` that the answers were given with.
+        ``ratio``, ``scope`` and ``min_share`` for which the answers were given.
     bound_to_ratio : sequence of str
-        Experts that would give other scores at another ratio.
+        Experts whose scores depend on the ratio.
     about : mapping of str -> str
         Facts to print: the model, sizes.
     answers : sequence of mapping

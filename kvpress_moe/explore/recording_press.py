@@ -1,4 +1,4 @@
-"""RecordingPress: MoERouterPress that also writes down who judged which pair, how, and what was kept."""
+"""RecordingPress: a MoERouterPress that also records weights, scores and kept pairs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from kvpress_moe.routers import Routing
 @dataclass
 class LayerRecord:
     """
-    One layer's judgement of a prompt (batch 1), on the CPU.
+    Weights, scores and kept pairs of one layer, for one prompt (batch 1), on the CPU.
 
     Attributes
     ----------
     weights : Tensor, shape (S, E), float32
         Routing weights of each token, summing to 1.
     scores : Tensor, shape (H, S), float32
-        What the experts together made of each pair; higher = keep.
+        Mixed score of each pair; higher = keep.
     moves : Tensor, shape (H, E, S), float32
-        How far each expert moved a pair's score from what it gave the head's pairs on average. Over the experts they
-        sum to the score minus the head's mean score.
+        What each expert adds to a pair's score, minus the mean of this over the head's pairs. The sum over all experts
+        is the pair's score minus the head's mean score.
     mass : Tensor, shape (H, S), float32
-        Attention that the prompt's last queries pay to each pair, as hit rates count it.
+        Attention that the prompt's last queries pay to each pair, as in the hit rates.
     kept : Tensor, shape (H, S), bool
         The pairs that stayed.
     """
@@ -45,7 +45,7 @@ class LayerRecord:
 
 
 class RememberingExpert(Expert):
-    """An expert that is asked once for the scores of a call, however often they are wanted."""
+    """An expert that computes the scores of a call only once, and then returns them again."""
 
     def __init__(self, expert: Expert):
         super().__init__(expert.name, expert.scorer, expert.keep, expert.registered)
@@ -71,7 +71,7 @@ class RecordingPress(MoERouterPress):
     Attributes
     ----------
     records : dict of int -> LayerRecord
-        By index of the layer; of the latest prompt, whose batch must be 1. Layers that are not compressed have none.
+        Layer index -> record of the latest prompt, whose batch must be 1. Layers that are not compressed have none.
     """
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class RecordingPress(MoERouterPress):
         super().__post_init__()
 
     def bound_to_ratio(self) -> list[str]:
-        """Experts whose scores hold at this press's ratio alone."""
+        """Names of the experts whose scores depend on the ratio."""
         return [expert.name for expert in self._experts if expert.reads_ratio]
 
     def _make_experts(self, specs: Sequence[Any]) -> list[Expert]:
@@ -96,19 +96,19 @@ class RecordingPress(MoERouterPress):
         return scores
 
     def _move(self, call: LayerCall, routing: Routing, index: int) -> Tensor:
-        """What one expert adds to the pairs' scores (H, S), less its mean over the head."""
+        """What one expert adds to the pairs' scores (H, S), minus its mean over the head."""
         if index not in routing.active:
             return torch.zeros(call.keys.shape[1:3])
-        if routing.router.calibration is None and len(routing.active) > 1:  # ranks are mixed; not where one is alone
+        if routing.router.calibration is None and len(routing.active) > 1:  # ranks are mixed, except if one is alone
             part = rank_within_head(self._experts[index].score(call, self.compression_ratio, routing))
             part = part * routing.weights[..., index]
-        else:  # a sum over experts: with the others' weights at zero, the one's term stays, and the head's offset
+        else:  # a sum: if the other weights are zero, this expert's term and the head's offset remain
             alone = torch.zeros_like(routing.weights)
             alone[..., index] = routing.weights[..., index]
             part = super().mix(call, replace(routing, weights=alone))
         part = part[0].double().cpu()
-        move = (part - part.mean(-1, keepdim=True)).nan_to_num(nan=0)  # where scores are infinite
-        largest = torch.finfo(torch.float32).max  # some scorers give it to pairs that have to stay
+        move = (part - part.mean(-1, keepdim=True)).nan_to_num(nan=0)  # if scores are infinite
+        largest = torch.finfo(torch.float32).max  # some scorers give it to pairs that must stay
         return move.clamp(-largest, largest).float()
 
     def record(self, layer_idx: int, observation: Observation, kept: Tensor) -> None:

@@ -13,13 +13,13 @@ INCOMPLETE = "\ufffd"  # what decoding shows for half a character
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """
-    The text that each token adds; joined they are the decoded text.
+    The text that each token adds. Joined, the pieces are the decoded text.
 
-    A character that several tokens spell belongs to the last of them, the others add nothing. Each token is decoded
-    behind the one before it, since some tokenizers drop the space before a text's first word.
+    If several tokens form one character, it belongs to the last of them, and the others add nothing. Each token is
+    decoded together with the one before it, because some tokenizers drop the space before the first word of a text.
     """
     ids, texts = list(ids), []
-    context, start = 0, 0  # what is decoded along, and the first token whose text is not out yet
+    context, start = 0, 0  # first token that is decoded again, and first token without a piece yet
 
     def decode(first: int, last: int) -> str:
         return cast(str, tokenizer.decode(ids[first:last], clean_up_tokenization_spaces=False))
@@ -35,7 +35,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
 
 
 def mark_matches(ours: Sequence[str], other: Sequence[str]) -> tuple[list[list[Any]], list[list[Any]]]:
-    """Each answer's pieces as [text, whether the other answer has it at the same place]; the longest matches align."""
+    """The pieces of each answer as [text, 1 if the other answer has it too, else 0]; aligned by longest matches."""
     marked: list[list[list[Any]]] = [[[piece, 0] for piece in answer] for answer in (ours, other)]
     for block in SequenceMatcher(a=ours, b=other, autojunk=False).get_matching_blocks():
         for offset in range(block.size):

@@ -1,4 +1,4 @@
-"""The explorer as a web app for the person at this machine: loopback only; it asks the hub for a router named by id."""
+"""The explorer as a web app for this machine only (loopback). It uses the hub only for a router given by hub id."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ except ImportError as error:
     ) from error
 
 HOST = "127.0.0.1"
-MAX_BYTES = 4 * 2**20  # of a request; far more than a model reads
+MAX_BYTES = 4 * 2**20  # of a request; far more than a model can process
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -40,10 +40,10 @@ HEADERS = {
 
 def make_app(runner: JobRunner, defaults: Mapping[str, Any]) -> Starlette:
     """
-    The app.
+    Make the app.
 
-    Host headers other than this machine's are refused, so that a foreign name that resolves to it reads nothing, and
-    so is what a page from elsewhere posts.
+    Requests whose host header is not this machine are refused, so that a foreign name that resolves to this machine can
+    read nothing. Requests that a page of another site sends are refused too.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def make_app(runner: JobRunner, defaults: Mapping[str, Any]) -> Starlette:
         job, number = runner.jobs.get(request.path_params["job"]), request.path_params["number"]
         if job is None or number >= len(job.pages):
             return refusal(404, "There is no such page any more.")
-        # the page's own policy stands in it; sandboxed it is of no origin, and cannot ask the app for anything
+        # the page contains its own policy; the sandbox gives it no origin, so it cannot send requests to the app
         headers = {**HEADERS, "Content-Security-Policy": "sandbox allow-scripts; frame-ancestors 'self'"}
         return HTMLResponse(job.pages[number], headers=headers)
 
@@ -98,12 +98,12 @@ def make_app(runner: JobRunner, defaults: Mapping[str, Any]) -> Starlette:
 
 
 def own_origin(request: Request) -> str:
-    """The origin of the app's own pages, as the browser that asks sees it."""
+    """The origin of the app's own pages, as the requesting browser sees it."""
     return f"http://{request.headers['host']}"
 
 
 def refusal(status: int, message: str) -> Response:
-    """An answer that says why not."""
+    """A JSON response with the reason of a refusal."""
     return JSONResponse({"error": message}, status_code=status, headers=HEADERS)
 
 
@@ -114,7 +114,7 @@ def parse(body: bytes | bytearray) -> tuple[str, list[str], list[dict[str, Any]]
     Raises
     ------
     SettingError
-        If it is none that the form could have sent.
+        If the form could not have sent this request.
     """
     try:
         request = json.loads(body)
@@ -172,7 +172,7 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(app: Starlette, listening: socket.socket, on_start: Callable[[str], Any]) -> None:
-    """Serve until interrupted; ``on_start`` is told the address."""
+    """Serve until interrupted. ``on_start`` is called with the address."""
     on_start(f"http://{HOST}:{listening.getsockname()[1]}")
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
     with suppress(KeyboardInterrupt):  # uvicorn ends in order, then raises the signal again

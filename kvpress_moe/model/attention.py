@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
 from kvpress_moe.model.layers import Attention
-
-if TYPE_CHECKING:
-    pass
 
 
 def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ def sizes(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _SIZES}
 
 
-def samples(output_projection: Tensor) -> list[float] | None:
+def samples(output_projection: Any) -> list[float] | None:
     """64 evenly spaced weights of the first layer's output projection. None if they are quantised or not in memory."""
+    if not isinstance(output_projection, Tensor):  # packed weights, as of GPTQ, AWQ, HQQ or torch's int8
+        return None
     if not output_projection.is_floating_point() or output_projection.device.type == "meta":
         return None
     flat = output_projection.detach().flatten()
@@ -53,7 +55,7 @@ def fingerprint(config: Any, first_attention: Attention) -> dict[str, Any]:
     dict
         Sizes, and 64 sampled weights (or None if they cannot be read).
     """
-    return {**sizes(config), "samples": samples(first_attention.o_proj.weight)}
+    return {**sizes(config), "samples": samples(getattr(first_attention.o_proj, "weight", None))}
 
 
 def check_form(saved: Any) -> dict[str, Any]:
@@ -92,13 +94,16 @@ def check_fingerprint(
     CheckpointError
         The message names the first difference.
     """
+    sampled = bool(saved.get("samples") and model["samples"])
     for name in _SIZES:
+        if name == "vocab_size" and sampled:
+            continue  # resized embeddings leave a model what it is; the weights tell
         if saved.get(name) != model[name]:
             raise CheckpointError(
                 f"{what}: {source} was made for a model with {name} = {saved.get(name)!r}, this one has "
                 f"{model[name]!r}. Use a {what} of this model."
             )
-    if saved.get("samples") and model["samples"]:
+    if sampled:
         cosine = torch.cosine_similarity(torch.tensor(saved["samples"]), torch.tensor(model["samples"]), dim=0).item()
         if not cosine >= min_cosine:  # NaN counts as different
             raise CheckpointError(

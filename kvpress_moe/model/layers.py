@@ -19,6 +19,12 @@ def language_model(model: PreTrainedModel) -> Any:
     return getattr(model.model, "language_model", model.model)
 
 
+def attn_implementation(model: PreTrainedModel) -> str:
+    """The attention implementation that the decoder layers use now; parts of a model may have different ones."""
+    implementation: str = language_model(model).layers[0].self_attn.config._attn_implementation
+    return implementation
+
+
 def slides(config: Any, layer_idx: int) -> bool:
     """Whether a layer attends to a sliding window only. Its cache is bounded anyway, so it is not compressed."""
     layer_types = getattr(config, "layer_types", None)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from kvpress_moe.errors import UnsupportedModelError
-from kvpress_moe.model.layers import full_attention_layers, language_model
+from kvpress_moe.model.layers import attn_implementation, full_attention_layers, language_model
 
 COMPILED = (
     "model: got a model compiled by torch.compile, expected the model as it was loaded. Compiled code does not see the "
@@ -61,21 +61,34 @@ def check_model(model: PreTrainedModel) -> None:
     """
     if is_compiled(model):
         raise UnsupportedModelError(COMPILED)
+    if not isinstance(model, SUPPORTED_MODELS) and hasattr(model, "get_base_model"):
+        raise UnsupportedModelError(
+            f"model: got {type(model).__name__}, a model that is wrapped by PEFT, expected the model inside. Use "
+            "`with press(model.get_base_model()):`; its adapters are part of it, and the wrapped model may be called."
+        )
     if not isinstance(model, SUPPORTED_MODELS):
         raise UnsupportedModelError(
             f"model: got {type(model).__name__}, expected one of "
             f"{', '.join(sorted(supported.__name__ for supported in SUPPORTED_MODELS))}. "
-            "Scorers would compute wrong queries for other classes, without a word."
+            "For other classes, scorers would silently compute wrong queries."
         )
     stack = language_model(model)
     if any(map(is_compiled, (model.model, stack, *stack.layers, *(layer.self_attn for layer in stack.layers)))):
         raise UnsupportedModelError(COMPILED)
+    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    indices = [getattr(layer.self_attn, "layer_idx", None) for layer in stack.layers]
+    if indices != list(range(n_layers)):
+        raise UnsupportedModelError(
+            f"model: got {len(indices)} decoder layers numbered {_shortly(indices)}, expected those of the "
+            f"configuration, 0 to {n_layers - 1}. After layers were removed, set config.num_hidden_layers to their "
+            "number and each self_attn.layer_idx to its place."
+        )
     if not hasattr(stack.layers[0].self_attn, "scaling"):
         raise UnsupportedModelError(
             f"model: got {type(model).__name__} of transformers {transformers.__version__}, whose attention is of an "
             "older make that cannot read ragged layers, expected a newer one. Install transformers 5.2."
         )
-    if model.config._attn_implementation == "flex_attention":
+    if attn_implementation(model) == "flex_attention":
         raise UnsupportedModelError(
             "model: got attn_implementation='flex_attention', which fails once kvpress 0.5.5 is imported (it "
             "passes the dropout in the place of the scaling), expected another. Load it with 'sdpa'."
@@ -87,3 +100,8 @@ def check_model(model: PreTrainedModel) -> None:
             "tokens, expected at least one layer with full attention. For prompts shorter than the window, load it "
             "with sliding_window=None."
         )
+
+
+def _shortly(indices: list[int | None]) -> str:
+    shown = ", ".join(map(str, indices[:4]))
+    return f"{shown}, …" if len(indices) > 4 else shown

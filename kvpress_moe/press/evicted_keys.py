@@ -27,6 +27,11 @@ class EvictedKeys:
     def __init__(self) -> None:
         self._layers: dict[int, tuple[weakref.ref[Any], Tensor, Tensor, Tensor]] = {}
 
+    def __copy__(self) -> EvictedKeys:
+        copied = EvictedKeys()
+        copied._layers = dict(self._layers)
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_layers": {}}  # a weak reference to a cache cannot be copied
 

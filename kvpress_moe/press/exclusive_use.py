@@ -36,7 +36,7 @@ def exclusive_use(press: Any, model: Any) -> Iterator[None]:
         if _HELD.get(id(model)) is holder:
             raise UnsupportedInputError(
                 f"press: this press is in use on this model already (in {holder}), expected one `with` block at a "
-                "time; every prompt would be compressed twice. Leave the inner block out."
+                "time; every prompt would be compressed twice. Remove the inner block."
             )
         raise UnsupportedInputError(
             f"press: this press is in use on another model (in {holder}), expected one at a time; its routers, counts "

@@ -28,7 +28,7 @@ def observe(call: LayerCall, routing: Routing) -> Observation:
     The routing of a call, and the attention of its latest queries. :func:`count` needs both.
 
     The first four tokens are left out of the attention mass (if there are more than eight). They are attention sinks,
-    and nearly every expert keeps them. The hit rate of the experts that they are routed to would depend on them alone.
+    and nearly every expert keeps them. The hit rates of the experts that judge them would depend on nothing else.
     """
     mass = per_kv_head(call.window_mass, call.keys.shape[1])
     if call.k_len > 2 * N_SINK:

@@ -21,6 +21,7 @@ from kvpress_moe.errors import SettingError, UnsupportedInputError, UnsupportedM
 from kvpress_moe.experts.expert import Expert
 from kvpress_moe.model.attention import hides_tokens
 from kvpress_moe.model.layers import Attention, slides
+from kvpress_moe.model.transformers_api import given_cache
 
 PADDED = (
     "attention_mask: got a padded batch inside a wrapper, expected prompts of equal length without padding. After "
@@ -92,8 +93,8 @@ def check_unmasked(attention: Attention, press: BasePress) -> None:
     hooked = [getattr(hook, "__self__", None) for hook in attention._forward_hooks.values()]
     if any(isinstance(other, BasePress) and other is not press for other in hooked):
         raise UnsupportedInputError(
-            f"press: another press masks pairs of layer {attention.layer_idx}, expected to be alone; after an eviction "
-            "its mask would hide others. Leave its `with` block first."
+            f"press: another press masks pairs of layer {attention.layer_idx}, expected no other press; after an "
+            "eviction its mask would hide the wrong pairs. Leave its `with` block first."
         )
 
 
@@ -116,7 +117,7 @@ def check_still_there(cache: Cache, n_judged: dict[int, int]) -> None:
         if n_left != n_pairs:
             raise UnsupportedInputError(
                 f"press: another press evicted pairs of layer {layer_idx} ({n_left} of {n_pairs} are left) before the "
-                "shared budget was decided, expected to be alone. Leave its `with` block first."
+                "shared budget was decided, expected no other press. Leave its `with` block first."
             )
 
 
@@ -139,7 +140,8 @@ def check_forward(model: Any, kwargs: dict[str, Any]) -> bool:
     Raises
     ------
     UnsupportedInputError
-        For an empty prompt, ``use_cache=False``, a StaticCache, or a QuantizedCache with layers that slide.
+        For an empty prompt, gradient checkpointing, ``use_cache=False``, drafts of assisted decoding, a StaticCache, or
+        a QuantizedCache with layers that slide.
     """
     inputs = kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
@@ -150,11 +152,18 @@ def check_forward(model: Any, kwargs: dict[str, Any]) -> bool:
             f"input_ids: got a prompt without tokens, shape {tuple(inputs.shape)}, expected at least one token. "
             "Check the tokenizer's input."
         )
-    cache = kwargs.get("past_key_values")
+    if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in model_layers(model)):
+        raise UnsupportedInputError(
+            "model: got gradient checkpointing in training mode, which switches the cache off, expected a model that "
+            "fills its cache. Call model.eval(), or model.gradient_checkpointing_disable()."
+        )
+    cache = given_cache(kwargs)
     if kwargs.get("use_cache") is False or (
         cache is None and not getattr(model.config.get_text_config(), "use_cache", True)
     ):
-        raise UnsupportedInputError("use_cache: got False, expected True. A press compresses the cache; give it one.")
+        raise UnsupportedInputError(
+            "use_cache: got False, expected True. A press compresses the cache, so it needs one."
+        )
     if isinstance(cache, StaticCache):
         raise UnsupportedInputError(
             "past_key_values: got a StaticCache, expected a cache that can shrink. Use a DynamicCache."
@@ -168,13 +177,29 @@ def check_forward(model: Any, kwargs: dict[str, Any]) -> bool:
     if cache is not None and cache.get_seq_length() > 0:
         if inputs.shape[1] > 1:
             warnings.warn(
-                f"{inputs.shape[1]} tokens meet a cache that already holds {cache.get_seq_length()}: they are not "
-                "compressed, as kvpress compresses a prompt that is prefilled in one pass into an empty cache only. "
-                "(Chunked prefill, a second turn, or a question asked inside the `with` block.)",
+                f"{inputs.shape[1]} tokens meet a cache that already holds {cache.get_seq_length()} tokens. They are "
+                "not compressed. As in kvpress, only a prompt that is prefilled in one pass into an empty cache is "
+                "compressed. (Reasons can be: Chunked prefill, a second turn, or a question in the `with` block.)",
                 stacklevel=2,
             )
         return False
+    if _inside_assisted_decoding():
+        raise UnsupportedInputError(
+            "generate: got assisted decoding or prompt lookup inside the block, expected a prompt without drafts. "
+            "Drafts would be compressed with the prompt, and rejected ones would stay in the cache. Prefill inside the "
+            "block, then call generate with the compressed cache after it."
+        )
     return True
+
+
+def _inside_assisted_decoding() -> bool:
+    """Whether this forward pass is called by ``generate`` with drafts; no argument of the model says so."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_assisted_decoding":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def check_mask(mask: Tensor | None) -> None:
@@ -242,4 +267,26 @@ def check_wrapped(attention: Attention, compression_ratio: float | None) -> None
         raise UnsupportedModelError(
             f"model: layer {attention.layer_idx} has sliding-window attention, expected layers with full attention "
             "inside this wrapper, which would evict from it. Use MoERouterPress without a wrapper."
+        )
+
+
+def has_eager_attention(model: Any) -> bool:
+    """Whether a model below its head computes attention eagerly, now."""
+    implementation: str = model_layers(model)[0].self_attn.config._attn_implementation
+    return implementation == "eager"
+
+
+def model_layers(model: Any) -> Any:
+    """The decoder layers of a model below its head."""
+    return getattr(model, "language_model", model).layers
+
+
+def warn_of_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the whole model: what a loss inside the block does not measure."""
+    if kwargs.get("labels") is not None:
+        warnings.warn(
+            "labels: the loss inside the block is that of the full cache. A press acts after a layer's attention. It "
+            "changes what later tokens see, not the prompt's own logits. To measure a press, prefill inside the "
+            "block, then pass the text that follows with the compressed cache.",
+            stacklevel=2,
         )

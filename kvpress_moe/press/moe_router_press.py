@@ -19,11 +19,14 @@ from kvpress_moe.budget.allocation import mixed_keep_fraction, pairs_kept
 from kvpress_moe.budget.cross_layer import Observation, SharedBudget
 from kvpress_moe.budget.eviction import evict, kept_mask, select
 from kvpress_moe.cache.masks import fit_masks
+from kvpress_moe.cache.shortened_layer import shorten
 from kvpress_moe.experts.expert import Expert
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.experts.mixing import mix_experts
-from kvpress_moe.model.layers import first_to_compress, language_model, slides
+from kvpress_moe.model.kvpress_host import teach_kvpress
+from kvpress_moe.model.layers import attn_implementation, first_to_compress, language_model, slides
 from kvpress_moe.model.support import check_model
+from kvpress_moe.model.transformers_api import attention_arguments
 from kvpress_moe.press.exclusive_use import is_in_use
 from kvpress_moe.press.feedback import Feedback, observe
 from kvpress_moe.press.input_checks import check_attention, check_mask, check_unmasked, check_wrapped
@@ -138,8 +141,9 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         UnsupportedModelError, CheckpointError, SettingError
             If the model, the routers or a setting cannot be used. No hook has been registered then.
         """
+        teach_kvpress()
         check_model(model)
-        self._eager = model.config._attn_implementation == "eager"
+        self._eager = attn_implementation(model) == "eager"
         attention = language_model(model).layers[0].self_attn
         if self.router is None and self._routers is not None and not belong(self._routers, attention):
             del self.routers  # shipped for another model of this size, or with its feedback
@@ -158,9 +162,8 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         """
         Compress every prompt that is prefilled inside the ``with`` block.
 
-        This is kvpress's own context manager with three additions (see :class:`~kvpress_moe.press.session.Session`).
-        Inputs that would be compressed wrongly are refused before the first layer runs. A forward pass that fails
-        leaves nothing behind. The ``rotary_emb`` that kvpress puts on the attention layers is removed at the end.
+        This is kvpress's own context manager with additions, see :class:`~kvpress_moe.press.session.Session`: inputs
+        that would be compressed wrongly are refused before the first layer runs, and a pass that fails leaves nothing.
 
         Raises
         ------
@@ -223,7 +226,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         observed = [self.observe(row, routing) for row, routing in zip(rows, routed, strict=True)]
         check_all_finite(rows, routed, scores, observed)
         n_kept = [self.n_kept(row, routing) for row, routing in zip(rows, routed, strict=True)]
-        if self._turns_ragged:
+        if self._session.turns_ragged(self):
             return self._evict_shared(call, scores, observed, n_kept)
         return self._evict(call, routed[0], scores[0], observed[0], n_kept[0])
 
@@ -258,8 +261,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         transformers' masks need layers of equal length.
         """
         if self.compression_ratio is not None:
-            n_kept: int = compute_n_kept(call.k_len, self.compression_ratio)
-            return n_kept
+            return int(compute_n_kept(call.k_len, self.compression_ratio))
         if first_to_compress(call.module):
             keeps = [expert.keep_fraction(call.k_len) for expert in self._experts]
             self._keep_fractions[call.row] = mixed_keep_fraction(routing.routed.sum((0, 1, 2)).tolist(), keeps)
@@ -273,18 +275,20 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         self.record(call.layer_idx, observation, kept_mask(indices, call.k_len))
         if self.track_misses:
             self._feedback.keep_evicted(call, routing, indices)
-        if not is_in_use(self):  # a wrapper may compress this cache again
-            self._memory.remember(call, routing.weights, indices)
         if call.cache is not None:
             fit_masks(call.cache, call.module.config)
+        if not is_in_use(self):  # a wrapper may compress this cache again, and counts its pairs
+            self._memory.remember(call, routing.weights, indices)
+        elif call.cache is not None:
+            shorten(call.cache.layers[call.layer_idx], call.k_len - n_kept, call.k_len)
         return evict(call.keys, indices), evict(call.values, indices)
 
     def _evict_shared(
         self, call: LayerCall, scores: Sequence[Tensor], observed: Sequence[Observation], n_kept: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Shared budget: heads compete. Once it is decided, the layers of the cache are replaced by ragged ones."""
-        waiting = (self._shared, call, scores, observed, n_kept)
-        for layer_idx, parts in evict_shared(*waiting, self.scope, self.min_share, inside_wrapper=not is_in_use(self)):
+        budget = (self.scope, self.min_share, not is_in_use(self))
+        for layer_idx, parts in evict_shared(self._shared, call, scores, observed, n_kept, *budget):
             for kept, observation in parts:
                 self.record(layer_idx, observation, kept)
         return call.keys, call.values  # kvpress's hook stores them in the old layer object, which is no longer in use
@@ -297,19 +301,14 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list[Any]
     ) -> list[Any]:
         """kvpress's hook. With ``track_misses`` it also counts a decoding step's attention to evicted keys."""
+        if self._session.is_copied:
+            return output
+        kwargs = attention_arguments(module, kwargs)
         output = super().forward_hook(module, input, kwargs, output)
         self._session.projections.clear()
         if self.track_misses and not is_prefilling(kwargs["cache_position"], kwargs["hidden_states"].shape[1]):
             self._feedback.add_decoding_step(module, kwargs, self._routers)
         return output
-
-    @property
-    def _turns_ragged(self) -> bool:
-        """Whether layers become ragged. Inside a wrapper, which stores equal heads, only if ``budget`` asks for it."""
-        shares = self.scope != "uniform" and (is_in_use(self) or self.budget is not None)
-        return shares or self._session.text_starts is not None
-
-    # ── statistics ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def get_stats(self) -> dict[str, Any]:
         """What was counted since the last reset, see :meth:`kvpress_moe.press.statistics.RoutingStats.as_dict`."""

@@ -92,5 +92,5 @@ def not_finite(what: str, call: LayerCall, states: Tensor, remedy: str) -> NotFi
     n_wrong = int((~states.isfinite()).sum())
     return NotFiniteError(
         f"{what}: got NaN or infinity on layer {call.layer_idx} ({n_wrong} of {states.numel()} numbers), expected "
-        f"finite numbers; nothing was evicted by them. {remedy}"
+        f"finite numbers; nothing was evicted. {remedy}"
     )

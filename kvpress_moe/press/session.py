@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,15 @@ from kvpress_moe.cache.masks import fit_masks_after_forward
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.model.hooks import bare_afterwards
 from kvpress_moe.model.projection_cache import ProjectionCache
-from kvpress_moe.press.exclusive_use import exclusive_use
-from kvpress_moe.press.input_checks import check_can_serve_padding, check_forward, forward_arguments
+from kvpress_moe.model.transformers_api import given_cache, own_names
+from kvpress_moe.press.exclusive_use import exclusive_use, is_in_use
+from kvpress_moe.press.input_checks import (
+    check_can_serve_padding,
+    check_forward,
+    forward_arguments,
+    has_eager_attention,
+    warn_of_labels,
+)
 from kvpress_moe.press.padding import rows_alone, text_starts
 from kvpress_moe.press.transaction import Transaction
 from kvpress_moe.routers.active import restore, snapshot
@@ -31,6 +39,10 @@ class Session:
     ----------
     projections : ProjectionCache
         What the current layer projected in its own forward.
+    is_open : bool
+        Whether a block is open.
+    is_copied : bool
+        Whether this is the session of hooks that were copied with a model inside a block.
     text_starts : list of int or None
         Where the text of each row begins in a prompt that is padded on the left. None for a prompt without padding.
     """
@@ -38,10 +50,28 @@ class Session:
     def __init__(self) -> None:
         self.projections = ProjectionCache()
         self.text_starts: list[int] | None = None
+        self.is_open = False
+        self.is_copied = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """
+        A new session.
+
+        A model that is copied inside the block takes copies of the hooks with it, and of the press. They do nothing: no
+        block of theirs is open, and nothing would ever take them off.
+        """
+        copied = Session()
+        copied.is_copied = self.is_open or self.is_copied
+        return copied
 
     def rows(self, call: LayerCall) -> list[LayerCall]:
         """The call itself, or for a padded batch one call for each row, without its padding."""
         return rows_alone(call, self.text_starts)
+
+    def turns_ragged(self, press: Any) -> bool:
+        """Whether layers become ragged. Inside a wrapper, which stores equal heads, only if ``budget`` asks for it."""
+        shares = press.scope != "uniform" and (is_in_use(press) or press.budget is not None)
+        return shares or self.text_starts is not None
 
     def clear(self) -> None:
         """Forget the current forward pass."""
@@ -72,24 +102,31 @@ class Session:
             leave.enter_context(bare_afterwards(model))
             leave.enter_context(compressing)
             before = partial(self._before_forward, press, transaction)
+            leave.enter_context(own_names(model, model.model))
+            leave.callback(model.register_forward_pre_hook(warn_of_labels, with_kwargs=True).remove)
             leave.callback(model.model.register_forward_pre_hook(before, with_kwargs=True).remove)
             leave.callback(model.model.register_forward_hook(fit_masks_after_forward).remove)
             leave.callback(model.model.register_forward_hook(transaction.end, always_call=True).remove)
             leave.callback(transaction.close)
             leave.enter_context(self.projections.watch(model))
+            self.is_open, self.is_copied = True, False
+            leave.callback(setattr, self, "is_open", False)
             yield
 
     def _before_forward(
         self, press: Any, transaction: Transaction, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Refuse input that would be compressed wrongly and silently. Note where the text of padded rows begins."""
+        if self.is_copied:
+            return
         arguments = forward_arguments(model, args, kwargs)
         transaction.begin(arguments)
         self.text_starts = None
+        press._eager = has_eager_attention(model)  # it may have been changed inside the block
         if check_forward(model, arguments) and press.compression_ratio != 0:
             self.text_starts = text_starts(arguments.get("attention_mask"), arguments.get("position_ids"))
             if self.text_starts is not None:
-                check_can_serve_padding(arguments.get("past_key_values"), press._eager, press.track_misses)
+                check_can_serve_padding(given_cache(arguments), press._eager, press.track_misses)
 
 
 def checkpoint(press: Any, is_prompt: bool) -> Callable[[], None]:
@@ -98,6 +135,7 @@ def checkpoint(press: Any, is_prompt: bool) -> Callable[[], None]:
         return lambda: None  # nothing is counted
     routers, counted = press.routers, press._feedback.stats.snapshot()
     feedback = [] if routers is None else snapshot(routers)
+    evicted, keep_fractions = copy(press._feedback.evicted), dict(press._keep_fractions)
 
     def take_back() -> None:
         press._feedback.stats.restore(counted)
@@ -105,6 +143,7 @@ def checkpoint(press: Any, is_prompt: bool) -> Callable[[], None]:
             press._routers = None
         else:
             restore(press.routers, feedback)
+        press._feedback.evicted, press._keep_fractions = evicted, keep_fractions
         press._shared.clear()
         press._session.projections.clear()
 

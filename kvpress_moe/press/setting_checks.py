@@ -31,14 +31,14 @@ def _require(condition: bool, field: str, got: Any, expected: str, remedy: str) 
 def check_num_experts(value: Any) -> None:
     right = value is None or (_is_whole(value) and value >= 1)
     _require(
-        right, "num_experts", value, "a whole number, at least 1, or None", "None takes 4, or as many as `experts`."
+        right, "num_experts", value, "a whole number, at least 1, or None", "None means 4, or the number of `experts`."
     )
 
 
 def check_top_k(value: Any) -> None:
     right = value is None or (_is_whole(value) and value >= 1)
     _require(
-        right, "top_k", value, "a whole number from 1 to num_experts, or None", "None takes 2, or the routers' own."
+        right, "top_k", value, "a whole number from 1 to num_experts, or None", "None means 2, or the routers' top_k."
     )
 
 
@@ -48,12 +48,12 @@ def check_capacity_factor(value: Any) -> None:
         "capacity_factor",
         value,
         "a finite number, at least 1",
-        "Below 1 the experts together have no room for every token.",
+        "Below 1 the experts together cannot take every token.",
     )
 
 
 def check_dropout(value: Any) -> None:
-    _require(_is_number(value, 0, 1), "dropout", value, "a number in [0, 1)", "The guide's default is 0.1.")
+    _require(_is_number(value, 0, 1), "dropout", value, "a number in [0, 1)", "The default is 0.1.")
 
 
 def check_router_type(value: Any) -> None:
@@ -72,7 +72,7 @@ def check_track_misses(value: Any) -> None:
 def check_budget(value: Any) -> None:
     scopes = ("uniform", "layer", "global")
     expected = " or ".join(map(repr, scopes))
-    _require(value is None or value in scopes, "budget", value, expected, "None decides by the routers.")
+    _require(value is None or value in scopes, "budget", value, expected, "None chooses by the routers.")
 
 
 def check_min_share(value: Any) -> None:
@@ -96,7 +96,7 @@ def check_compression_ratio(value: Any) -> None:
         "compression_ratio",
         value,
         "a number in [0, 1), the share of pairs to remove, or None",
-        "0.5 keeps half; None lets each expert's own keep fraction decide.",
+        "0.5 keeps half. With None, each expert's own keep fraction decides.",
     )
 
 
@@ -122,7 +122,7 @@ def check_router(value: Any) -> None:
         "router",
         value,
         "a directory, a hub id, a Routers object or None",
-        "None takes those that ship for the model, else untrained ones.",
+        "None takes the routers that ship for the model, else untrained ones.",
     )
 
 
@@ -162,14 +162,14 @@ def check_number_of_experts(num_experts: int, n_named: int, given: bool) -> None
             "num_experts",
             num_experts,
             f"the number of `experts` given, {n_named}",
-            "Leave num_experts out; the list decides.",
+            "Leave num_experts out: the list decides.",
         )
     else:
         _require(
             num_experts <= n_named,
             "num_experts",
             num_experts,
-            f"at most the {n_named} experts of the guide's table",
+            f"at most the {n_named} experts of the default table",
             "Name more with `experts=[...]`.",
         )
 

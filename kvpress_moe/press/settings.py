@@ -9,6 +9,7 @@ from kvpress_moe.experts.custom import CustomStrategies
 from kvpress_moe.experts.expert import Expert
 from kvpress_moe.experts.expert_list import ExpertStrategies, make_experts
 from kvpress_moe.experts.registry import expert_specs
+from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.press.setting_checks import (
     CHECKS,
     check_number_of_experts,
@@ -88,6 +89,7 @@ class Settings(CustomStrategies):
                 setattr(cls, name, setting)
 
     def __post_init__(self) -> None:
+        teach_kvpress()
         number, top_k = self.num_experts, self.top_k  # None if not given
         specs = expert_specs(self.experts, number)
         if number is not None:

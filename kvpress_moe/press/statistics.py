@@ -59,11 +59,11 @@ class RoutingStats:
               of the attention mass on the expert's pairs that falls on kept pairs). NaN where nothing was counted.
         """
         layers = {layer_idx: self._layer(sums, num_experts) for layer_idx, sums in sorted(self._layers.items())}
-        calls = [int(sums["calls"]) for sums in self._layers.values()]
-        total = sum(float(sums["aux_loss"]) for sums in self._layers.values())
+        calls = [int(sums.get("calls", 0)) for sums in self._layers.values()]
+        total = sum(float(sums.get("aux_loss", 0)) for sums in self._layers.values())
         return {
             "total_aux_loss": total,
-            "avg_aux_loss": total / sum(calls) if calls else 0.0,
+            "avg_aux_loss": total / sum(calls) if any(calls) else 0.0,
             "forward_count": max(calls, default=0),
             "layer_stats": layers,
         }
@@ -71,15 +71,16 @@ class RoutingStats:
     @staticmethod
     def _layer(sums: dict[str, Any], num_experts: int) -> dict[str, Any]:
         unknown = torch.full((num_experts,), torch.nan)
-        assigned = sums["assigned"]
+        none = torch.zeros(num_experts)  # after reset_stats while tokens are generated, no prompt has been counted
+        assigned = sums.get("assigned", none)
         return {
             "router_stats": {
                 "expert_usage_ratios": (assigned / assigned.sum()).tolist(),
                 "expert_usage_count": [int(count) for count in assigned.tolist()],
-                "total_tokens": int(sums["tokens"]),
+                "total_tokens": int(sums.get("tokens", 0)),
             },
             "expert_compression_stats": {
-                "expert_usage": [int(count) for count in sums["used"].tolist()],
+                "expert_usage": [int(count) for count in sums.get("used", none).tolist()],
                 "compression_ratios": (1 - sums["kept"] / sums["judged"] if "judged" in sums else unknown).tolist(),
                 "cache_hit_rates": (sums["hit"] / sums["mass"] if "mass" in sums else unknown).tolist(),
             },

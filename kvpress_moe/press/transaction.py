@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from kvpress_moe.errors import UnsupportedInputError
+from kvpress_moe.model.transformers_api import given_cache
 
 
 class Transaction:
@@ -49,7 +50,7 @@ class Transaction:
         earlier = self._under_way.get("pass")
         if earlier is not None and earlier[0] is me:
             self._undo()  # Ctrl-C ended that pass, and the caller went on
-        cache: Any = arguments.get("past_key_values")
+        cache: Any = given_cache(arguments)
         is_prompt = cache is None or cache.get_seq_length() == 0
         layers = [copy(layer) for layer in cache.layers] if cache is not None and is_prompt else None
         ours = (me, lambda: None)
@@ -92,8 +93,9 @@ class Transaction:
             return
         if reader[0] is not threading.current_thread() and reader[0].is_alive():
             raise UnsupportedInputError(
-                f"press: the `with` block was left while thread {reader[0].name!r} was still reading, expected it to "
-                "be open until then; that prompt's cache is compressed in some layers only. Wait for the thread."
+                f"press: the `with` block was left while thread {reader[0].name!r} was still reading, expected the "
+                "block to stay open until the thread is done; its cache is compressed in some layers only. Wait for "
+                "the thread."
             )
         self._undo()
 

@@ -129,6 +129,6 @@ def _download(repo_id: str) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=[WEIGHTS, CONFIG]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"router: {repo_id!r} is no directory here and could not be had from the hub ({type(error).__name__}). "
+            f"router: {repo_id!r} is no directory here and could not be loaded from the hub ({type(error).__name__}). "
             "Check the path, or the hub id and the network."
         ) from error

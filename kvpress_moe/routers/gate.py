@@ -1,4 +1,4 @@
-"""The gate: router logits decide which experts judge which token, and with what weight. Without a loop over tokens."""
+"""The gate: router logits decide which experts judge which token, and with what weight. No loop over tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ class Gate(NamedTuple):
 
 
 def expert_capacity(n_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Limit of the tokens that an expert takes of one sequence: their mean number, times ``capacity_factor``."""
+    """
+    Largest number of tokens of one sequence that one expert takes.
+
+    It is ``ceil(capacity_factor * n_tokens * top_k / num_experts)``.
+    """
     return math.ceil(capacity_factor * n_tokens * top_k / num_experts)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from kvpress_moe.errors import CheckpointError
-from kvpress_moe.model.fingerprint import check_fingerprint, fingerprint, sizes
+from kvpress_moe.model.fingerprint import check_fingerprint, fingerprint
 from kvpress_moe.model.layers import Attention
 from kvpress_moe.routers import RouterConfig, Routers
 from kvpress_moe.routers.checkpoint import load_routers, read_fingerprint
@@ -38,10 +39,13 @@ def belong(routers: Routers, attention: Attention) -> bool:
     """Whether routers were made for exactly the model whose first attention layer is given."""
     if not fits(routers, attention):
         return False
-    if routers.fingerprint is None:
-        return True
+    return routers.fingerprint is None or agree(routers.fingerprint, fingerprint(attention.config, attention))
+
+
+def agree(saved: dict[str, Any], model: dict[str, Any]) -> bool:
+    """Whether two fingerprints are of the same model."""
     try:
-        check_fingerprint(routers.fingerprint, fingerprint(attention.config, attention), "routers in use")
+        check_fingerprint(saved, model, "routers")
     except CheckpointError:
         return False
     return True
@@ -61,14 +65,12 @@ def trained_routers(router: str | Path | Routers) -> Routers:
 
 def shipped_routers(attention: Attention) -> Routers | None:
     """The routers that ship with the package for the model of an attention layer. None if there are none."""
-    config = attention.config
+    if attention.layer_idx != 0:  # the weights of a model are compared at its first layer
+        return None
+    own = fingerprint(attention.config, attention)
     for directory in sorted(SHIPPED.glob("*/")):
-        saved = read_fingerprint(directory)
-        if attention.layer_idx != 0 or any(saved.get(name) != size for name, size in sizes(config).items()):
-            continue
-        routers = load_routers(directory)
-        if belong(routers, attention):
-            return routers
+        if agree(read_fingerprint(directory), own):
+            return load_routers(directory)
     return None
 
 

@@ -17,6 +17,7 @@ from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.experts.mixing import rank_within_head
 from kvpress_moe.model.hooks import hooked, prepared
 from kvpress_moe.model.layers import Attention, full_attention_layers, language_model
+from kvpress_moe.model.transformers_api import attention_arguments, with_cache
 
 
 @torch.no_grad()
@@ -59,6 +60,7 @@ def capture(
 
     def record(module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]) -> None:
         layer = cache.layers[module.layer_idx]
+        kwargs = attention_arguments(module, kwargs)
         call = LayerCall(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
         hidden.append(call.hidden_states[0].half())
         ranks.append(torch.stack([rank_within_head(expert.score(call, 0.5))[0].half() for expert in experts]))
@@ -69,7 +71,7 @@ def capture(
     blocks = [language_model(model).layers[layer_idx] for layer_idx in layers]
     attentions = [block.self_attn for block in blocks]
     with prepared(model, presses), hooked(blocks, record_stream, before=True), hooked(attentions, record):
-        model.model(input_ids=prompt.context.to(model.device), past_key_values=cache)
+        model.model(input_ids=prompt.context.to(model.device), **with_cache(cache))
     replay = ReplayScores().of(model, tokenizer, prompt.context.to(model.device), cache, prompt.n_prefix)
     peak = evaluate_full_cache(model, cache, prompt).peak
     return {

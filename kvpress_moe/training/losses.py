@@ -1,4 +1,4 @@
-"""What a router is asked to predict, and how a wrong prediction is weighed."""
+"""Targets of the layer-by-layer fit, and its losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kvpress_moe.errors import SettingError
 
-FLOOR = -12.0  # natural log; attention below e^-12 is as good as none
+FLOOR = -12.0  # natural log; attention below e^-12 counts as none
 TEACHERS = ("replay", "answer", "both")
 
 
@@ -21,11 +21,17 @@ def target(shard: dict[str, Tensor], teacher: str, value_weight: float = 0.0) ->
     shard : dict of str -> Tensor
         One layer of what :func:`kvpress_moe.training.capture.capture` recorded.
     teacher : {"replay", "answer", "both"}
-        Largest attention that a repetition of the context pays; that of the real question and answer; the larger of
-        both.
+        ``"replay"``: the largest attention that a repetition of the context pays. ``"answer"``: the largest attention
+        that the real question and answer pay. ``"both"``: the larger of the two.
     value_weight : float, default=0
-        Power of what the value adds to the residual stream, relative to its norm, in the product with the attention. 0:
-        attention alone (KVzip, arXiv 2505.23416); 1: the product (KVzip+ of KVzap, arXiv 2601.07891).
+        The attention is multiplied by what the value adds to the residual stream (relative to the stream's norm),
+        raised to this power. 0: attention alone (KVzip, arXiv 2505.23416); 1: the product (KVzip+ of KVzap,
+        arXiv 2601.07891).
+
+    Raises
+    ------
+    SettingError
+        If there is no such teacher.
     """
     if teacher not in TEACHERS:
         raise SettingError("teacher", teacher, f"one of {', '.join(TEACHERS)}", "The default is 'both'.")
@@ -38,17 +44,19 @@ def budget_loss(
     scores: Tensor, targets: Tensor, thresholds: Tensor, temperature: float = 0.5, softness: float = 0.25
 ) -> Tensor:
     """
-    Cross-entropy of the question that a budget asks: does this pair belong to those that stay?
+    Cross-entropy of the question that a budget asks: does this pair stay?
 
-    Asked at each of the thresholds that :func:`tail_weights` takes too; scores and targets share their unit, so one
-    threshold divides both. What is far from every threshold costs nothing, however wrong its score is.
+    The question is asked at each threshold of :func:`tail_weights`. Scores and targets have the same unit, so one
+    threshold divides both. If score and target are on the same side of a threshold and far from it, the error of the
+    score costs almost nothing.
 
     Parameters
     ----------
     scores, targets : Tensor, shape (N, H)
     thresholds : Tensor, shape (3,)
     temperature, softness : float
-        Widths, in nats, within which a score and a target count as undecided.
+        Widths, in nats, of the range around a threshold in which a score (``temperature``) or a target (``softness``)
+        counts as undecided.
     """
     belongs = torch.sigmoid((targets[..., None] - thresholds) / softness)
     return F.binary_cross_entropy_with_logits((scores[..., None] - thresholds) / temperature, belongs)
@@ -56,12 +64,12 @@ def budget_loss(
 
 def tail_weights(targets: Tensor, thresholds: Tensor) -> Tensor:
     """
-    Weight of each prediction: small for pairs that no budget keeps, large for those that all do.
+    Weight of each prediction: 0.1 for pairs that no budget keeps, 1 for pairs that all budgets keep.
 
     Parameters
     ----------
     targets : Tensor, shape (N, H)
     thresholds : Tensor, shape (3,)
-        The prompt set's quantiles of the target over all layers and heads where half, a quarter and a tenth stay.
+        Quantiles of the target over all prompts, layers and heads: half, a quarter and a tenth of the pairs are above.
     """
     return 0.1 + (targets[..., None] > thresholds).float().mean(-1) * 0.9

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_moe.files import write_atomically
+from kvpress_moe.model.transformers_api import with_cache
 from kvpress_moe.training.checkpoints import own_tensors
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # keys and values of every layer, (1, H, S, D) each
@@ -32,7 +33,7 @@ def full_cache(model: PreTrainedModel, context: Tensor, path: Path) -> Pairs:
     """
     if not path.exists():
         cache = DynamicCache()
-        model.model(input_ids=context.to(model.device), past_key_values=cache)
+        model.model(input_ids=context.to(model.device), **with_cache(cache))
         layers: list[Any] = cache.layers
         tensors = {f"keys-{i}": layer.keys.half().contiguous().cpu() for i, layer in enumerate(layers)}
         tensors |= {f"values-{i}": layer.values.half().contiguous().cpu() for i, layer in enumerate(layers)}

@@ -43,21 +43,22 @@ class Shards:
 
     def claim(self, model: dict[str, Any], experts: Sequence[str], seed: int) -> tuple[str, ...]:
         """
-        Say what the shards are of, or see that those which are there will do; the experts that they hold.
+        Note what the shards belong to, or check that existing shards fit. Returns the experts that they hold.
 
         Parameters
         ----------
         model : dict
-            Fingerprint.
+            Fingerprint of the model.
         experts : sequence of str
-            Those that are needed; shards that hold more will do.
+            Experts that are needed. Shards that hold more experts fit too.
         seed : int
-            Of the prompts.
+            Seed of the prompts.
 
         Raises
         ------
         SettingError
-            If the directory holds shards of another model or seed, or of fewer experts.
+            If the directory holds shards of another model, seed or format, or of fewer experts, or if its note cannot
+            be read.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         note = self.directory / "recipe.json"
@@ -101,7 +102,7 @@ class Shards:
         progress(len(prompts), len(prompts))
 
     def layer(self, number: int, names: Sequence[Path]) -> list[dict[str, Tensor]]:
-        """What all these prompts hold of one of the layers that were captured; nothing of the others is read."""
+        """One captured layer of all these prompts. The other layers are not read."""
         prompts: list[dict[str, Tensor]] = []
         for name in names:
             with own_tensors(name) as shard:
@@ -109,6 +110,6 @@ class Shards:
         return prompts
 
     def prompt(self, name: Path) -> dict[str, Tensor]:
-        """All that was captured of one prompt, all layers."""
+        """Everything that was captured of one prompt, all layers."""
         with own_tensors(name) as shard:
             return {key: shard.get_tensor(key) for key in TENSORS}

@@ -18,7 +18,9 @@ def soft_share(
     temperature: float,
 ) -> Float[Tensor, "U S"]:
     """
-    How far each pair stays under :func:`kvpress_moe.budget.allocation.share`, as a log: ``log sigmoid(margin / T)``.
+    A soft form of :func:`kvpress_moe.budget.allocation.share`: the log of how far each pair stays.
+
+    This is ``log sigmoid(margin / T)``, where T is the temperature.
 
     The margin of a pair is its score minus a threshold: the best score that is evicted. If a unit keeps pairs below
     that score because of its minimum, its threshold is its own lowest kept score. In the result, ``sigmoid`` is at
@@ -50,6 +52,6 @@ def soft_share(
     undecided = torch.sigmoid((hard - threshold) / temperature)
     undecided = undecided * (1 - undecided)
     pull = undecided / undecided.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    threshold = threshold + (pull * (scores - scores.detach())).sum()  # adds a gradient, but the number 0
+    threshold = threshold + (pull * (scores - scores.detach())).sum()  # adds a gradient; its value is 0
     margin = torch.where(protected, hard - threshold.detach(), scores - threshold)
     return F.logsigmoid(margin / temperature)

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from kvpress_moe.errors import UnsupportedModelError
 from kvpress_moe.model.hooks import hooked
-from kvpress_moe.model.layers import Attention, language_model
+from kvpress_moe.model.layers import Attention, attn_implementation, language_model
 
 
 def check_takes_masks(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError if a model's attention takes no additive masks."""
-    attention = model.config._attn_implementation
+    attention = attn_implementation(model)
     if attention not in ("sdpa", "eager"):
         raise UnsupportedModelError(
             f"model: got attn_implementation={attention!r}, expected 'sdpa' or 'eager', which add masks to the logits "

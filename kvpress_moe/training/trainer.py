@@ -1,4 +1,4 @@
-"""From a config to trained routers: prompts, shards, one fit per layer."""
+"""From a training config to trained routers: prompts, shards, one fit per layer, end-to-end tuning."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
 from kvpress_moe.benchmark.tasks import make_sample
-from kvpress_moe.errors import SettingError
+from kvpress_moe.errors import SettingError, UnsupportedModelError
 from kvpress_moe.experts.expert import Expert
 from kvpress_moe.experts.registry import make_expert
 from kvpress_moe.model.fingerprint import model_fingerprint
-from kvpress_moe.model.layers import full_attention_layers
+from kvpress_moe.model.layers import full_attention_layers, full_attentions
 from kvpress_moe.model.support import check_model
 from kvpress_moe.routers import RouterConfig, Routers
 from kvpress_moe.training import end_to_end
@@ -36,11 +36,11 @@ from kvpress_moe.training.tuning_samples import CapturedPrompt, TuningSample
 
 KEPT_SHARES = (0.5, 0.25, 0.1)
 
-Aim = Callable[[dict[str, Tensor]], Tensor]  # a layer of a shard -> what its pairs should score, (H, S)
+Aim = Callable[[dict[str, Tensor]], Tensor]  # a layer of a shard -> target of its pairs' scores, (H, S)
 
 
 def prompts(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[tuple[str, Prompt]]:
-    """The config's prompts with their names, all kinds in turn, lengths in turn."""
+    """The prompts of a config with their names. Kinds and lengths are taken in turn."""
 
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
@@ -55,6 +55,16 @@ def prompts(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, limit: i
         check_fits(prompt, sample, limit)
         made.append((sample.id, prompt))
     return made
+
+
+def check_has_weights(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError if output projections are packed: training measures what values write with them."""
+    projection = full_attentions(model)[0].o_proj
+    if not isinstance(getattr(projection, "weight", None), Tensor) or not projection.weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"model: got packed weights ({type(projection).__name__}), expected floating-point ones: training reads "
+            "o_proj.weight. Train with the model as it was before it was quantised; the routers serve both."
+        )
 
 
 def train(
@@ -74,12 +84,12 @@ def train(
     tokenizer : PreTrainedTokenizerBase
     config : TrainingConfig
     shards : Path, optional
-        Where captured prompts and fitted layers are kept; what is there already is not done again. A temporary
-        directory otherwise.
+        Directory of captured prompts and fitted layers. What is already there is not computed again. Default: a
+        temporary directory.
     progress : callable
         ``progress(description, done, total, loss)``.
     processes : Processes, optional
-        Processes that share the work, and the ``shards``; this one alone otherwise.
+        Processes that share the work and the directory ``shards``. Default: this process alone.
 
     Returns
     -------
@@ -91,14 +101,16 @@ def train(
     SettingError
         If the config is wrong, or processes that share the work do not share a directory.
     UnsupportedModelError
-        If the press cannot serve the model, or its attention takes no additive masks and is to be tuned end to end.
+        If the press does not support the model, or if the tuning needs additive masks and the model's attention does
+        not take them.
     CheckpointError
-        If a file that an earlier run left among the shards cannot be read.
+        If a file of an earlier run in ``shards`` cannot be read.
     NotFiniteError
-        If the loss of the tuning is not finite; epochs before that are kept.
+        If the loss of the tuning is not finite. Earlier epochs are kept.
     """
     config.check()
     check_model(model)
+    check_has_weights(model)
     if config.end_to_end:
         check_takes_masks(model)
     processes = processes or Processes()
@@ -138,12 +150,12 @@ def fit_routers(
     processes: Processes | None = None,
 ) -> tuple[Routers, dict[str, Any]]:
     """
-    Fit every layer's router to captured prompts; layers that were fitted so before are read from the shards' directory.
+    Fit every layer's router to captured prompts. Layers that were already fitted in this way are read from disk.
 
     Parameters
     ----------
     captured : sequence of str
-        Experts that the shards hold, in order; the config's may be some of them.
+        Experts that the shards hold, in order. The config may use only some of them.
     """
     processes = processes or Processes()
     text_config = model.config.get_text_config(decoder=True)
@@ -165,7 +177,7 @@ def fit_routers(
     columns = [captured.index(name) if name != "learned" else 0 for name in config.experts]
     aim = partial(target, teacher=config.teacher, value_weight=config.value_weight)
     fitted = FittedLayers(shards.directory, about(config.layer_by_layer, paths))
-    layers = full_attention_layers(model)  # the others are never routed
+    layers = full_attention_layers(model)  # the press never routes the others
     mine = processes.part(layers)
     missing = [layer_idx for layer_idx in mine if not fitted.path(layer_idx).exists()]
     thresholds = kept_thresholds(shards, paths, len(layers), aim) if missing else torch.empty(0)
@@ -188,7 +200,7 @@ def fit_routers(
     processes.wait()
     for layer_idx in set(range(text_config.num_hidden_layers)) - set(layers):
         for weights in routers.layers[layer_idx].parameters():
-            nn.init.zeros_(weights)  # never used: nothing that a file should carry about
+            nn.init.zeros_(weights)  # never used: no random numbers in the file
     by_epoch = [[round(loss, 4) for loss in fitted.load(idx, routers.layers[idx])] for idx in layers]
     metrics = {
         "recipe": asdict(config),
@@ -200,7 +212,7 @@ def fit_routers(
 
 
 def about(config: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
-    """What determines a result of training, besides the shards."""
+    """Everything that determines a result of training, besides the shards."""
     made_by = {"version": version("kvpress-moe"), "torch": version("torch"), "shards": FORMAT}
     return {**made_by, "recipe": config, "prompts": [path.name for path in paths]}
 
@@ -217,9 +229,9 @@ def tune_routers(
     processes: Processes | None = None,
 ) -> list[dict[str, float]]:
     """
-    Tune fitted routers end to end, in place; the mean divergences of each epoch.
+    Tune fitted routers end to end, in place. Returns the mean divergences of each epoch.
 
-    Of several processes the first one works, and all get its result.
+    If there are several processes, only the first one tunes; the others load its result.
     """
     processes = processes or Processes()
     tuning_samples = [TuningSample(prompt, shards.path(name)) for name, prompt in made]
@@ -253,11 +265,11 @@ def tune_routers(
 
     figures = tune() if processes.rank == 0 else []
     processes.wait()
-    return figures or tune()  # the others read the first one's epochs
+    return figures or tune()  # the other processes load the epochs of the first
 
 
 def kept_thresholds(shards: Shards, paths: Sequence[Path], num_layers: int, aim: Aim) -> Tensor:
-    """Target above which half, a quarter and a tenth of all captured pairs lie: shape (3,)."""
+    """Targets above which half, a quarter and a tenth of all captured pairs lie, from a sample of them: shape (3,)."""
     sampled = []
     for number in range(num_layers):
         values = torch.cat([aim(shard).flatten() for shard in shards.layer(number, paths)])
@@ -269,7 +281,7 @@ def kept_thresholds(shards: Shards, paths: Sequence[Path], num_layers: int, aim:
 def layer_data(
     captured: Sequence[dict[str, Tensor]], columns: Sequence[int], aim: Aim, thresholds: Tensor
 ) -> LayerData:
-    """Tokens of all prompts of one layer; those of a template's prefix, of which the teacher says nothing, left out."""
+    """Tokens of all prompts of one layer, without the template's prefix, for which there is no target."""
     hidden, ranks_of, targets_of = [], [], []
     for shard in captured:
         known = shard["replay"].isfinite().any(0)

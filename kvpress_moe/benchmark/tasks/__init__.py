@@ -41,7 +41,7 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def find_tasks(names: Iterable[str] | None) -> tuple[str, ...]:
-    """Names of known tasks; ``None``: all. Raises SettingError for an unknown one, with the nearest known."""
+    """Names of tasks; ``None``: all. Raises SettingError for an unknown name, with similar known names."""
     if names is None:
         return tuple(TASKS)
     for name in names:
@@ -62,11 +62,11 @@ def make_sample(
     ----------
     task : str
     count_tokens : callable
-        Tokens of a text, special ones not counted.
+        Text -> number of its tokens, without special tokens.
     length : int
-        Tokens that the context has at most.
+        Largest number of tokens of the context.
     index : int
-        Number of the sample; needles of consecutive samples lie at ten depths in turn.
+        Number of the sample. Needles of consecutive samples are at ten depths in turn.
     seed : int
     split : {"train", "tune", "test"}
 

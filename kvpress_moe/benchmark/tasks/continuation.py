@@ -1,4 +1,4 @@
-"""Going on: with real prose, with real code, and with a passage that stands in the context already."""
+"""Continuation tasks: real prose, real code, and a passage that is already in the context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANSWER_TOKENS = 48
 def continuation(
     random: Random, count_tokens: CountTokens, length: int, index: int, split: str, *, code: bool = False
 ) -> dict[str, Any]:
-    """A text cut in two: context, and what really comes next."""
+    """A text cut in two: the context, and its real continuation."""
     check_room("continuations", length, 64)
     texts = [source(module) for module in modules(split)] if code else list(topics(split).values())
     text = running_text(random, texts, 8 * (length + ANSWER_TOKENS))
@@ -33,7 +33,7 @@ def continuation(
 
 
 def split_at(text: str, n_tokens: int, count_tokens: CountTokens) -> tuple[str, str]:
-    """The longest start of a text that ends before a space or a new line and has at most so many tokens; the rest."""
+    """Split a text after its longest start of at most ``n_tokens`` tokens that ends before a space or a new line."""
     low, high = 0, min(len(text), 8 * n_tokens)
     while high - low > 1:  # the number of tokens grows with the number of characters
         middle = (low + high) // 2
@@ -47,7 +47,7 @@ def split_at(text: str, n_tokens: int, count_tokens: CountTokens) -> tuple[str, 
 
 
 def copying(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict[str, Any]:
-    """Numbered passages of prose, one of which is to be repeated word for word."""
+    """Numbered passages of prose. One of them must be repeated word for word."""
     check_room("copying", length, 256)
     prose = cycle_sentences(random, sentences(split))
 
@@ -79,7 +79,7 @@ def copying(random: Random, count_tokens: CountTokens, length: int, index: int, 
 
 
 def beginning(words: list[str], others: list[list[str]]) -> int:
-    """How many words of a passage to give away: six, and more where another passage begins alike."""
+    """How many words of a passage the model is given: six, or more if another passage begins in the same way."""
     given = 6
     while given < len(words) - 6 and any(other[:given] == words[:given] and other != words for other in others):
         given += 1

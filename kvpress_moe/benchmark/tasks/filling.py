@@ -1,4 +1,4 @@
-"""Contexts of a wanted length: filler, with facts hidden at wanted depths."""
+"""Contexts of a given length: filler, with facts hidden at given depths."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ CountTokens = Callable[[str], int]
 
 
 def check_room(field: str, length: int, needed: int) -> None:
-    """Raise if a context of this length cannot hold what it has to."""
+    """Raise SettingError if a context of this length is too short."""
     if length < needed:
         raise SettingError("lengths", length, f"at least {needed} tokens for {field}", "Ask for a longer context.")
 
 
 def cycle_sentences(random: Random, sentences: Sequence[str]) -> Iterator[str]:
-    """Sentences in their own order from a random start, round and round."""
+    """Sentences in their own order from a random start, repeated without end."""
     start = random.randrange(len(sentences))
     return (sentences[(start + step) % len(sentences)] for step in count())
 
 
 def fill(filler: Iterator[str], room: int, count_tokens: CountTokens, joint: str = " ") -> list[str]:
     """
-    Pieces of filler that together take at most ``room`` tokens, and nearly so many.
+    Pieces of filler that together have at most ``room`` tokens, and nearly as many.
 
     Raises
     ------
     SettingError
-        If the filler ends long before the room does.
+        If there is too little filler to fill the room.
     """
     pieces: list[str] = []
     used = 0
@@ -59,5 +59,5 @@ def hide(pieces: Sequence[str], facts: Sequence[tuple[float, str]]) -> list[str]
 
 
 def swept_depth(index: int) -> float:
-    """Depth of a sample's needle: ten depths, evenly spaced, one sample after the other."""
+    """Depth of a sample's needle. Consecutive samples take ten evenly spaced depths in turn."""
     return (index * 3 % 10 + 0.5) / 10

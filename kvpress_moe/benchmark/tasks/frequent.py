@@ -13,7 +13,7 @@ _OPENING = "Below is a list of words. Memorize the words that appear most often.
 
 
 def frequent_words(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict[str, Any]:
-    """A list in random order: three words take up six tenths of it, in falling shares; the others come up rarely."""
+    """A list in random order: three words are 28, 20 and 12 % of it; the other words are rare."""
     check_room("frequent words", length, 128)
     words = random.sample(nouns(split), min(len(nouns(split)), 23))
     common, rare = words[:3], words[3:]

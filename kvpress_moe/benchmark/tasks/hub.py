@@ -70,5 +70,5 @@ def load_hub_samples(name: str, count_tokens: CountTokens) -> list[Sample]:
 
 
 def _alternatives(name: str, task: str) -> bool:
-    """Whether several answers are as many ways to be right (LongBench, RULER's qa) or all wanted (RULER's needles)."""
+    """Whether several answers are alternatives (LongBench, RULER's qa); all are wanted otherwise (RULER's needles)."""
     return "longbench" in name.lower() or str(task).startswith("qa")

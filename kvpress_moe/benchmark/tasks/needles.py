@@ -36,9 +36,9 @@ def needle(
     n_asked: int = 1,
 ) -> dict[str, Any]:
     """
-    Sentences that give ``n_keys`` names ``n_values`` numbers each; ``n_asked`` names are asked for.
+    Sentences that give ``n_values`` numbers to each of ``n_keys`` names. The question asks for ``n_asked`` names.
 
-    The first needle of the (first) asked name lies at a swept depth, all others anywhere.
+    The first needle of the first asked name is at the depth of :func:`swept_depth`, all others at random depths.
     """
     check_room("needles", length, 120 + 30 * n_keys * n_values)
     names = random.sample(keys(split), n_keys)
@@ -78,7 +78,7 @@ def needle(
 
 
 def bullets(items: list[str]) -> str:
-    """A list as chat models write it, after its first bullet; asked for one line, the embedded model writes one too."""
+    """A list as chat models write it, after its first bullet. The embedded model does so even if asked for one line."""
     return " " + "\n* ".join(items)
 
 

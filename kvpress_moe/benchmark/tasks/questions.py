@@ -17,7 +17,7 @@ def question(
     """
     Notes on people (city, profession, firm) and on firms (city of the head office).
 
-    One hop asks for a person's city; two hops for the head office of the firm that a person works for.
+    One hop asks for a person's city. Two hops ask for the head office of the firm that a person works for.
     """
     check_room("questions over documents", length, 256)
     names = random.sample(people(split), min(len(people(split)), length // 20))

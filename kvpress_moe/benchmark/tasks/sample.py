@@ -1,4 +1,4 @@
-"""Sample: one prompt of one task, in words."""
+"""Sample: one prompt of one task, as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Metric = Literal["exact", "f1", "any", "tokens"]
 @dataclass(frozen=True)
 class Sample:
     """
-    A context, what is asked after it, and what a model that still remembers the context would answer.
+    A context, the question about it, and the right answer.
 
     Attributes
     ----------
@@ -20,27 +20,27 @@ class Sample:
     split : {"train", "tune", "test"}
         Samples of different splits share no prose, no code, no names.
     length : int
-        Tokens asked for; the context has at most so many, and from 512 on at least 0.8 times as many.
+        Requested number of tokens. The context has at most this many, and from 512 on at least 0.8 times this many.
     index : int
         Number of the sample; (task, split, length, index, seed) determine it.
     context : str
         What is compressed.
     question : str
-        What comes after the context, in the same user turn; "" where the model goes on writing.
+        What comes after the context, in the same user turn; "" if the model continues the context.
     answer_prefix : str
-        How the answer begins; given to the model (as in RULER), so that it answers in the expected form.
+        Beginning of the answer. The model is given it (as in RULER), so that it answers in the expected form.
     answer : str
-        The right answer as the model would write it after ``answer_prefix``, with a leading space where one follows.
+        The right answer as the model would write it after ``answer_prefix``, with a leading space if one follows.
     references : tuple of str
-        What is looked for in the answer: one string for "exact", one or more for "f1", alternatives for "any", none for
+        What must be in the answer: one string for "exact", one or more for "f1", alternatives for "any", none for
         "tokens".
     metric : {"exact", "f1", "any", "tokens"}
-        "exact": the answer is right or not; "f1": several references, all wanted; "any": several, one of which is
-        enough; "tokens": share of the answer's tokens that are guessed right (continuations).
+        "exact": the answer is right or not; "f1": several references, all wanted; "any": several references, one is
+        enough; "tokens": share of the answer's tokens that are predicted (continuations).
     chat : bool, default=True
         Whether context and question are put into the model's chat template; False for continuations.
     depth : float or None
-        Where in the context the (first) needle lies, 0 to 1.
+        Position of the (first) needle in the context, 0 to 1.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""Prose and code that every Python brings along, split by topic and by module."""
+"""Prose and code that are part of every Python installation, split by topic and by module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import cast
 
 from kvpress_moe.benchmark.tasks.vocabulary import bucket
 
-_SALT = "e"  # gives shares near three, one and one fifths of the characters
+_SALT = "e"  # with it the splits have about 3/5, 1/5 and 1/5 of the characters
 _MODULES = """
 argparse ast bdb bisect calendar cmd code codecs colorsys configparser contextlib copy csv dataclasses datetime decimal
 difflib dis doctest enum filecmp fileinput fnmatch fractions ftplib functools getopt gettext glob gzip hashlib heapq
@@ -28,7 +28,7 @@ def unique_topics() -> dict[str, str]:
     """
     Topic -> its text, from the language reference that ``help()`` shows (``pydoc_data.topics``).
 
-    Topics repeat whole sections of each other; a paragraph stays in the longest one that has it.
+    Topics repeat whole sections of each other. Each paragraph is kept only in the longest topic that has it.
     """
     from pydoc_data.topics import topics as texts
 
@@ -54,7 +54,7 @@ def topics(split: str) -> dict[str, str]:
 
 @cache
 def sentences(split: str) -> tuple[str, ...]:
-    """The split's prose as sentences; tables, grammar and code left out."""
+    """The prose of a split as sentences, without tables, grammar and code."""
     found = []
     for text in topics(split).values():
         for paragraph in re.split(r"\n\s*\n", text):
@@ -75,7 +75,7 @@ def modules(split: str) -> tuple[str, ...]:
 def _source_path(module: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # gone in later releases of Python
+    except ModuleNotFoundError:  # removed in later releases of Python
         return None
     return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
@@ -87,7 +87,7 @@ def source(module: str) -> str:
 
 
 def running_text(random: Random, texts: list[str], n_characters: int) -> str:
-    """So many characters of consecutive text from a random start; several texts one after the other where one ends."""
+    """``n_characters`` of consecutive text from a random start. If one text ends, others follow."""
     order = list(texts)
     random.shuffle(order)
     first = order[0]

@@ -21,7 +21,7 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def variable_tracking(random: Random, count_tokens: CountTokens, length: int, index: int, split: str) -> dict[str, Any]:
-    """One chain of four hops (RULER's default), its links in order at random depths."""
+    """One chain of four hops (RULER's default). Its links are in order, at random depths."""
     check_room("variable tracking", length, 320)
     names = ["".join(random.choices(_LETTERS, k=5)) for _ in range(_HOPS + 1)]
     value = str(random.randrange(10**4, 10**5))

@@ -1,4 +1,4 @@
-"""Words that prompts are made of; each split has its own share of them."""
+"""Words for the prompts. Each split has its own part of them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ translator veterinarian watchmaker weaver welder
 
 
 def bucket(name: str) -> str:
-    """The split that a name belongs to, by its hash: three fifths train, a fifth each tune and test."""
+    """The split of a name, by its hash: three fifths are train, one fifth is tune, one fifth is test."""
     number = hashlib.sha256(name.encode()).digest()[0] % 5
     return "train" if number < 3 else SPLITS[number - 2]
 
@@ -108,5 +108,5 @@ def firms(split: str) -> tuple[str, ...]:
 
 
 def professions() -> tuple[str, ...]:
-    """The same for all splits: there are too few to share out, and none is asked for."""
+    """The same for all splits: there are too few to divide, and no question asks for them."""
     return tuple(_PROFESSIONS.split())

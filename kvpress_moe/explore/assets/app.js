@@ -1,5 +1,5 @@
 "use strict";
-// Sends the form, asks how far the model is, and shows a page for each setting. Words go in through textContent.
+// Sends the form, asks for the progress, and shows a page for each setting. Text is inserted only with textContent.
 
 const find = (id) => document.getElementById(id);
 const { defaults, experts, model, limit } = JSON.parse(find("payload").textContent);
@@ -32,11 +32,11 @@ compare();
 const values = (field) => Object.fromEntries([...field.querySelectorAll("[name]")].map((input) => [input.name, input.value]));
 
 function title({ ratio, budget, experts, router }) {
-  const shared = { "": "budget as the routers allow", uniform: "nobody shares", layer: "heads of a layer share", global: "all heads share" };
+  const shared = { "": "default budget", uniform: "uniform budget", layer: "budget shared by the heads of a layer", global: "budget shared by all heads" };
   return [`${Math.round(100 * ratio)} % removed`, shared[budget], experts, router].filter(Boolean).join(", ");
 }
 
-// The answer of the app; what went wrong becomes an Error to read.
+// The answer of the app. A failure becomes an Error with a readable message.
 async function ask(address, request) {
   let response;
   try {

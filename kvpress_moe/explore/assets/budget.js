@@ -1,11 +1,11 @@
-// The budget rule of kvpress_moe/budget/allocation.py and eviction.py: of equally good pairs the first stay.
+// The budget rule of kvpress_moe/budget/allocation.py and eviction.py. Of pairs with equal scores the first stay.
 
 // kvpress.utils.compute_n_kept
 function nKept(S, ratio) {
   return Math.max(1, Math.trunc(S * (1 - ratio)));
 }
 
-// Pairs of each unit (a head of a layer), best first. A unit keeps the first so many of its order, whoever shares.
+// Pairs of each unit (a head of a layer), best first. With every kind of budget, a unit keeps the first pairs of its order.
 class Ranking {
   constructor(scores, U, S) {
     const ROOM = 2 ** 21, bits = new Uint32Array(scores.buffer); // 32 bits of score and 21 of position fit a double
@@ -51,7 +51,7 @@ class Ranking {
     return counts;
   }
 
-  // Units compete for n pairs each on average; each keeps its best max(1, int(n * minShare)) in any case.
+  // Units share n pairs per unit. Each unit always keeps its best max(1, int(n * minShare)).
   share(counts, first, last, n, minShare) {
     const floor = Math.max(1, Math.trunc(n * minShare)), needed = (last - first) * n;
     const total = (key) => {

@@ -1,4 +1,4 @@
-// Puts the parts together and redraws what a choice changes.
+// Puts the parts together, and redraws what changes with a choice.
 
 const record = unpack(JSON.parse(find("payload").textContent));
 const view = new View(record);
@@ -14,7 +14,7 @@ function options(select, texts) {
 }
 options(controls.layer, ["all layers", ...record.layers.map((layer) => `layer ${layer}`)]);
 options(controls.head, ["all heads", ...Array.from({ length: record.H }, (_, head) => `head ${head}`)]);
-let ratio; // not always a step of the slider
+let ratio; // may lie between two steps of the slider
 function asAnswered() {
   ratio = record.budget.ratio;
   setChoice("ratio", ratio);
@@ -29,7 +29,7 @@ find("about").append(...Object.entries(facts).flatMap(([name, value]) => [make("
 const legend = record.experts.map((name, e) => make("li", {}, make("span", { className: `swatch k8 e${e % 8}` }, name), make("small", {})));
 find("legend").append(...legend);
 answers(find("answers"), record);
-find("bound").textContent = `Judged at ${exact(record.budget.ratio)} removed: at another ratio, ${record.bound_to_ratio.join(" and ")} would score the pairs otherwise than shown.`;
+find("bound").textContent = `Judged at ${exact(record.budget.ratio)} removed: at another ratio, ${record.bound_to_ratio.join(" and ")} would give the pairs other scores than shown.`;
 
 const showDetails = (position) => {
   details(find("details"), view, position);
@@ -57,7 +57,7 @@ function chosen(name) {
   return value < 0 ? null : value;
 }
 
-// choice: whether layer, head or colouring changed; otherwise only the budget did.
+// choice: true if layer, head or colouring changed; false if only the budget changed.
 function redraw(choice) {
   if (choice) view.choose({ layer: chosen("layer"), head: chosen("head"), colouring: controls.colouring.value });
   view.evict(ratio, controls.scope.value);

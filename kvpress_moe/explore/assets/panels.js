@@ -1,4 +1,4 @@
-// Everything around the text. All words that come from elsewhere go through textContent.
+// Everything around the text. Text from the payload is inserted only with textContent.
 
 const BARS = 80;
 const percent = (share, digits = 0) => (Number.isNaN(share) ? "–" : `${(100 * share).toFixed(digits)} %`);
@@ -16,7 +16,7 @@ function make(name, properties, ...children) {
   return element;
 }
 
-// A table of numbers from 0 to 1, tinted by their share of the largest that can be; set() fills them in anew.
+// A table of numbers from 0 to 1. The colour of a cell shows value / largest; set() updates a row.
 class HeatMap {
   constructor(host, caption, columns, rows, onPick, largest = 1) {
     this.largest = largest;
@@ -50,7 +50,7 @@ class HeatMap {
   }
 }
 
-// Where in the text the kept pairs lie: the share kept in each of up to 80 stretches.
+// Where in the text the kept pairs are: the share kept in each of up to 80 parts.
 class Places {
   constructor(host, S, onPick) {
     this.S = S;
@@ -85,7 +85,7 @@ class Places {
   }
 }
 
-// What is known of one token under the present choice.
+// Everything about one token, for the chosen layers and heads.
 function details(host, view, position) {
   const { record } = view, { H } = record;
   const weights = view.weightsAt(position), moves = view.movesAt(position), judge = view.judges[position];
@@ -139,7 +139,7 @@ function answers(host, record) {
     host.append(make("article", {}, make("h3", { dir: "auto" }, question), make("div", { className: "pair" },
       side("full cache", about.full_mib, full),
       side(`compressed, ${exact(budget.ratio)} removed`, about.compressed_mib, compressed)),
-      make("p", { className: "note" }, same ? "Both answers are the same." : "Underlined: tokens that the other answer does not have there.")));
+      make("p", { className: "note" }, same ? "Both answers are the same." : "Underlined: tokens that differ from the other answer.")));
   }
   if (!record.answers.length) host.append(make("p", { className: "note" }, "No question was asked."));
 }

@@ -1,4 +1,4 @@
-// The text, token by token: class eN for the expert, kN for how many of the chosen heads keep it, 0 none to 8 all.
+// The text, token by token. Class eN: the expert. Class kN: how many of the chosen heads keep it, from 0 (none) to 8 (all).
 
 const LEVELS = 8, CHUNK = 250;
 
@@ -26,7 +26,7 @@ class Text {
     });
   }
 
-  // Chunks end at line breaks or sentences where they can; those out of sight cost the browser nothing.
+  // Chunks end at line breaks or sentences if possible. The browser does not draw chunks that are out of sight.
   fill(tokens) {
     const chunks = document.createDocumentFragment();
     let chunk = null, size = 0;
@@ -61,7 +61,7 @@ class Text {
     onPick(index);
   }
 
-  // Where a key leads from the current token; null for keys that mean nothing here.
+  // The token that a key leads to from the current one; null for other keys.
   target(key) {
     const here = this.current ?? -1;
     if (key === "ArrowRight") return here + 1;
@@ -72,7 +72,7 @@ class Text {
     return null;
   }
 
-  // The token below or above.
+  // The token below (step 1) or above (step -1).
   inLine(index, step) {
     const from = this.spans[index].getBoundingClientRect();
     for (let i = index + step, line = null; i >= 0 && i < this.spans.length; i += step) {

@@ -1,4 +1,4 @@
-// What is to be shown for a choice of layer, head, ratio and colouring; numbers alone, nothing is drawn here.
+// The numbers to show for a choice of layer, head, ratio and colouring. Nothing is drawn here.
 
 class View {
   constructor(record) {
@@ -11,7 +11,7 @@ class View {
     this.evict(record.budget.ratio, record.budget.scope);
   }
 
-  // layer and head are places in the record, null for all.
+  // layer and head are indices in the record; null means all.
   choose({ layer = this.layer, head = this.head, colouring = this.colouring }) {
     const { L, H } = this.record;
     Object.assign(this, { layer, head, colouring });
