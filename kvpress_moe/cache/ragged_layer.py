@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpress_moe.cache.attention_dispatch import register_ragged_attention
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
-from kvpress_moe.cache.shortened_layer import length_after_crop
+from kvpress_moe.cache.shortened_layer import length_after_crop, refuse_drafts
 from kvpress_moe.errors import UnsupportedInputError
 
 # B = batch, H = KV heads, S = tokens of the prompt, T = later tokens, D = head dim, N = kept pairs of all heads
@@ -51,7 +51,8 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
     @classmethod
     def from_dense(cls, keys: Tensor, values: Tensor, kept: Tensor) -> RaggedLayer:
         """From keys and values (B, H, S, D): the pairs marked in ``kept`` (B, H, S), in new memory."""
-        return cls(keys[kept], values[kept], kept.sum(-1).tolist(), keys.shape[2])
+        dtype = min(keys.dtype, values.dtype, key=lambda dtype: dtype.itemsize)  # autocast may leave keys in float32
+        return cls(keys[kept].to(dtype), values[kept].to(dtype), kept.sum(-1).tolist(), keys.shape[2])
 
     # ── what kvpress's pipeline does to a layer ──
 
@@ -121,6 +122,10 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
         self.new_keys = self.new_keys[:, :, : left - self.n_read]
         self.new_values = self.new_values[:, :, : left - self.n_read]
 
+    def activate_past_recording(self) -> None:
+        """Called before drafts are read, in newer releases of transformers."""
+        refuse_drafts()
+
     def reset(self) -> None:
         """Forget the tokens that came after the prompt."""
         self.crop(self.n_read)
@@ -149,14 +154,18 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
         self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
 
+#: What attention implementations begin with when they compute with keys.
+_COMPUTING = {"__getitem__", "expand", "reshape", "transpose", "repeat_interleave", "matmul", "__matmul__", "einsum"}
+
+
 class _Placeholder(torch.Tensor):
-    """Stands for the keys of a RaggedLayer. Only its shape can be read; whatever computes with it gets an error."""
+    """Stands for the keys of a RaggedLayer. Its shape can be read; eager attention, which computes with it, is told."""
 
     ragged_layer: RaggedLayer
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.__name__ in ("__get__", "__set__", "size", "dim", "stride", "numel"):
+        if function.__name__ not in _COMPUTING:
             return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         raise UnsupportedInputError(
             f"attention: got an attention implementation that computes with the keys of a RaggedLayer "

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, cast
 
 from torch import Tensor
+from transformers import __version__ as version
 from transformers.cache_utils import DynamicLayer
 
 from kvpress_moe.errors import UnsupportedInputError
@@ -38,6 +39,20 @@ def length_after_crop(length: int, wanted: int, n_prompt: int) -> int:
             "prompt. Prefill the shorter prompt instead."
         )
     return left
+
+
+def refuse_drafts() -> None:
+    """
+    Raise UnsupportedInputError: releases of transformers that announce drafts to a cache read the whole history again.
+
+    They do so with any cache that already holds a prompt (5.24), and what they write is wrong. Older releases do not
+    call this, and are right.
+    """
+    raise UnsupportedInputError(
+        f"generate: got assisted decoding or prompt lookup with a compressed cache in transformers {version}, expected "
+        "generation without drafts. This release reads the whole history again into a cache that holds it already. "
+        "Leave the drafts out, or use transformers 5.2."
+    )
 
 
 @cache
@@ -116,6 +131,10 @@ def shortened_class(layer_class: Any) -> Any:
             left = length_after_crop(self.get_seq_length(), length, self.n_read) - self.n_evicted
             layer: Any = self
             layer.keys, layer.values = layer.keys[..., :left, :], layer.values[..., :left, :]
+
+        def activate_past_recording(self) -> None:
+            """Called before drafts are read."""
+            refuse_drafts()
 
         def reset(self) -> None:
             """Forget everything, as the layer's class does."""

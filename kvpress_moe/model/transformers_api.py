@@ -75,8 +75,8 @@ def attention_arguments(module: Any, arguments: Mapping[str, Any]) -> dict[str, 
     if named.get("cache_position") is None and cache is not None:
         hidden_states = named["hidden_states"]
         n_new = hidden_states.shape[1]
-        n_read = cache.get_seq_length(module.layer_idx)
-        named["cache_position"] = torch.arange(n_read - n_new, n_read, device=hidden_states.device)
+        start = max(0, cache.get_seq_length(module.layer_idx) - n_new)  # another press may have evicted from a prompt
+        named["cache_position"] = torch.arange(start, start + n_new, device=hidden_states.device)
     return named
 
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress, UnsupportedInputError, load_cache, save_cache
 from kvpress_moe.cache.shortened_layer import ShortenedLayer
-from kvpress_moe.model.transformers_api import crop
+from kvpress_moe.model.transformers_api import KVPRESS_KNOWS, crop
 from tests.tiny import byte_tokenizer, calibrated_routers, greedy, lengths, prefill, tiny_model, tokens
 
 PROMPT, QUESTION, END = tokens(60), tokens(9, seed=5), {"eos_token_id": 999, "do_sample": False}
@@ -128,8 +128,12 @@ def test_drafts_after_the_prefill_change_nothing_and_inside_the_block_are_refuse
     how |= {"prompt_lookup_num_tokens": 4} if drafts == "prompt lookup" else {}
     history = torch.cat([PROMPT, QUESTION], 1)
     expected = model.generate(history, past_key_values=copy.deepcopy(cache), max_new_tokens=20, **END)
-    drafted = model.generate(history, past_key_values=cache, max_new_tokens=20, **END, **how)
-    assert torch.equal(drafted[:, : expected.shape[1]], expected)
+    if KVPRESS_KNOWS:
+        drafted = model.generate(history, past_key_values=cache, max_new_tokens=20, **END, **how)
+        assert torch.equal(drafted[:, : expected.shape[1]], expected)
+    else:  # transformers 5.24 reads the history twice, with a full cache too
+        with pytest.raises(UnsupportedInputError, match="with a compressed cache in transformers"):
+            model.generate(history, past_key_values=cache, max_new_tokens=20, **END, **how)
     with (
         pytest.raises(UnsupportedInputError, match="got assisted decoding or prompt lookup inside the block"),
         torch.no_grad(),

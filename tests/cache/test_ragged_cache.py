@@ -356,7 +356,7 @@ def test_eager_attention_is_refused():
 def test_attention_that_does_not_know_ragged_layers_fails_loudly(llama):
     cache = prefill(llama, tokens(PROMPT), shared("global"))
     eager = tiny_model("llama", attn_implementation="eager")
-    with torch.no_grad(), pytest.raises(RuntimeError):
+    with torch.no_grad(), pytest.raises(UnsupportedInputError, match=r"set_attn_implementation\('sdpa'\)"):
         eager(tokens(1), past_key_values=cache)
 
 

@@ -8,8 +8,10 @@ Every model family in every situation: works, or is refused by an error that nam
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from kvpress_moe import MoERouterPress
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.errors import KVPressMoEError
 from kvpress_moe.model.layers import slides
+from kvpress_moe.model.transformers_api import crop
 from tests.tiny import byte_tokenizer, decoder, greedy, padded_tokens, prefill, tiny_model, tokens
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -35,6 +38,9 @@ FAMILIES = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "qwen2_sliding": "Qwen2 (later layers slide)",
+    "qwen3_sliding": "Qwen3 (last layer slides)",
+    "ministral": "Ministral",
     "phi3": "Phi-3",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text)",
@@ -116,6 +122,35 @@ def beam_search(family: str) -> None:
     model = tiny_model(family)
     for budget in ("uniform", "global"):
         assert generated(model, tokens(PROMPT, 2), press(budget), num_beams=2).shape == (2, N_NEW)
+
+
+def whole_history(family: str) -> None:
+    """``generate`` with the whole history and a compressed cache goes on as a loop of our own does."""
+    model, question = tiny_model(family), tokens(9, seed=5)
+    for budget in ("uniform", "global"):
+        cache = prefill(model, tokens(PROMPT), press(budget))
+        expected = greedy(model, question, copy.deepcopy(cache), PROMPT, N_NEW)
+        history = torch.cat([tokens(PROMPT), question], 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
+            written = model.generate(history, past_key_values=cache, max_new_tokens=N_NEW, do_sample=False)
+        same(written[:, history.shape[1] :], expected)
+
+
+def cropped(family: str) -> None:
+    """Back to the prompt and on again, as if nothing had come in between."""
+    model = tiny_model(family)
+    for budget in ("uniform", "global"):
+        cache = prefill(model, tokens(PROMPT), press(budget))
+        expected = greedy(model, tokens(3, seed=2), copy.deepcopy(cache), PROMPT, N_NEW)
+        greedy(model, tokens(5, seed=3), cache, PROMPT, 3)
+        crop(cache, PROMPT)
+        assert cache.get_seq_length() == PROMPT
+        same(greedy(model, tokens(3, seed=2), cache, PROMPT, N_NEW), expected)
+
+
+def drafted(family: str) -> None:
+    generated(tiny_model(family), tokens(PROMPT), prompt_lookup_num_tokens=3)
 
 
 def image(family: str) -> None:
@@ -205,7 +240,7 @@ def quantised_cache(budget: str) -> Callable[[str], None]:
     def run(family: str) -> None:
         wide = {"hidden_size": 256, "head_dim": 64, "query_pre_attn_scalar": 64}  # groups of quantisation divide heads
         keep = ("hidden_size", "head_dim", "query_pre_attn_scalar") if family.startswith("gemma") else ("hidden_size",)
-        keep = ("hidden_size", "head_dim") if family in ("qwen3", "qwen3_moe") else keep
+        keep = ("hidden_size", "head_dim") if family in ("qwen3", "qwen3_moe", "qwen3_sliding", "ministral") else keep
         model = tiny_model(family, **{name: wide[name] for name in keep})
         cache = QuantizedCache("quanto", model.config.get_text_config(), nbits=4, axis_key=0, axis_value=0)
         prefill(model, tokens(PROMPT), press(budget), cache)
@@ -229,6 +264,9 @@ SITUATIONS: dict[str, Callable[[str], None]] = {
     "generate, heads share the budget": lambda family: check_generation(tiny_model(family), press("global")),
     "several questions on one compressed context": several_questions,
     "beam search": beam_search,
+    "whole history with a compressed cache": whole_history,
+    "crop back to the prompt": cropped,
+    "prompt lookup or assisted decoding inside the block": drafted,
     "batch": lambda family: check_rows(tiny_model(family), (PROMPT,) * 3, press()),
     "batch, heads share the budget": lambda family: check_rows(tiny_model(family), (PROMPT,) * 3, press("global")),
     "batch padded on the left": lambda family: check_rows(tiny_model(family), PADDED, press()),
@@ -277,6 +315,31 @@ below. `–`: not run.
 """
 
 TAIL = """
+## Releases of transformers
+
+The table is made with transformers 5.2.0. The press, its caches, the families and the command line are tested with
+4.56.0, 5.2.0 and 5.24.0 too (`make lowest`, `make newest`). kvpress 0.5.5 declares `<5.3`, so pip installs 5.2 by
+default. For a newer release, install it afterwards:
+
+```bash
+pip install . && pip install "transformers==5.24.0"
+```
+
+pip then says that kvpress requires an older one, and installs it all the same; `pip check` goes on saying so. With
+uv, one line does it: `uv pip install . --override <(echo transformers==5.24.0)`.
+
+What is different with 5.24:
+
+- Assisted decoding and prompt lookup with a cache that holds a prompt already are refused. That release reads the
+  whole history again into such a cache, also into a full one, and what it writes is wrong.
+- It loads Gemma 2 with eager attention only; then every head keeps the same number of pairs.
+
+Newer families whose attention is that of a supported one are served (Ministral). Others are refused by name: models
+with linear attention layers (Qwen3-Next, Qwen3.5), and those whose queries or keys kvpress's scorers would compute
+wrongly (Gemma 4, Ministral 3, SmolLM3).
+
+## Not in the table
+
 Not run: what needs CUDA devices (transformers offloads caches from those only), pictures where the family takes none,
 and compiled decoding beyond Llama (traced with `backend="eager"`, to save time; Qwen3-MoE does not compile in float32
 on a CPU, with or without a press). A map over several devices is stood in for by weights that accelerate fetches from

@@ -16,6 +16,7 @@ from kvpress_moe import MoERouterPress
 from kvpress_moe.experts.layer_call import LayerCall, latest_attention
 from kvpress_moe.model.attention_view import AttentionView
 from kvpress_moe.model.layers import slides
+from kvpress_moe.model.transformers_api import attention_arguments
 from kvpress_moe.model.projection_cache import ProjectionCache
 from tests.tiny import FAMILIES, decoder, kept_positions, lengths, overlap, prefill, tiny_model, tokens
 
@@ -24,7 +25,7 @@ TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
 if TRANSFORMERS_4:
     PARTIAL = {"partial_rotary_factor": 0.5}
-GEMMA = ("gemma2", "gemma3_text", "gemma3")
+GEMMA = tuple(family for family in ("gemma2", "gemma3_text", "gemma3") if family in FAMILIES)
 
 
 @pytest.fixture(scope="module", params=(*FAMILIES, "phi3_partial"))
@@ -116,6 +117,7 @@ def test_queries_and_attention_are_the_layers_own(family):
     calls, projections = [], ProjectionCache()
 
     def look(module, args, kwargs, output):
+        kwargs = attention_arguments(module, kwargs)
         keys, values = (
             getattr(kwargs["past_key_values"].layers[module.layer_idx], name) for name in ("keys", "values")
         )
@@ -158,6 +160,7 @@ def test_keys_before_rotation_are_normed_as_in_the_layer(family):
     lengths_of_keys = []
 
     def look(module, args, kwargs, output):
+        kwargs = attention_arguments(module, kwargs)
         keys = kwargs["past_key_values"].layers[module.layer_idx].keys
         before = get_prerope_key_states(AttentionView(module, kwargs["hidden_states"]), kwargs["hidden_states"])
         lengths_of_keys.append((before.norm(dim=-1), keys.norm(dim=-1)))

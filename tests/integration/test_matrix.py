@@ -6,7 +6,7 @@ from kvpress_moe.errors import UnsupportedModelError
 from tests.integration import matrix
 from tests.integration.matrix import FAMILIES, NOT_RUN, PAGE, SITUATIONS, WORKS, outcome, page, read_page
 from tests.tiny import FAMILIES as TINY
-from tests.tiny import OLD_MAKE
+from tests.tiny import EAGER_ONLY, OLD_MAKE, TOO_NEW
 
 SAID = read_page(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
 
@@ -24,7 +24,7 @@ def test_the_page_is_the_one_that_its_outcomes_give():
 
 
 def test_every_family_that_is_served_has_its_column():
-    assert set(FAMILIES) == {*TINY, *OLD_MAKE}
+    assert set(FAMILIES) == {*TINY, *OLD_MAKE, *EAGER_ONLY, *TOO_NEW}
 
 
 def test_a_refusal_is_written_as_its_first_sentence_and_other_errors_are_no_outcome(monkeypatch):

@@ -4,6 +4,8 @@ wrapper promises. Then what is ours: in a cache that is compressed again and aga
 ChunkPress's chunks are judged by the positions they really have.
 """
 
+from functools import cached_property
+
 import pytest
 import torch
 from kvpress import (
@@ -281,10 +283,16 @@ DECODING = {
 class TaggedCache(DynamicCache):
     """Writes each pair's position into its value's first channel, where it stays readable after compression."""
 
-    def update(self, key_states, value_states, layer_idx, cache_kwargs=None):
-        value_states = value_states.clone()
-        value_states[..., 0] = cache_kwargs["cache_position"] / 1024  # a power of two: exact
-        return super().update(key_states, value_states, layer_idx, cache_kwargs)
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        value_states, n_new = value_states.clone(), value_states.shape[2]
+        start = self.n_seen.get(layer_idx, 0)
+        self.n_seen[layer_idx] = start + n_new
+        value_states[..., 0] = torch.arange(start, start + n_new) / 1024  # a power of two: exact
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @cached_property
+    def n_seen(self):
+        return {}
 
     @property
     def positions(self):
