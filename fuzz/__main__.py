@@ -1,7 +1,7 @@
 """
 Give damaged and forged files to every loader, and print what happened.
 
-python -m fuzz                                   204,000 inputs over all loaders
+python -m fuzz                                   136,000 inputs over all loaders
 python -m fuzz --inputs 6000 --loaders routers   some
 
 Half of the inputs are random, from a seed. Atheris steers the other half towards code that was not reached before
@@ -27,7 +27,7 @@ NAMES = ("routers", "caches", "records", "resumed runs")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=204_000, help="number of inputs for all loaders together")
+    parser.add_argument("--inputs", type=int, default=136_000, help="number of inputs for all loaders together")
     parser.add_argument("--loaders", default=",".join(NAMES), help="names separated by commas")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--child", nargs=3, metavar=("LOADER", "DRIVER", "DIRECTORY"), help=argparse.SUPPRESS)

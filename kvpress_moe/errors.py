@@ -57,4 +57,8 @@ class NotFiniteError(KVPressMoEError, ArithmeticError):
 
 
 class WriteError(KVPressMoEError, OSError):
-    """A file could not be written, because space or permission is missing. What was there before is intact."""
+    """
+    A file could not be written: space or permission is missing, or something that is not a file has its name.
+
+    What was there before is intact, unless the message names files that were replaced already.
+    """

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
 from kvpress_moe.errors import WriteError
+
+if TYPE_CHECKING:  # the commands check their files before torch is imported
+    from torch import Tensor, nn
 
 # In memory, parsed JSON takes up to thirty times its size. A parsed safetensors header takes several times its size.
 MAX_JSON = 2**20  # bytes of one JSON text
@@ -157,8 +160,33 @@ def fill(module: nn.Module, tensors: Any, may_be_nan: str = "hit_rate") -> None:
         own.copy_(tensor)
 
 
+def file_to_write(path: Path) -> Path:
+    """
+    The file that writing to a path creates or replaces: the path itself, or what it links to.
+
+    Raises
+    ------
+    OSError
+        If something is there that is not a regular file (a directory, a device, a pipe, a socket), or if the path
+        cannot be read.
+    """
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return target
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise FileExistsError(f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
+    return target
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file next to ``path``, then rename it. A reader never sees half a file."""
+    """
+    Let ``write`` fill a temporary file, then rename it to ``path``. A reader never sees half a file.
+
+    The rest is as in :func:`write_together`.
+    """
     write_together({path: write})
 
 
@@ -166,28 +194,51 @@ def write_together(writes: Mapping[Path, Callable[[Path], object]]) -> None:
     """
     Write files that belong together. No file is replaced before all of them have been written.
 
+    A symbolic link stays: the file that it points to is replaced. Devices, pipes and sockets are never replaced.
+
     Raises
     ------
     WriteError
-        If space or permission is missing. The earlier files are intact, and the temporary files are removed.
+        If space or permission is missing, or if something else than a regular file is in the way. The temporary files
+        are removed. The earlier files are intact, unless the message names some that were replaced.
     """
     temporaries: dict[Path, Path] = {}
+    targets: dict[Path, Path] = {}
+    replaced: list[str] = []
     path = next(iter(writes))
     try:
+        for path in writes:
+            targets[path] = file_to_write(path)
         for path, write in writes.items():
-            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            target = targets[path]
+            descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
             temporaries[path] = Path(name)
             os.close(descriptor)
             write(temporaries[path])
             os.chmod(name, 0o644)  # only the owner can read what mkstemp creates
         for path, temporary in temporaries.items():
-            os.replace(temporary, path)
+            os.replace(temporary, targets[path])
+            replaced.append(path.name)
     except BaseException as error:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
-            raise WriteError(
-                f"{path}: cannot be written ({error}), expected a directory with free space and write permission. "
-                "What was there before is intact. Free some space, or choose another directory."
-            ) from error
+            raise WriteError(_why_not_written(path, error, replaced, is_in_the_way=path not in targets)) from error
         raise
+
+
+def _why_not_written(path: Path, error: Exception, replaced: list[str], is_in_the_way: bool) -> str:
+    if replaced:  # between two renames
+        return (
+            f"{path}: cannot be replaced ({error}), but {', '.join(replaced)} beside it was replaced already. These "
+            "files do not belong together now. Write them all again."
+        )
+    if is_in_the_way:
+        return (
+            f"{path}: cannot be written ({error}), expected a regular file, or a name that is not taken. "
+            "What was there before is intact. Choose another name."
+        )
+    return (
+        f"{path}: cannot be written ({error}), expected a directory with free space and write permission. "
+        "What was there before is intact. Free some space, or choose another directory."
+    )

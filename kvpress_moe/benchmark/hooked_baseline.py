@@ -17,6 +17,7 @@ from kvpress_moe.benchmark.shared_prefill import fixed_seed, set_ratio
 from kvpress_moe.cache import RaggedCache, RaggedLayer
 from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.model.hooks import bare_afterwards
+from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.model.layers import full_attention_layers, full_attentions, language_model, of_layer, slides
 from kvpress_moe.model.transformers_api import with_cache
 
@@ -58,6 +59,7 @@ def answer_hooked(
             return compress(module, hidden_states, keys, values, *rest)
 
     object.__setattr__(press, "compress", compress_seeded)
+    teach_kvpress()
     cache = DynamicCache()
     with bare_afterwards(model), attention_of(model, method.eager), press(model):
         for attention in full_attentions(model):

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.model.attention_view import AttentionView
+from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.model.layers import Attention, language_model
+from kvpress_moe.model.transformers_api import own_names
 
 
 class ReplayScores(KVzipPress):  # type: ignore[misc]
@@ -69,6 +71,7 @@ class ReplayScores(KVzipPress):  # type: ignore[misc]
         n_prefix : int
             Number of first tokens that belong to the chat template. They are not repeated; their scores are 0.
         """
+        teach_kvpress()
         self._context_ids, self._cache, self.prefix_length = input_ids, cache, n_prefix
         suffix = chat_suffix(tokenizer)
         self._suffix_ids = tokenizer.encode(suffix, return_tensors="pt", add_special_tokens=False)
@@ -77,7 +80,8 @@ class ReplayScores(KVzipPress):  # type: ignore[misc]
             # Of multimodal models it gets the text part.
             config = model.config.get_text_config(decoder=True)
             text = SimpleNamespace(config=config, dtype=model.dtype, device=model.device, model=language_model(model))
-            self._perform_kvzip_compression(text, tokenizer)
+            with own_names(text.model):  # kvpress names the cache as older releases of transformers do
+                self._perform_kvzip_compression(text, tokenizer)
         finally:
             self._reset_internal_parameters()
         scores: Tensor = self.scores[:, 0].float()

@@ -21,6 +21,7 @@ from kvpress_moe.benchmark.protected_tokens import protect
 from kvpress_moe.benchmark.selections import Cell, Kept, Selections
 from kvpress_moe.benchmark.shared_prefill import allocate, fixed_seed, pick, set_ratio, take_masked
 from kvpress_moe.model.hooks import bare_afterwards
+from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.model.layers import language_model
 from kvpress_moe.model.transformers_api import with_cache
 
@@ -61,6 +62,7 @@ def select_hooked(
     model: PreTrainedModel, input_ids: Tensor, press: BasePress, selections: Selections, eager: bool = False
 ) -> Kept:
     """Prefill with a hooked press and collect the pairs that it left. Its cost is the time beyond the shared one."""
+    teach_kvpress()
     cache = DynamicCache()
     start = time.perf_counter()
     with torch.no_grad(), bare_afterwards(model), attention_of(model, eager), fixed_seed(0), press(model):

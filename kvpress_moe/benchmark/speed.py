@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from kvpress_moe.benchmark.kvzip_scores import ReplayScores
 from kvpress_moe.cache.prefill import cache_bytes
 from kvpress_moe.errors import SettingError
+from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.model.layers import language_model
 from kvpress_moe.model.transformers_api import crop, with_cache
 from kvpress_moe.press.moe_router_press import MoERouterPress
@@ -119,6 +120,7 @@ def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
 @torch.no_grad()
 def read_prompt(model: PreTrainedModel, input_ids: Tensor, press: BasePress | None) -> DynamicCache:
     """Prefill with a hooked press, or without a press."""
+    teach_kvpress()
     cache = DynamicCache()
     with press(model) if press is not None else _nothing():
         model.model(input_ids=input_ids, **with_cache(cache))

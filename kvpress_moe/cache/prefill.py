@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvpress_moe.cache import RaggedLayer
 from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.model.hooks import hooked
+from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.model.layers import Attention, language_model
 from kvpress_moe.model.transformers_api import attention_arguments, with_cache
 
@@ -38,6 +39,7 @@ class Prefill:
     """
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, on_layer: Callable[[], Any] = lambda: None):
+        teach_kvpress()
         self.model = model
         self.cache = DynamicCache()
         self._calls: list[tuple[nn.Module, dict[str, Any], Tensor | None]] = []

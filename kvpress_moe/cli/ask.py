@@ -12,12 +12,15 @@ import typer
 
 from kvpress_moe.cli.ask_tables import show, show_answers
 from kvpress_moe.cli.options import (
+    AsJson,
     Budget,
     Device,
     Experts,
+    MaxNewTokens,
     Model,
     Ratio,
     Router,
+    check_settings,
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
@@ -39,6 +42,7 @@ kvpress-moe ask --cache book.kv "Who signed?"
 
 
 def ask(
+    context: typer.Context,
     text: Annotated[
         str | None,
         typer.Argument(
@@ -53,9 +57,9 @@ def ask(
     cache: Annotated[str | None, typer.Option(help="Answer from a cache file that `compress` wrote.")] = None,
     model: Model = None,
     device: Device = "cpu",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
+    max_new_tokens: MaxNewTokens = 32,
     layers: Annotated[bool, typer.Option("--layers", help="Show the experts layer by layer.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line at the end.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Answer questions about a text from the full cache, the router's cache, and the cache of each expert alone.
@@ -65,14 +69,17 @@ def ask(
     """
     from rich.console import Console
 
+    check_settings(ratio, budget, router, max_new_tokens)
+    console = Console(stderr=as_json)
     if cache is not None:
+        refuse_recipe(context)
         asked = [question for question in (text, *(questions or [])) if question is not None]
         require_questions(asked)
         with progress_bar() as step:
             result = run_cache(cache, asked, model, device, max_new_tokens, step)
-        show_answers(result, Console())
+        show_answers(result, console)
     else:
-        context, questions = read_context(text), questions or ([BUILT_IN_QUESTION] if text is None else [])
+        read, questions = read_context(text), questions or ([BUILT_IN_QUESTION] if text is None else [])
         require_questions(questions)
         with progress_bar() as step:
             step("importing", total=1)
@@ -84,13 +91,44 @@ def ask(
                 "budget": budget,
                 "router": router,
             }
-            result = run(context, questions, settings, model, device, max_new_tokens, step)
-        show(result, layers, Console())
+            result = run(read, questions, settings, model, device, max_new_tokens, step)
+        show(result, layers, console)
     if as_json:
         from kvpress_moe.benchmark.records import rounded
 
         result = rounded(result, digits=None)  # NaN becomes null
         print(json.dumps(result, separators=(",", ":"), allow_nan=False, default=str))
+
+
+def refuse_recipe(context: typer.Context) -> None:
+    """Raise SettingError if an option that says how to compress was given, together with a cache that is compressed."""
+    for name, what in {
+        "ratio": "ratio is",
+        "experts": "experts are",
+        "budget": "budget is",
+        "router": "router is",
+    }.items():
+        if is_given(context, name):
+            raise SettingError(
+                name,
+                context.params[name],
+                f"no --{name} with --cache",
+                f"The {what} the cache's. For another one, compress the text again.",
+            )
+    if is_given(context, "layers"):
+        raise SettingError(
+            "layers",
+            True,
+            "no --layers with --cache",
+            "The experts were at work when the cache was made. To see them, compress the text again: "
+            "kvpress-moe ask TEXT QUESTION --layers.",
+        )
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given by the user."""
+    source = context.get_parameter_source(name)
+    return source is not None and not source.name.startswith("DEFAULT")
 
 
 def require_questions(questions: list[str]) -> None:

@@ -10,7 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpress_moe.cli.options import Device, Model, numbers, split_names
+from kvpress_moe.cli.options import (
+    Device,
+    Model,
+    check_between,
+    check_number,
+    check_out_directory,
+    numbers,
+    split_names,
+)
 from kvpress_moe.cli.progress import timed_bar
 
 EPILOG = """Examples:
@@ -77,6 +85,18 @@ def bench(
     if context.invoked_subcommand is not None:
         return
 
+    ratios_, lengths_ = numbers("ratios", ratios, float), numbers("lengths", lengths, int)
+    for ratio in ratios_:
+        check_between("ratios", ratio)
+    for length in lengths_:
+        check_number("lengths", length, 64)
+    check_number("limit", limit, 1)
+    check_number("sinks", sinks, 0)
+    check_number("recent", recent, 0)
+    check_number("min_share", min_share, 0, 1)
+    if not (list_all or compare_naive):
+        check_out_directory(out)
+
     from rich.console import Console
 
     from kvpress_moe.benchmark.evaluator import Evaluator
@@ -94,8 +114,8 @@ def bench(
         model=model,
         methods=COMPARED if compare_naive and names is None else names,
         tasks=split_names(tasks),
-        ratios=numbers("ratios", ratios, float),
-        lengths=numbers("lengths", lengths, int),
+        ratios=ratios_,
+        lengths=lengths_,
         limit=limit,
         seed=seed,
         split=split,

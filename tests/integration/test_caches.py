@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, QuantizedLayer
 
 from kvpress_moe import MoERouterPress
 from kvpress_moe.errors import SettingError, UnsupportedInputError
+from kvpress_moe.model.layers import full_attention_layers
 from kvpress_moe.press.input_checks import check_can_turn_ragged
 from tests.tiny import FAMILIES, greedy, lengths, prefill, tiny_model, tokens
 
@@ -128,7 +129,7 @@ def test_a_mask_of_ones_is_no_padding(model):
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), MoERouterPress()(model):
         model(tokens(PROMPT, 2), attention_mask=torch.ones(2, PROMPT), past_key_values=cache)
-    assert lengths(cache)[-1] == N_KEPT
+    assert lengths(cache)[full_attention_layers(model)[-1]] == N_KEPT
 
 
 def test_an_empty_prompt_is_refused(model):
@@ -165,12 +166,13 @@ def test_nothing_has_run_when_an_input_is_refused(model):
 def test_tokens_that_meet_a_full_cache_are_not_compressed_and_the_press_says_so(model):
     press, cache = MoERouterPress(), DynamicCache(config=model.config)
     prefill(model, tokens(PROMPT), press, cache)
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers[1:]]
+    full = full_attention_layers(model)
+    before = [(cache.layers[i].keys.clone(), cache.layers[i].values.clone()) for i in full]
     positions = torch.arange(PROMPT, PROMPT + QUESTION)[None]
     with torch.no_grad(), press(model), pytest.warns(UserWarning, match=r"5 tokens meet a cache .* not compressed"):
         model(tokens(QUESTION, seed=1), past_key_values=cache, position_ids=positions)
-    assert lengths(cache)[1:] == [N_KEPT + QUESTION] * (len(cache.layers) - 1)
-    for layer, (keys, values) in zip(cache.layers[1:], before, strict=True):
+    assert {lengths(cache)[i] for i in full} == {N_KEPT + QUESTION}
+    for layer, (keys, values) in zip((cache.layers[i] for i in full), before, strict=True):
         assert torch.equal(layer.keys[:, :, :N_KEPT], keys)
         assert torch.equal(layer.values[:, :, :N_KEPT], values)
     assert press.get_stats()["forward_count"] == 1

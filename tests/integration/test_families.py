@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from kvpress_moe import MoERouterPress
 from kvpress_moe.experts.layer_call import LayerCall, latest_attention
 from kvpress_moe.model.attention_view import AttentionView
-from kvpress_moe.model.layers import slides
-from kvpress_moe.model.transformers_api import attention_arguments
+from kvpress_moe.model.layers import full_attention_layers, slides
 from kvpress_moe.model.projection_cache import ProjectionCache
+from kvpress_moe.model.transformers_api import attention_arguments
 from tests.tiny import FAMILIES, decoder, kept_positions, lengths, overlap, prefill, tiny_model, tokens
 
 PROMPT, QUESTION = 100, 5
@@ -178,7 +178,7 @@ def test_a_question_sees_what_its_tokens_would_see_one_by_one(model):
     question = tokens(QUESTION, seed=1)
     one_by_one = ask(model, copy.deepcopy(cache), question, one_by_one=True)
     torch.testing.assert_close(ask(model, cache, question, one_by_one=False), one_by_one, atol=1e-4, rtol=1e-4)
-    assert lengths(cache)[-1] == compute_n_kept(PROMPT, 0.5) + QUESTION
+    assert lengths(cache)[full_attention_layers(model)[-1]] == compute_n_kept(PROMPT, 0.5) + QUESTION
 
 
 def test_a_question_right_after_an_uncompressed_prompt_is_answered_as_in_one_piece(model):

@@ -5,8 +5,8 @@ import pytest
 from kvpress_moe.errors import UnsupportedModelError
 from tests.integration import matrix
 from tests.integration.matrix import FAMILIES, NOT_RUN, PAGE, SITUATIONS, WORKS, outcome, page, read_page
-from tests.tiny import FAMILIES as TINY
 from tests.tiny import EAGER_ONLY, OLD_MAKE, TOO_NEW
+from tests.tiny import FAMILIES as TINY
 
 SAID = read_page(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
 
