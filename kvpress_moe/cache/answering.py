@@ -10,6 +10,8 @@ from kvpress.pipeline import KVPressTextGenerationPipeline
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvpress_moe.model.kvpress_host import teach_kvpress
+
 
 @torch.no_grad()
 def answer_each(
@@ -37,6 +39,7 @@ def answer_each(
     on_answer : callable, optional
         Called without arguments after each answer, for a progress bar.
     """
+    teach_kvpress()
     lengths = [cache.get_seq_length(layer_idx) for layer_idx in range(len(cache))]
     answers = []
     for question_ids in questions_ids:

@@ -35,6 +35,22 @@ def fit_masks(cache: Cache, config: Any) -> None:
             layer.__class__ = WholeSlidingLayer if slides(config, layer_idx) else ShortenedLayer
 
 
+def count_evicted(cache: Cache, n_read: int) -> None:
+    """
+    Let shortened layers, in place, count the pairs that any press has evicted from the prompt that was just read.
+
+    Parameters
+    ----------
+    cache : Cache
+    n_read : int
+        Number of tokens of the prompt.
+    """
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if hasattr(layer, "n_stored") and not isinstance(layer, RaggedLayer) and layer.n_stored < n_read:
+            layer.n_evicted, layer.n_read = n_read - layer.n_stored, n_read
+
+
 def fit_masks_after_forward(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the model without its head. It also covers the layers after the last compressed layer."""
     cache = returned_cache(output)

@@ -31,6 +31,7 @@ from kvpress_moe.files import (
     write_atomically,
 )
 from kvpress_moe.model.fingerprint import check_fingerprint, check_form, fingerprint
+from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.model.layers import Attention, language_model
 
 FORMAT = "kvpress-moe cache 1"
@@ -142,6 +143,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
     CheckpointError
         If the file is missing, truncated, changed, made for another model, or does not fit the model.
     """
+    teach_kvpress()  # a press may never be made beside this cache
     path = Path(path)
     config = model.config.get_text_config(decoder=True)
     attentions = [layer.self_attn for layer in language_model(model).layers]

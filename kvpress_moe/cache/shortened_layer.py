@@ -30,7 +30,14 @@ def length_after_crop(length: int, wanted: int, n_prompt: int) -> int:
     ------
     UnsupportedInputError
         If fewer would be left than the prompt has. Its pairs do not say which positions are missing.
+    ValueError
+        If ``wanted`` is positive, in releases of transformers whose ``crop`` takes a number of tokens to remove.
     """
+    if wanted > 0 and CROPS_REMOVE:
+        raise ValueError(
+            f"tokens_to_remove: got {wanted}, expected 0, or a negative number: how many tokens to take off. Up to "
+            "transformers 5.2, a positive number was the length that is left."
+        )
     relative = wanted < 0 or (wanted == 0 and CROPS_REMOVE)
     left = length + wanted if relative else min(wanted, length)
     if left < n_prompt:
@@ -132,6 +139,9 @@ def shortened_class(layer_class: Any) -> Any:
             layer: Any = self
             layer.keys, layer.values = layer.keys[..., :left, :], layer.values[..., :left, :]
 
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _empty_shortened, (layer_class,), self.__dict__
+
         def activate_past_recording(self) -> None:
             """Called before drafts are read."""
             refuse_drafts()
@@ -144,6 +154,12 @@ def shortened_class(layer_class: Any) -> Any:
 
     Shortened.__name__ = Shortened.__qualname__ = f"Shortened{layer_class.__name__.removeprefix('Dynamic')}"
     return Shortened
+
+
+def _empty_shortened(layer_class: Any) -> Any:
+    """For pickle and copy, which find classes by name: this class has none that could be imported."""
+    shortened = shortened_class(layer_class)
+    return shortened.__new__(shortened)
 
 
 #: A DynamicLayer after eviction.

@@ -87,6 +87,8 @@ def main() -> None:
 
 def _flush_output() -> None:
     """Write what is left of the output. Raises BrokenPipeError or WriteError."""
+    if sys.stdout is None:  # closed before the command began
+        return
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -91,6 +91,7 @@ def bench(
     for length in lengths_:
         check_number("lengths", length, 64)
     check_number("limit", limit, 1)
+    check_number("seed", seed, 0, 2**63 - 1)
     check_number("sinks", sinks, 0)
     check_number("recent", recent, 0)
     check_number("min_share", min_share, 0, 1)
@@ -107,13 +108,13 @@ def bench(
     if list_all:
         show_all(Console())
         return
-    names = split_names(methods)
+    names = split_names("methods", methods)
     if method:
         names = (*(names or (default_names() if methods is None else ())), *method)
     plan = Plan(
         model=model,
         methods=COMPARED if compare_naive and names is None else names,
-        tasks=split_names(tasks),
+        tasks=split_names("tasks", tasks),
         ratios=ratios_,
         lengths=lengths_,
         limit=limit,

@@ -29,6 +29,10 @@ def say_plainly(command: Any, context: Any, arguments: list[str], error: Any) ->
         return error  # type: ignore[no-any-return]
     name = error.param.name
     given = command.make_parser(context).parse_args(args=arguments)[0].get(name)
+    if type(error).__name__ == "MissingParameter":
+        return SettingError(
+            _SHOWN.get(name, name), None, "a value", f"It is missing. See {context.command_path} --help."
+        )
     kinds = {"integer": "a whole number", "number": "a number", "float": "a number"}
     expected = next((kind for word, kind in kinds.items() if word in str(error.message)), "a value")
     got = given if isinstance(given, str) else None

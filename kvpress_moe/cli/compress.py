@@ -49,7 +49,7 @@ def compress(
 ) -> None:
     """Compress the cache of a text and write it to a file. `ask --cache` then needs no prefill."""
     check_settings(ratio, budget, router)
-    check_out_file(out, "book.kv")
+    check_out_file(out, "book.kv", text)
     context = read_context(text)
     with progress_bar() as step:
         step("importing", total=1)

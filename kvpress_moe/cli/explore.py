@@ -79,7 +79,7 @@ def explore(
         settings: dict[str, Any] = {"ratio": ratio, "experts": experts, "budget": budget, "router": router}
         run_app(port, settings, model, device, max_new_tokens)
         return
-    out = check_out_file(out, "page.html")
+    out = check_out_file(out, "page.html", text)
     context = read_context(text)
     questions = question or ([BUILT_IN_QUESTION] if text is None else [])
     with progress_bar() as step:

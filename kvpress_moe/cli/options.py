@@ -112,8 +112,12 @@ def dashed(field: str) -> str:
     return field.replace("_", "-")
 
 
-def check_out_file(out: Path | None, example: str) -> Path:
-    """Return ``out``. Raise SettingError unless it is a regular file or a new name, in a directory to write into."""
+def check_out_file(out: Path | None, example: str, text: str | None = None) -> Path:
+    """
+    Return ``out``. Raise SettingError unless it is a regular file or a new name, in a directory to write into.
+
+    It must not be the file ``text`` either, which is read.
+    """
     expected = "a file in a directory that exists"
     if out is None:
         raise SettingError("out", None, expected, f"For example --out {example}.")
@@ -125,6 +129,8 @@ def check_out_file(out: Path | None, example: str) -> Path:
         ) from error
     if not target.parent.is_dir():
         raise SettingError("out", str(out), expected, f"Make the directory {target.parent} first.")
+    if text is not None and target.exists() and os.path.exists(text) and target.samefile(text):
+        raise SettingError("out", str(out), "another file than TEXT", f"For example --out {example}.")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise SettingError("out", str(out), expected, f"The directory {target.parent} cannot be written.")
     return out
@@ -154,9 +160,14 @@ def _reason(error: OSError) -> str:
     return text[:1].upper() + text[1:]
 
 
-def split_names(names: str | None) -> tuple[str, ...] | None:
-    """``"a,b"`` -> ``("a", "b")``."""
-    return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
+def split_names(field: str, names: str | None) -> tuple[str, ...] | None:
+    """``"a,b"`` -> ``("a", "b")``. Raises SettingError if there is no name."""
+    if names is None:
+        return None
+    split = tuple(name.strip() for name in names.split(",") if name.strip())
+    if not split:
+        raise SettingError(field, names, "names separated by commas", f"Without --{dashed(field)} the default applies.")
+    return split
 
 
 def numbers(field: str, text: str, kind: type) -> tuple[Any, ...]:

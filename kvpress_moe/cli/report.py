@@ -39,5 +39,7 @@ def report(
 
     from kvpress_moe.report.benchmark_report import write_report
 
-    written = write_report(runs, out or runs[0], ours, split_names(tasks), split_names(members) or ())
+    written = write_report(
+        runs, out or runs[0], ours, split_names("tasks", tasks), split_names("members", members) or ()
+    )
     print(json.dumps({"written": [str(path) for path in written]}, separators=(",", ":")))

@@ -78,7 +78,7 @@ def speed(
     plan = SpeedPlan(lengths_, batches_, ratio, rounds, new_tokens, longest)
     plan.check()
     known = OURS | THEIRS
-    names = split_names(presses) or tuple(known)
+    names = split_names("presses", presses) or tuple(known)
     for name in names:
         if name not in known:
             raise SettingError("presses", name, f"one of {', '.join(known)}", "")

@@ -83,6 +83,7 @@ def train(
     for field, value in least.items():
         check_number(field, value, 1)
     check_number("length", length, 256)
+    check_number("seed", seed, 0, 2**63 - 1)
     check_number("end_to_end", end_to_end, 0)
     check_number("value_weight", value_weight, 0, 1)
     weights = {"aux_loss_weight": aux_loss_weight, "budget_weight": budget_weight, "replay_weight": replay_weight}
@@ -96,11 +97,11 @@ def train(
     from kvpress_moe.training.config import TrainingConfig
 
     given: dict[str, Any] = {
-        "experts": split_names(experts),
+        "experts": split_names("experts", experts),
         "top_k": top_k,
         "samples": samples,
         "length": length,
-        "tasks": split_names(tasks),
+        "tasks": split_names("tasks", tasks),
         "teacher": teacher,
         "value_weight": value_weight,
         "gate": gate,

@@ -1,8 +1,11 @@
 """
-What kvpress 0.5.5 has to learn so that its own code works beside this package. Done once, when a press is made.
+What kvpress 0.5.5 has to learn so that its own code works beside this package.
+
+Done once, when a press is made or a cache is loaded.
 
 - Its pipeline takes an answer off the cache by slicing layers to their former length. Layers that count the tokens
-  that were processed have to be cropped instead.
+  that were processed have to be cropped instead. Layers with windows and quantised layers hold too little to be cut:
+  they become what they were before the answer.
 - With releases of transformers after 5.2, its hooks read arguments that have another name or are gone, and its pipeline
   calls models by a deprecated name.
 """
@@ -10,12 +13,13 @@ What kvpress 0.5.5 has to learn so that its own code works beside this package. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-import kvpress
 from kvpress.pipeline import KVPressTextGenerationPipeline
 from kvpress.presses.base_press import BasePress
+from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedLayer
 
 from kvpress_moe.model.transformers_api import KVPRESS_KNOWS, attention_arguments, crop, own_names
 
@@ -24,11 +28,15 @@ _TAUGHT = "kvpress_moe_taught"
 
 def teach_kvpress() -> None:
     """Change kvpress's classes as the module says. Idempotent, also for press classes that are defined later."""
-    _replace(KVPressTextGenerationPipeline, "_remove_answer_from_cache", _cropping)
+    _replace(KVPressTextGenerationPipeline, "_remove_answer_from_cache", _removing)
+    _replace(
+        KVPressTextGenerationPipeline,
+        "generate_answer",
+        lambda method: _noting(method if KVPRESS_KNOWS else _by_own_names(method)),
+    )
     if KVPRESS_KNOWS:
         return
-    for name in ("_forward", "generate_answer"):
-        _replace(KVPressTextGenerationPipeline, name, _by_own_names)
+    _replace(KVPressTextGenerationPipeline, "_forward", _by_own_names)
     for press in _press_classes(BasePress):
         if "forward_hook" in vars(press):
             _replace(press, "forward_hook", _translating)
@@ -48,23 +56,40 @@ def _replace(owner: type, name: str, change: Callable[[Callable[..., Any]], Call
         setattr(owner, name, changed)
 
 
-def _cropping(remove: Callable[..., Any]) -> Callable[..., Any]:
+def _noting(generate_answer: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(generate_answer)
+    def noted(pipeline: Any, question_ids: Any, cache: Any, *args: Any, **kwargs: Any) -> Any:
+        """Note the layers that cannot give up single tokens. Their tensors are replaced, not changed, by new tokens."""
+        pipeline._before_answer = {
+            id(layer): dict(vars(layer))
+            for layer in cache.layers
+            if isinstance(layer, (DynamicSlidingWindowLayer, QuantizedLayer))
+        }
+        return generate_answer(pipeline, question_ids, cache, *args, **kwargs)
+
+    return noted
+
+
+def _removing(remove: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(remove)
     def removed(pipeline: Any, cache: Any, lengths: list[int]) -> None:
-        """Layers with evicted tokens are cropped; kvpress slices the others."""
-        n_evicted = [getattr(layer, "n_evicted", 0) for layer in cache.layers]
-        if not any(n_evicted):
-            remove(pipeline, cache, lengths)
-            return
-        if isinstance(cache, kvpress.pipeline.QuantizedCache):
-            remove(pipeline, cache, [length - gone for length, gone in zip(lengths, n_evicted, strict=True)])
-            for layer, length, gone in zip(cache.layers, lengths, n_evicted, strict=True):
-                layer.cumulative_length = length - gone
-            return
+        """Layers with windows and quantised layers become as they were; others are cropped, or cut as in kvpress."""
+        before = vars(pipeline).pop("_before_answer", {})
         for layer, length in zip(cache.layers, lengths, strict=True):
-            crop(layer, length)
+            if id(layer) in before:
+                vars(layer).clear()
+                vars(layer).update(before[id(layer)])
+            elif getattr(layer, "n_evicted", 0):
+                crop(layer, length)
+            else:
+                remove(pipeline, _OneLayer([layer]), [length])
 
     return removed
+
+
+@dataclass
+class _OneLayer:
+    layers: list[Any]
 
 
 def _by_own_names(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from kvpress_moe.errors import KVPressMoEError, SettingError
 from kvpress_moe.model.gguf_wheels import WHEELS
@@ -80,14 +81,15 @@ def load_model(
     except Exception as error:
         raise SettingError("model", shown, "a model with a tokenizer that can be read", reason(error)) from error
     try:
+        is_adapter = find_adapter_config_file(source, local_files_only=local) is not None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attn_implementation,
             local_files_only=local,
-            output_loading_info=True,
+            output_loading_info=not is_adapter,  # what is reported of an adapter is not about its base model
         )
-        model, report = loaded
+        model, report = (loaded, {"missing_keys": ()}) if is_adapter else loaded
         missing = sorted(report["missing_keys"])
         if missing:  # transformers would fill them with random numbers
             raise ValueError(f"The weights lack {len(missing)} tensors, among them {missing[0]}.")
@@ -102,7 +104,7 @@ def load_model(
 def reason(error: Exception) -> str:
     """The first line of an error that says something, as a sentence."""
     text = str(error)
-    if "ignore_mismatched_sizes" in text:
+    if "ignore_mismatched_sizes" in text or "size mismatch" in text:
         text = "The shapes of the weights do not match config.json."
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")[:300]
     known = type(error) in (OSError, ValueError, RuntimeError)

@@ -41,7 +41,9 @@ class ProjectionCache:
             yield
 
     def _keeping(self, attention: Attention, name: str) -> Callable[..., None]:
-        def keep(module: Attention, args: tuple[Any, ...], output: Tensor) -> None:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if getattr(attention, name) is not module:  # a model that was copied inside the block took this hook along
+                return
             if self._layer is not attention:
                 self.clear()
                 self._layer = attention

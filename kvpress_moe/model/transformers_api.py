@@ -9,7 +9,6 @@ this is here.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -53,7 +52,9 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 
 
 def returned_cache(output: Any) -> Any:
-    """The cache in a model's output; None if there is none."""
+    """The cache in a model's output, which is a tuple with ``return_dict=False``; None if there is none."""
+    if isinstance(output, tuple):
+        return next((part for part in output if isinstance(part, Cache)), None)
     return getattr(output, CACHE, None)
 
 
@@ -81,8 +82,8 @@ def attention_arguments(module: Any, arguments: Mapping[str, Any]) -> dict[str, 
 
 
 def crop(cache: Any, length: int) -> None:
-    """Take tokens off the end of a cache, or of a cache's layer, until ``length`` tokens are left."""
-    cache.crop(length - cache.get_seq_length() if CROPS_REMOVE else length)
+    """Take tokens off the end of a cache, or of a cache's layer, until at most ``length`` tokens are left."""
+    cache.crop(min(0, length - cache.get_seq_length()) if CROPS_REMOVE else length)
 
 
 @contextmanager
@@ -105,9 +106,7 @@ def own_names(*modules: nn.Module) -> Iterator[None]:
         return
     handles = [module.register_forward_pre_hook(rename, with_kwargs=True) for module in modules]
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*past_key_values.* is deprecated", category=FutureWarning)
-            yield
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -280,7 +280,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         if not is_in_use(self):  # a wrapper may compress this cache again, and counts its pairs
             self._memory.remember(call, routing.weights, indices)
         elif call.cache is not None:
-            shorten(call.cache.layers[call.layer_idx], call.k_len - n_kept, call.k_len)
+            shorten(call.cache.layers[call.layer_idx], call.q_len - n_kept, call.q_len)
         return evict(call.keys, indices), evict(call.values, indices)
 
     def _evict_shared(
@@ -301,7 +301,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list[Any]
     ) -> list[Any]:
         """kvpress's hook. With ``track_misses`` it also counts a decoding step's attention to evicted keys."""
-        if self._session.is_copied:
+        if self._session.is_copied and self.forward_hook in module._forward_hooks.values():
             return output
         kwargs = attention_arguments(module, kwargs)
         output = super().forward_hook(module, input, kwargs, output)

@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvpress_moe.cache.masks import fit_masks_after_forward
+from kvpress_moe.cache.masks import count_evicted, fit_masks_after_forward
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.model.hooks import bare_afterwards
 from kvpress_moe.model.projection_cache import ProjectionCache
-from kvpress_moe.model.transformers_api import given_cache, own_names
+from kvpress_moe.model.transformers_api import given_cache, own_names, returned_cache
 from kvpress_moe.press.exclusive_use import exclusive_use, is_in_use
 from kvpress_moe.press.input_checks import (
     check_can_serve_padding,
@@ -45,11 +45,14 @@ class Session:
         Whether this is the session of hooks that were copied with a model inside a block.
     text_starts : list of int or None
         Where the text of each row begins in a prompt that is padded on the left. None for a prompt without padding.
+    n_prompt : int
+        Number of tokens of the prompt that is prefilled now. 0 in other forward passes.
     """
 
     def __init__(self) -> None:
         self.projections = ProjectionCache()
         self.text_starts: list[int] | None = None
+        self.n_prompt = 0
         self.is_open = False
         self.is_copied = False
 
@@ -103,9 +106,9 @@ class Session:
             leave.enter_context(compressing)
             before = partial(self._before_forward, press, transaction)
             leave.enter_context(own_names(model, model.model))
-            leave.callback(model.register_forward_pre_hook(warn_of_labels, with_kwargs=True).remove)
+            leave.callback(model.register_forward_pre_hook(self._before_loss, with_kwargs=True).remove)
             leave.callback(model.model.register_forward_pre_hook(before, with_kwargs=True).remove)
-            leave.callback(model.model.register_forward_hook(fit_masks_after_forward).remove)
+            leave.callback(model.model.register_forward_hook(self._after_forward).remove)
             leave.callback(model.model.register_forward_hook(transaction.end, always_call=True).remove)
             leave.callback(transaction.close)
             leave.enter_context(self.projections.watch(model))
@@ -121,12 +124,28 @@ class Session:
             return
         arguments = forward_arguments(model, args, kwargs)
         transaction.begin(arguments)
-        self.text_starts = None
+        self.text_starts, self.n_prompt = None, 0
         press._eager = has_eager_attention(model)  # it may have been changed inside the block
         if check_forward(model, arguments) and press.compression_ratio != 0:
+            inputs = arguments.get("input_ids")
+            self.n_prompt = (arguments["inputs_embeds"] if inputs is None else inputs).shape[1]
             self.text_starts = text_starts(arguments.get("attention_mask"), arguments.get("position_ids"))
             if self.text_starts is not None:
                 check_can_serve_padding(given_cache(arguments), press._eager, press.track_misses)
+
+    def _before_loss(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Warn of a loss that does not measure the press."""
+        if not self.is_copied:
+            warn_of_labels(model, args, kwargs)
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Fit the masks, and count what presses of kvpress in the same block have evicted beside this one."""
+        if self.is_copied:
+            return
+        fit_masks_after_forward(model, args, output)
+        cache = returned_cache(output)
+        if self.n_prompt and cache is not None:
+            count_evicted(cache, self.n_prompt)
 
 
 def checkpoint(press: Any, is_prompt: bool) -> Callable[[], None]:

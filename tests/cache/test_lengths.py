@@ -1,15 +1,21 @@
 """A compressed cache counts the tokens that were processed, under every budget: other code can go on with it."""
 
 import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from kvpress import KnormPress
 from kvpress.pipeline import KVPressTextGenerationPipeline
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress, UnsupportedInputError, load_cache, save_cache
 from kvpress_moe.cache.shortened_layer import ShortenedLayer
-from kvpress_moe.model.transformers_api import KVPRESS_KNOWS, crop
+from kvpress_moe.model.transformers_api import KVPRESS_KNOWS, crop, with_cache
+from tests.quantized import RoundedCache, quantized_lengths
 from tests.tiny import byte_tokenizer, calibrated_routers, greedy, lengths, prefill, tiny_model, tokens
 
 PROMPT, QUESTION, END = tokens(60), tokens(9, seed=5), {"eos_token_id": 999, "do_sample": False}
@@ -167,6 +173,77 @@ def test_layers_that_slide_after_full_ones_have_the_right_positions(family, budg
     assert {cache.get_seq_length(layer_idx) for layer_idx in range(3)} == {n_context}
     expected = greedy(model, ids["questions_ids"][0], cache, n_context, 8)[0]
     assert got == pipeline.tokenizer.decode(expected)
+
+
+ASK = """
+import sys
+from tests.tiny import byte_tokenizer, tiny_model
+from kvpress.pipeline import KVPressTextGenerationPipeline
+from kvpress_moe.cache import load_cache
+from kvpress_moe.cache.answering import answer_each
+
+model = tiny_model("llama")
+pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=byte_tokenizer())
+saved = load_cache(sys.argv[1], model)
+questions = pipeline.preprocess("", ["What is it?", "Where?", "What is it?"], "", 4096)["questions_ids"]
+before = saved.cache.get_seq_length()
+answers = answer_each(pipeline, saved.cache, questions, saved.n_tokens, 6)
+assert answers[0] == answers[2], answers
+assert saved.cache.get_seq_length() == before
+"""
+
+
+def test_a_loaded_cache_answers_alike_where_no_press_was_ever_made(model, cache, tmp_path):
+    save_cache(tmp_path / "book.kv", cache, model, PROMPT)
+    command = [sys.executable, "-W", "ignore", "-c", ASK, tmp_path / "book.kv"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("is_outside", [True, False])
+def test_presses_of_kvpress_in_the_same_block_count_too(model, is_outside):
+    presses = [KnormPress(0.5), press(model, "uniform")]
+    outer, inner = presses if is_outside else reversed(presses)
+    cache = DynamicCache()
+    with torch.no_grad(), outer(model), inner(model):
+        model.model(PROMPT, **with_cache(cache))
+    assert lengths(cache) == [15, 15]
+    assert cache.get_seq_length() == 60
+    expected = continued(model, cache)
+    written = model.generate(torch.cat([PROMPT, QUESTION], 1), past_key_values=cache, max_new_tokens=8, **END)
+    assert torch.equal(written[0, 69:], expected)
+
+
+def test_several_answers_from_layers_with_windows_leave_no_trace(budget):
+    """A layer that holds a window only cannot be cut to its former length: the oldest pairs are gone."""
+    model = tiny_model("gemma3_text")
+    pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=byte_tokenizer())
+    text, questions = "The code of the old safe is 7194. " * 4, ["What is it?", "Where?", "What is it?"]
+
+    def answers(cache):
+        return pipeline(text, questions=questions, press=press(model, budget), max_new_tokens=6, cache=cache)["answers"]
+
+    expected = answers(DynamicCache())
+    assert expected[0] == expected[2]
+    assert answers(DynamicCache(config=model.config)) == expected
+
+
+@pytest.mark.parametrize("residual_length", [1, 32, 128])
+def test_several_answers_from_a_quantised_cache_leave_no_trace(model, residual_length):
+    pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=byte_tokenizer())
+    text, questions = "The code of the old safe is 7194. " * 2, ["What is it?", "Where?", "What is it?"]
+    cache = RoundedCache(2, residual_length)
+    answers = pipeline(text, questions=questions, press=press(model, "uniform"), max_new_tokens=6, cache=cache)[
+        "answers"
+    ]
+    assert answers[0] == answers[2]
+    assert quantized_lengths(cache) == [34, 34]
+    assert quantized_lengths(pickle.loads(pickle.dumps(cache))) == [34, 34]
+
+
+def test_a_crop_to_more_than_there_is_changes_nothing(cache):
+    crop(cache, 100)
+    assert cache.get_seq_length() == 60
 
 
 def test_wrappers_that_compress_again_count_pairs(model):

@@ -122,13 +122,13 @@ DAMAGES = {
     "weights empty": (_cut("model.safetensors", 0), "SafetensorError"),
     "weights of another shape": (_change_weights(lambda w: w.update({NORM: w[NORM][:-1].contiguous()})), "shape"),
     "a tensor missing": (_change_weights(lambda w: w.pop(NORM)), f"lack 1 tensors, among them {NORM}"),
-    "weights missing": (_remove("*.safetensors"), "no file named model.safetensors"),
+    "weights missing": (_remove("*.safetensors"), "no file named"),
     "config cut": (_cut("config.json", 20), "not a valid JSON file"),
     "config empty": (_cut("config.json", 0), "not a valid JSON file"),
     "no heads": (_change_config(num_attention_heads=0), "ZeroDivisionError"),
     "a width in words": (_change_config(hidden_size="wide"), "."),
     "unknown kind": (_change_config(model_type="nosuch"), "model type `nosuch`"),
-    "tokenizer cut": (_cut("tokenizer.json", 100), "expected a model with a tokenizer that can be read. JSONDecode"),
+    "tokenizer cut": (_cut("tokenizer.json", 100), "tokenizer that can be read"),
     "tokenizer of another kind": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer that can be read"),
     "tokenizer missing": (_remove("tokenizer*"), "tokenizer that can be read"),
 }
@@ -272,6 +272,15 @@ def test_a_link_stays_and_its_target_is_written(is_dangling, tmp_path, text_file
     assert os.listdir(tmp_path / "there") == ["target.kv"]
 
 
+@pytest.mark.parametrize("command", ["compress", "explore"])
+def test_the_text_is_not_overwritten(command, text_file, nothing_is_loaded):
+    link = text_file.with_name("link")
+    link.symlink_to(text_file)
+    for out in (text_file, link):
+        refused(run(command, text_file, "--out", out), "out: got .*expected another file than TEXT")
+    assert text_file.read_text() == TEXT
+
+
 def test_a_directory_that_cannot_be_made_is_refused_at_once(tmp_path, nothing_is_loaded):
     file, link = tmp_path / "file", tmp_path / "link"
     file.touch()
@@ -361,12 +370,14 @@ WRONG = {
     "bench --ratios 0.5,1": "ratios: got 1.0",
     "bench --lengths 1e3": "lengths: got '1e3'",
     "bench --limit 0": "limit: got 0",
+    "bench --seed -1": "seed: got -1",
     "bench --min-share 2": "min_share: got 2.0",
     "bench speed --ratio 0": "ratio: got 0.0",
     "bench speed --rounds 0": "rounds: got 0",
     "train --out routers --length 3": "length: got 3",
+    "train --out routers --seed 99999999999999999999": "seed: got 99999999999999999999",
     "train --out routers --value-weight nan": "value_weight: got nan",
-    "report": "RUNS: got None",
+    "report": "RUNS: got None, expected a value. It is missing.",
 }
 PROGRAM = """
 import contextlib, io, sys
@@ -427,6 +438,12 @@ def test_output_that_cannot_be_written_is_an_error():
         done = in_a_process("--version", stdout=full)
     assert done.returncode == 2
     assert re.fullmatch("kvpress-moe: error: standard output: cannot be written.*\n", done.stderr)
+
+
+def test_a_closed_standard_output_is_no_error():
+    code = "import sys; sys.stdout = None; sys.argv = ['', '--version']; from kvpress_moe.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_is_no_error(monkeypatch, capsys):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from kvpress.utils import compute_n_kept
 from transformers import DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import Cache, QuantizedLayer
 
 from kvpress_moe import MoERouterPress
 from kvpress_moe.errors import SettingError, UnsupportedInputError
 from kvpress_moe.model.layers import full_attention_layers
 from kvpress_moe.press.input_checks import check_can_turn_ragged
+from tests.quantized import RoundedCache, quantized_lengths
 from tests.tiny import FAMILIES, greedy, lengths, prefill, tiny_model, tokens
 
 PROMPT, QUESTION = 100, 5
@@ -45,30 +45,6 @@ def test_an_offloaded_cache_answers_as_one_that_stays():
     offloaded = DynamicCache(config=model.config, offloading=True)
     assert torch.equal(answer(model, offloaded), answer(model, DynamicCache()))
     assert lengths(offloaded) == [N_KEPT + QUESTION + 3] * 2
-
-
-class RoundedLayer(QuantizedLayer):
-    """The least that a quantised layer is: numbers of eight bits, and a scale."""
-
-    def _quantize(self, states, axis):
-        scale = states.abs().amax(-1, keepdim=True).clamp(min=1e-6) / 127
-        return (states / scale).round().to(torch.int8), scale
-
-    def _dequantize(self, quantized):
-        return quantized[0] * quantized[1]
-
-
-class RoundedCache(QuantizedCache):
-    def __init__(self, num_layers, residual_length):
-        Cache.__init__(self, layers=[RoundedLayer(residual_length=residual_length) for _ in range(num_layers)])
-
-
-def quantized_lengths(cache):
-    """Pairs that each layer of a quantised cache holds: the quantised ones, and those not quantised yet."""
-    return [
-        layer._dequantize(layer._quantized_keys).shape[2] + (layer.keys.shape[2] if layer.keys.dim() == 4 else 0)
-        for layer in cache.layers
-    ]
 
 
 @pytest.mark.parametrize("residual_length", [1, 32])

@@ -5,10 +5,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from kvpress import ComposedPress
 from torch import nn
 from transformers import DynamicCache
 
-from kvpress_moe import MoERouterPress, UnsupportedInputError, UnsupportedModelError
+from kvpress_moe import MoERouterPress, UnsupportedInputError, UnsupportedModelError, load_model
 from kvpress_moe.model.fingerprint import model_fingerprint
 from kvpress_moe.training.trainer import check_has_weights
 from tests.tiny import calibrated_routers, decoder, greedy, lengths, prefill, tiny_model, tokens
@@ -177,6 +178,27 @@ def test_a_model_copied_inside_the_block_is_a_model_without_a_press(budget):
             assert lengths(cache) == [60, 60]
             assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, full.layers, strict=True))
     assert prefill(twin, PROMPT, trained(twin, budget="uniform")).layers[0].keys.shape[2] == 30
+    assert not press._session.projections._projected
+    twin(PROMPT, labels=PROMPT)  # warnings are errors in this suite
+
+
+def test_a_press_copied_inside_the_block_still_compresses_in_a_wrapper():
+    model = tiny_model("llama")
+    press = trained(model, budget="uniform")
+    with press(model):
+        copied = copy.deepcopy(press)
+    assert lengths(prefill(model, PROMPT, ComposedPress([copied]))) == [30, 30]
+
+
+def test_an_adapter_is_loaded_with_its_base_model(model_directory, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load_model(str(model_directory))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(model_directory)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    loaded, _ = load_model(str(tmp_path / "adapter"))
+    assert lengths(prefill(loaded, PROMPT, MoERouterPress(0.5, num_experts=4))) == [30, 30]
 
 
 @pytest.mark.parametrize("kept", [slice(0, 2), slice(1, 3)])
