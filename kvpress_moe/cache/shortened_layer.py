@@ -30,14 +30,7 @@ def length_after_crop(length: int, wanted: int, n_prompt: int) -> int:
     ------
     UnsupportedInputError
         If fewer would be left than the prompt has. Its pairs do not say which positions are missing.
-    ValueError
-        If ``wanted`` is positive, in releases of transformers whose ``crop`` takes a number of tokens to remove.
     """
-    if wanted > 0 and CROPS_REMOVE:
-        raise ValueError(
-            f"tokens_to_remove: got {wanted}, expected 0, or a negative number: how many tokens to take off. Up to "
-            "transformers 5.2, a positive number was the length that is left."
-        )
     relative = wanted < 0 or (wanted == 0 and CROPS_REMOVE)
     left = length + wanted if relative else min(wanted, length)
     if left < n_prompt:

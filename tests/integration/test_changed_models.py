@@ -190,6 +190,7 @@ def test_a_press_copied_inside_the_block_still_compresses_in_a_wrapper():
     assert lengths(prefill(model, PROMPT, ComposedPress([copied]))) == [30, 30]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft
 def test_an_adapter_is_loaded_with_its_base_model(model_directory, tmp_path):
     peft = pytest.importorskip("peft")
     model, tokenizer = load_model(str(model_directory))
