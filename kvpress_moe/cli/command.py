@@ -39,31 +39,24 @@ def say_plainly(command: Any, context: Any, arguments: list[str], error: Any) ->
     return SettingError(_SHOWN.get(name, name), got, expected, f"See {context.command_path} --help.")
 
 
-class Command(TyperCommand):
+class _Checked:
+    """A mixin for classes of typer."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)  # type: ignore[misc,no-any-return]
+        except typer.BadParameter as error:
+            raise say_plainly(self, ctx, given, error) from error
+
+    def invoke(self, ctx: Any) -> Any:
+        check_arguments(ctx)
+        return super().invoke(ctx)  # type: ignore[misc]
+
+
+class Command(_Checked, TyperCommand):
     """A command that checks its arguments."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list(args)
-        try:
-            return super().parse_args(ctx, args)
-        except typer.BadParameter as error:
-            raise say_plainly(self, ctx, given, error) from error
 
-    def invoke(self, ctx: Any) -> Any:
-        check_arguments(ctx)
-        return super().invoke(ctx)
-
-
-class Group(TyperGroup):
+class Group(_Checked, TyperGroup):
     """The same for a command that has subcommands."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list(args)
-        try:
-            return super().parse_args(ctx, args)
-        except typer.BadParameter as error:
-            raise say_plainly(self, ctx, given, error) from error
-
-    def invoke(self, ctx: Any) -> Any:
-        check_arguments(ctx)
-        return super().invoke(ctx)
