@@ -14,7 +14,7 @@ _SHOWN = {"text": "TEXT", "questions": "QUESTION", "question": "QUESTION", "runs
 
 
 def check_arguments(context: Any) -> None:
-    """Raise SettingError if an argument or an option holds bytes that are not UTF-8. Python turns them into halves."""
+    """Raise SettingError if an argument or an option is not UTF-8. Python keeps such bytes as lone surrogates."""
     for name, value in context.params.items():
         field = "QUESTION" if name == "text" and context.params.get("cache") is not None else _SHOWN.get(name, name)
         for part in value if isinstance(value, (list, tuple)) else [value]:

@@ -89,6 +89,8 @@ def _removing(remove: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class _OneLayer:
+    """What kvpress's method reads of a cache, for one layer of it."""
+
     layers: list[Any]
 
 
