@@ -1,5 +1,6 @@
 """
-Bytes and decoding time of ragged caches, compared with a uniform cache of equal size, AdaKV's masking and a full cache.
+Bytes and decoding time of ragged and packed caches, compared with a uniform cache of equal size, AdaKV's masking and a
+full cache. Packed caches take a quarter of a 16-bit cache's bytes; in a float32 model that is an eighth of its bytes.
 
     python -m experiments.ragged_cache                              SmolLM2 and a small random Llama, 4k and 16k tokens
     python -m experiments.ragged_cache --models random --lengths 2048 --rounds 3
@@ -31,6 +32,8 @@ from kvpress_moe.cache.prefill import Prefill, cache_bytes
 from kvpress_moe.model.transformers_api import crop, with_cache
 
 RATIO = 0.75
+SHARE = 0.25  # of the bytes of a 16-bit cache, for packed caches
+PRECISIONS = {"K8V4": [(8, 4)], "K4V4": [(4, 4)], "mixed": "mixed"}
 PROSE = "The harbour master writes a report every year, and this is the part about ships, cranes, fish, ice and fog. "
 ATTENTIONS: dict[str, str | RaggedAttention] = {
     "torch": "torch",
@@ -82,6 +85,10 @@ def ways_of(model, ids, attentions: list[str]) -> dict[str, Way]:
         suffix = "" if attentions == ["torch"] else f", {attention}"
         for budget in ("layer", "global"):
             ways[f"ragged, {budget}{suffix}"] = Way(caches[budget], nothing, attention)
+    of_16_bits = 1 - SHARE * 2 / prefill.cache.layers[0].keys.element_size()  # SHARE is of a 16-bit cache
+    for name, precision in PRECISIONS.items():
+        press = MoERouterPress(of_16_bits, experts=["expected_attention"], budget="global", precision=precision)
+        ways[f"packed, {name}"] = Way(prefill.compress(press), nothing)
     masking = prefill.compress(AdaKVPress(ExpectedAttentionPress(RATIO)))
     ways["AdaKV, masked"] = Way(masking, [attention.masked_key_indices for attention in attention_layers(model)])
     return ways

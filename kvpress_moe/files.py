@@ -24,6 +24,7 @@ MAX_JSON = 2**20  # bytes of one JSON text
 MAX_HEADER = 2**22  # bytes of the header of a safetensors file
 
 _FLOATS = {"F16", "BF16", "F32", "F64"}
+_CODES = {"U8", "I16", "I32", "F16"}
 
 
 def parse_json(text: str) -> Any:
@@ -101,9 +102,15 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise ValueError(f"safetensors says: {str(error)[:200]}") from error
 
 
-def read_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
+def read_shapes(tensors: Any, codes: bool = False) -> dict[str, tuple[int, ...]]:
     """
     Shapes of all tensors in an open file. The tensors themselves are not read.
+
+    Parameters
+    ----------
+    tensors : open safetensors file
+    codes : bool
+        Whether there may be codes too: bytes, whole numbers and half-precision scales, beside tensors of one dtype.
 
     Raises
     ------
@@ -117,6 +124,8 @@ def read_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
         dtypes.add(found.get_dtype())
         if math.prod(max(1, size) for size in shapes[name]) >= 2**48:  # a size of 0 would hide the others
             raise ValueError(f"tensor {name[:80]!r} declares shape {shapes[name]}")
+    if codes and len(dtypes) > 1:
+        dtypes -= _CODES if dtypes - _CODES else _CODES - {"F16"}
     if len(dtypes) != 1 or not dtypes <= _FLOATS:
         raise ValueError(f"tensors of dtypes {sorted(dtypes)}, expected one of {', '.join(sorted(_FLOATS))} for all")
     return shapes

@@ -11,6 +11,7 @@ try:
 except ImportError as error:
     raise ImportError("kvpress_moe.plots: matplotlib is missing. pip install kvpress-moe[plots]") from error
 
+from kvpress_moe.report.figures.byte_shares import over_bytes as over_bytes
 from kvpress_moe.report.figures.kept_pairs import kept_positions as kept_positions
 from kvpress_moe.report.figures.kept_pairs import kept_share as kept_share
 from kvpress_moe.report.figures.ratios import over_ratio as over_ratio
@@ -25,6 +26,7 @@ __all__ = [
     "kept_positions",
     "kept_share",
     "loss_by_layer",
+    "over_bytes",
     "over_ratio",
     "training_curves",
 ]

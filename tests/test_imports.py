@@ -19,6 +19,7 @@ WINGS = (
     "experts",
     "routers",
     "cache",
+    "codes",
     "model",
     "budget",
 )

@@ -11,6 +11,7 @@ from kvpress.utils import get_prerope_query_states
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from kvpress_moe.benchmark.byte_strategies import ELEMENT_SIZE
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.selections import Kept, Selections
 from kvpress_moe.cache import RaggedCache, RaggedLayer
@@ -62,7 +63,7 @@ class Answer:
     hit_rate : float
         Share of the attention of question and answer (measured on the full cache) that falls on kept pairs.
     n_pairs, n_bytes : int
-        Counted in the cache that answered.
+        Counted in the cache that answered. Bytes are those of a 16-bit cache: two for each number that is not coded.
     written : list of int or None
         Greedily decoded tokens, if requested.
     """
@@ -160,7 +161,12 @@ def stack(selections: Selections, kept: Sequence[Kept]) -> RaggedCache:
 def _stack_layer(layer: Any, number: int, kept: Sequence[Kept]) -> RaggedLayer:
     keys, values, lengths = [], [], []
     for one in kept:
-        if one.altered is None:
+        if one.coded is not None:
+            decoded = one.coded.decode(number, layer.keys, layer.values)
+            keys.extend(decoded[0])
+            values.extend(decoded[1])
+            lengths.append([len(head) for head in decoded[0]])
+        elif one.altered is None:
             mask = one.mask[number]
             keys.append(layer.keys[0][mask])
             values.append(layer.values[0][mask])
@@ -217,7 +223,7 @@ def evaluate_caches(
     for batch in batches([kept[index] for index in order], bytes_per_pair, bytes_beside):
         rows = [kept[order[index]] for index in batch]
         cache = stack(selections, rows)
-        n_bytes = [_row_bytes(cache, row) for row in range(len(rows))]
+        n_bytes = [_row_bytes(cache, row) if one.n_bytes is None else one.n_bytes for row, one in enumerate(rows)]
         offsets = torch.tensor([row.next_position - n_read for row in rows], device=right.device)
         logits = read(model, cache, prompt, n_read, offsets)
         for row, own, counted in zip(rows, logits, n_bytes, strict=True):
@@ -233,9 +239,9 @@ def evaluate_caches(
 
 
 def _row_bytes(cache: RaggedCache, row: int) -> int:
-    """Bytes of one row's keys and values in ragged layers: those that presses compress."""
+    """Bytes of one row's keys and values in ragged layers, those that presses compress, if they had 16 bits."""
     layers: list[Any] = [layer for layer in cache.layers if isinstance(layer, RaggedLayer)]
-    per_pair = [2 * layer.flat_keys.shape[-1] * layer.flat_keys.element_size() for layer in layers]
+    per_pair = [2 * layer.flat_keys.shape[-1] * ELEMENT_SIZE for layer in layers]
     return sum(sum(layer.lengths[row]) * size for layer, size in zip(layers, per_pair, strict=True))
 
 

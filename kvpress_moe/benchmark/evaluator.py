@@ -59,9 +59,14 @@ class Evaluator:
         self.methods = {name: method for name, method in self.methods.items() if name not in unfit}
 
     def cells(self) -> list[Cell]:
-        """All (method, ratio) of a sample, the full cache first."""
-        methods = [name for name in self.methods if name != "full"]
-        return [("full", 0.0), *((name, ratio) for name in methods for ratio in self.plan.ratios)]
+        """All (method, ratio) of a sample, the full cache first. Some methods take a share of their own."""
+        cells = [("full", 0.0)]
+        for name, method in self.methods.items():
+            if method.fixed_share is not None:
+                cells.append((name, round(1 - method.fixed_share, 4)))
+            elif name != "full":
+                cells += [(name, ratio) for ratio in self.plan.ratios]
+        return cells
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)

@@ -6,8 +6,8 @@ import ast
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Literal, cast
@@ -16,12 +16,14 @@ import kvpress
 from kvpress import ScorerPress
 from kvpress.presses.base_press import BasePress
 
+from kvpress_moe.benchmark.quantised_caches import QUANTISED
+from kvpress_moe.codes.precision import Precision, menu_of
 from kvpress_moe.errors import SettingError
 from kvpress_moe.experts.kvpress_scorers import KVPRESS_EXPERTS
 from kvpress_moe.press.moe_router_press import MoERouterPress
 
 Protect = Callable[[ScorerPress], ScorerPress]
-Group = Literal["reference", "baseline", "kvpress", "budget", "multi-pass", "ours", "third-party"]
+Group = Literal["reference", "baseline", "kvpress", "budget", "multi-pass", "bytes", "quantised", "ours", "third-party"]
 Budget = Literal["uniform", "layer", "global"]
 BUDGETS: tuple[Budget, ...] = ("uniform", "layer", "global")
 ENTRY_POINTS = "kvpress_moe.methods"
@@ -38,7 +40,8 @@ class Method:
     group : str
         ``reference`` (the full cache), ``baseline`` (random), ``kvpress`` (a press as kvpress ships it), ``budget``
         (such a press's scores with a budget that heads share), ``multi-pass`` (needs additional passes over the
-        prompt), ``ours``, ``third-party``.
+        prompt), ``bytes`` (pairs are evicted or coded, under a byte budget), ``quantised`` (every pair is coded, with a
+        fixed number of bits), ``ours``, ``third-party``.
     make : callable
         ``make(protect)`` returns a new press. It applies ``protect`` to the scorer that decides.
     budget : {"uniform", "layer", "global"} or None
@@ -50,6 +53,10 @@ class Method:
         Whether the press needs its own prefill, because it changes the prefill or processes the prompt again.
     eager : bool
         Whether that prefill needs eager attention.
+    precision : Precision, "mixed", "rdkv" or None
+        How kept pairs are stored: as they are, all with one precision, by the press's own rule, or by RDKV's.
+    fixed_share : float or None
+        Share of a 16-bit cache's bytes that the method always takes.
     """
 
     name: str
@@ -59,6 +66,8 @@ class Method:
     scorer: str = ""
     own_prefill: bool = False
     eager: bool = False
+    precision: Precision | str | None = None
+    fixed_share: float | None = None
 
 
 def _scored(
@@ -112,6 +121,10 @@ def _built_in() -> Iterator[Method]:
     for budget in BUDGETS:
         yield Method(f"kvzip_{budget}", "multi-pass", lambda p: kvpress.KVzipPress(), budget, "kvzip", own_prefill=True)
 
+    for name, (share, _) in QUANTISED.items():
+        yield Method(name, "quantised", lambda protect: None, fixed_share=share)
+    yield Method("rdkv", "bytes", lambda protect: kvpress.SnapKVPress(), "global", "rdkv", precision="rdkv")
+
     yield from _ours()
 
 
@@ -127,6 +140,9 @@ def _ours() -> Iterator[Method]:
     yield _scored("uniform_mix", mixture, "ours")
     for budget in BUDGETS:  # the routers that ship with the package for this model
         yield _scored(f"moe_trained_{budget}", MoERouterPress, "ours", budget, "moe_trained")
+    yield Method(
+        "moe_mixed", "ours", lambda protect: MoERouterPress(precision="mixed"), "global", "moe_mixed", precision="mixed"
+    )
     yield _wrapped("adakv_uniform_mix", kvpress.AdaKVPress, mixture, "ours")
     yield _wrapped("chunkkv_uniform_mix", kvpress.ChunkKVPress, mixture, "ours")
 
@@ -139,8 +155,8 @@ def registered() -> dict[str, Method]:
     return methods
 
 
-#: Left out unless they are named: each of them costs several prefills.
-SLOW = ("observed_attention", "kvcompose")
+#: Left out unless they are named: each of them costs several prefills, or needs a package that may not be there.
+SLOW = ("observed_attention", "kvcompose", *QUANTISED)
 
 
 def find_methods(names: Iterable[str] | None) -> dict[str, Method]:
@@ -150,7 +166,8 @@ def find_methods(names: Iterable[str] | None) -> dict[str, Method]:
     Parameters
     ----------
     names : iterable of str
-        Registered names, or your own presses as ``module:Class(argument=1)``. A name before it is possible:
+        Registered names; ``name+k8v4`` for a method whose press only scores, with keys of 8 and values of 4
+        bits; or your own presses as ``module:Class(argument=1)``. A name before it is possible:
         ``mine=package.module:MyPress(alpha=0.5)``.
 
     Raises
@@ -163,13 +180,23 @@ def find_methods(names: Iterable[str] | None) -> dict[str, Method]:
         return {name: method for name, method in known.items() if name not in SLOW}
     found = {}
     for name in names:
-        method = known.get(name) or (_third_party(name) if ":" in name else None)
+        method = known.get(name) or _coded(name, known) or (_third_party(name) if ":" in name else None)
         if method is None:
             near = difflib.get_close_matches(name, known, n=3)
             remedy = f"Did you mean {' or '.join(near)}?" if near else "`kvpress-moe bench --list` shows all."
             raise SettingError("methods", name, "a registered method or module:Class(arguments)", remedy)
         found[method.name] = method
     return found
+
+
+def _coded(name: str, known: Mapping[str, Method]) -> Method | None:
+    """``"keydiff_global+k8v4"``: a method that only scores, whose kept pairs are coded. None for other names."""
+    match = re.fullmatch(r"(?P<base>[\w.-]+)\+k(?P<key>\d+)v(?P<value>\d+)", name)
+    base = known.get(match["base"]) if match else None
+    if match is None or base is None or base.budget is None or base.precision is not None:
+        return None
+    (precision,) = menu_of([(int(match["key"]), int(match["value"]))])
+    return replace(base, name=name, group="ours" if base.group == "ours" else "bytes", precision=precision)
 
 
 def touches_windows(method: Method) -> str | None:
@@ -180,6 +207,8 @@ def touches_windows(method: Method) -> str | None:
     only, the layers would disagree about the position of the next token. The shares of PyramidKV add up to the ratio
     only over all layers.
     """
+    if method.fixed_share is not None:
+        return None
     if method.own_prefill and method.scorer != "kvzip":
         return "hooks all layers in a prefill of its own"
     press = method.make(lambda scorer: scorer) if not method.own_prefill else None

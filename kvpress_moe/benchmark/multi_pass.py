@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import kvpress
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.kvzip_scores import ReplayScores
-from kvpress_moe.benchmark.methods import Budget, Method
+from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.protected_tokens import protect
 from kvpress_moe.benchmark.selections import Cell, Kept, Selections
-from kvpress_moe.benchmark.shared_prefill import allocate, fixed_seed, pick, set_ratio, take_masked
+from kvpress_moe.benchmark.shared_prefill import fixed_seed, kept_under, pick, set_ratio, take_masked
 from kvpress_moe.model.hooks import bare_afterwards
 from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.model.layers import language_model
@@ -50,8 +50,10 @@ def select_in_own_prefill(
                 ]
                 scores[..., :sinks] = scores[..., max(0, scores.shape[-1] - recent) :] = torch.inf
                 replay = list(scores), time.perf_counter() - start
-            masks = allocate(replay[0], ratio, cast(Budget, method.budget), min_share)
-            selections.kept[name, ratio] = Kept(masks, None, input_ids.shape[1], replay[1])
+            layers: list[Any] = selections.cache.layers
+            kept = kept_under(replay[0], ratio, method, min_share, layers[selections.layers[0]].keys.shape[-1])
+            kept.seconds = replay[1]
+            selections.kept[name, ratio] = kept
         elif method.own_prefill:
             press = method.make(partial(protect, sinks=sinks, recent=recent))
             set_ratio(press, ratio)

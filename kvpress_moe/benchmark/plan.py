@@ -37,6 +37,8 @@ class Plan:
     device : str
     hub : str or None
         Take the samples from this data set (a hub id or a directory, in kvpress's schema) instead of generating them.
+    by_bytes : bool
+        Whether the ratios were asked for as shares of bytes. Only the words of the report depend on it.
     """
 
     model: str | None = None
@@ -53,6 +55,7 @@ class Plan:
     min_share: float = 0.2
     device: str = "cpu"
     hub: str | None = None
+    by_bytes: bool = False
 
     def check(self) -> None:
         """Raise SettingError for the first wrong field, before anything is loaded."""

@@ -48,7 +48,8 @@ class Results:
         Sample -> its task, depth, length.
     values : dict of (method, ratio) -> dict of sample -> dict of metric -> float
         NaN if unknown. ``score``, ``nll``, ``kl``, ``hit``, ``pairs``, ``bytes`` as recorded; ``extra`` is the NLL
-        minus the full cache's, ``cost`` the compression's time over the prefill's, ``share`` the pairs over all.
+        minus the full cache's, ``cost`` the compression's time over the prefill's, ``share`` the pairs over all,
+        ``byte_share`` the bytes over those of a 16-bit cache.
     members : tuple of str
         Methods from which a second oracle chooses.
     """
@@ -68,7 +69,20 @@ class Results:
 
     @property
     def ratios(self) -> list[float]:
-        return sorted({ratio for method, ratio in self.values if method != "full"})
+        """Ratios that methods were asked for; not those of methods that take a share of their own."""
+        return sorted({ratio for method, ratio in self.values if method != "full" and not self.is_fixed(method)})
+
+    @property
+    def fixed(self) -> dict[str, float]:
+        """Methods that take a share of their own -> their ratio."""
+        return {method: ratio for method, ratio in self.values if self.is_fixed(method)}
+
+    def is_fixed(self, method: str) -> bool:
+        return self.group(method) == "quantised"
+
+    def heading(self, ratio: float) -> str:
+        """A ratio in words."""
+        return f"{1 - ratio:.4g} of the bytes" if self.header.get("by_bytes") else f"{ratio:.0%} evicted"
 
     def group(self, method: str) -> str:
         group: str = self.header["methods"].get(method, {}).get("group", "third-party")
@@ -145,6 +159,7 @@ def load(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> Results:
             full = results.values.get(("full", 0.0), {}).get(sample, {})
             values["extra"] = values["nll"] - full.get("nll", np.nan)
             values["share"] = values["pairs"] / (full.get("pairs") or np.nan)
+            values["byte_share"] = values["bytes"] / (full.get("bytes") or np.nan)
     return results
 
 
@@ -226,4 +241,5 @@ def ranked(results: Results, metric: str = "kl") -> list[str]:
         value = mean_over_tasks(results.by_task((method, middle), metric)).mean
         return value if np.isfinite(value) else np.inf
 
-    return sorted((method for method in results.methods if method != "full"), key=key)
+    others = (method for method in results.methods if method != "full" and not results.is_fixed(method))
+    return sorted(others, key=key)

@@ -38,6 +38,7 @@ def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:
         "sinks": plan.sinks,
         "recent": plan.recent,
         "min_share": plan.min_share,
+        "by_bytes": plan.by_bytes,
         "commands": [command],
         "methods": {name: {"group": method.group} for name, method in evaluator.methods.items()},
     }

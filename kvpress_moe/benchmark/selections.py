@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvpress_moe.benchmark.byte_strategies import Coded
+
 Cell = tuple[str, float]  # method, compression ratio
 
 
@@ -26,12 +28,18 @@ class Kept:
         Position of the next token; smaller than S if keys were rotated to new positions.
     seconds : float
         Time that scoring and selecting took.
+    coded : Coded or None
+        Strategies of the pairs, if they are coded.
+    n_bytes : int or None
+        Bytes in a 16-bit cache, if they do not follow from the number of pairs.
     """
 
     mask: list[Tensor]
     altered: list[tuple[list[Tensor], list[Tensor]]] | None = None
     next_position: int = 0
     seconds: float = 0.0
+    coded: Coded | None = None
+    n_bytes: int | None = None
 
     @property
     def n_pairs(self) -> int:

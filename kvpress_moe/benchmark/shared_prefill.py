@@ -15,13 +15,16 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from kvpress_moe.benchmark.byte_strategies import ELEMENT_SIZE, CostTaker, at_one_precision, pairs_that_fit
 from kvpress_moe.benchmark.methods import Budget, Method
 from kvpress_moe.benchmark.protected_tokens import protect
+from kvpress_moe.benchmark.quantised_caches import QUANTISED
 from kvpress_moe.benchmark.score_cache import ScoreCache
 from kvpress_moe.benchmark.selections import Cell, Kept, Selections
 from kvpress_moe.budget.allocation import share
 from kvpress_moe.budget.eviction import best, kept_mask
 from kvpress_moe.cache.key_hash import KeyIndex
+from kvpress_moe.codes.precision import Precision
 from kvpress_moe.experts.kvpress_scorers import reads_ratio
 from kvpress_moe.model.hooks import hooked, prepared
 from kvpress_moe.model.layers import Attention, full_attention_layers, full_attentions
@@ -143,15 +146,22 @@ def take_masked(module: Attention) -> tuple[Tensor, ...] | None:
     return masked
 
 
-def allocate(scores: Sequence[Tensor], ratio: float, budget: str, min_share: float, ours: bool = False) -> list[Tensor]:
+def allocate(
+    scores: Sequence[Tensor],
+    ratio: float,
+    budget: str,
+    min_share: float,
+    ours: bool = False,
+    n_kept: int | None = None,
+) -> list[Tensor]:
     """
     Which pairs stay under a budget: scores (H, S) of each layer -> masks (H, S) of each layer.
 
     "uniform" is the selection of ``ScorerPress.compress``, which does not define which of equal scores stay, or, for
     ``ours``, :func:`kvpress_moe.budget.eviction.best`. "layer" and "global" are
-    :func:`kvpress_moe.budget.allocation.share`.
+    :func:`kvpress_moe.budget.allocation.share`. ``n_kept``: pairs that a head keeps on average, if not by the ratio.
     """
-    n_kept = compute_n_kept(scores[0].shape[-1], ratio)
+    n_kept = compute_n_kept(scores[0].shape[-1], ratio) if n_kept is None else n_kept
     if budget == "uniform" and ours:
         return [best(score, n_kept) for score in scores]
     if budget == "uniform":
@@ -165,6 +175,36 @@ def allocate(scores: Sequence[Tensor], ratio: float, budget: str, min_share: flo
     heads = [score.shape[0] for score in scores]
     pooled = torch.cat([score.float() for score in scores])[None]  # (1, L·H, S)
     return list(share(pooled, n_kept, min_share)[0].split(heads))
+
+
+def kept_under(scores: Sequence[Tensor], ratio: float, method: Method, min_share: float, head_dim: int) -> Kept:
+    """The pairs with the best scores (H, S) of each layer, as they are or at the method's precision."""
+    budget, ours, n_read = cast(Budget, method.budget), method.group == "ours", scores[0].shape[-1]
+    if not isinstance(method.precision, Precision):
+        return Kept(allocate(scores, ratio, budget, min_share, ours), None, n_read)
+    fitting = pairs_that_fit(n_read, ratio, method.precision, head_dim)
+    masks = allocate(scores, ratio, budget, min_share, ours, fitting)
+    coded = at_one_precision(masks, method.precision, head_dim)
+    return Kept(masks, None, n_read, coded=coded, n_bytes=coded.n_bytes)
+
+
+def quantised(name: str, selections: Selections, sinks: int, recent: int) -> Kept:
+    """All pairs, coded by a quantised cache. The first and the last tokens stay as they are."""
+    share, make = QUANTISED[name]
+    code = make()
+    altered, n_bytes, started = [], 0.0, time.perf_counter()
+    for layer_idx in selections.layers:
+        layer: Any = selections.cache.layers[layer_idx]
+        n_pairs = layer.keys.shape[2]
+        middle = slice(min(sinks, n_pairs), max(sinks, n_pairs - recent))
+        keys, values = layer.keys.clone(), layer.values.clone()
+        if keys[:, :, middle].shape[2]:
+            keys[:, :, middle], values[:, :, middle] = code(keys[:, :, middle], values[:, :, middle])
+        altered.append((list(keys[0]), list(values[0])))
+        coded = keys[:, :, middle].numel() * 2 * ELEMENT_SIZE
+        n_bytes += share * coded + (keys.numel() * 2 * ELEMENT_SIZE - coded)
+    seconds = time.perf_counter() - started
+    return Kept([], altered, selections.cache.get_seq_length(), seconds, n_bytes=round(n_bytes))
 
 
 def find_kept(new_keys: Tensor, new_values: Tensor, values: Tensor, index: KeyIndex) -> Tensor | None:
@@ -220,15 +260,25 @@ def select_pairs(
     shared = {name: methods[name] for name in ratios if name != "full" and not methods[name].own_prefill}
     scorers: dict[str, _Scores] = {}
     own: dict[str, _Selection] = {}  # presses that select in their own compress
+    costs: dict[str, CostTaker] = {}
     for name, method in shared.items():
-        if method.budget is None:
+        if method.fixed_share is not None:
+            continue
+        if isinstance(method.precision, str):
+            press: Any = method.make(lambda scorer: scorer)
+            costs[name] = CostTaker(memo.remember(press), method, sinks, recent)
+        elif method.budget is None:
             own[name] = _Selection(method.make(protecting), ratios[name])
         else:
-            same = [other.name for other in shared.values() if other.scorer == method.scorer and other.budget]
+            same = [
+                other.name
+                for other in shared.values()
+                if other.scorer == method.scorer and other.budget and not isinstance(other.precision, str)
+            ]
             wanted = sorted({ratio for other in same for ratio in ratios[other]})
             if method.scorer not in scorers:
                 scorers[method.scorer] = _Scores(method.make(protecting), wanted)
-    passing: list[_Scores | _Selection] = [*scorers.values(), *own.values()]
+    passing: list[_Scores | _Selection | CostTaker] = [*scorers.values(), *own.values(), *costs.values()]
 
     clock = _Clock(model.device)
     cache = DynamicCache()
@@ -248,17 +298,24 @@ def select_pairs(
         model.model(input_ids=input_ids.to(model.device), **with_cache(cache))
     selections = Selections(cache, full_attention_layers(model), prefill_seconds=clock.now() - start - clock.total)
 
+    head_dim = cache.layers[selections.layers[0]].keys.shape[-1]  # type: ignore[union-attr]
     for name in ratios:
         method = methods[name]
         for ratio in ratios[name]:
-            if name in own:
+            if method.fixed_share is not None:
+                selections.kept[name, ratio] = quantised(name, selections, sinks, recent)
+            elif name in costs:
+                start = clock.now()
+                coded = costs[name].result(ratio, min_share)
+                spent = costs[name].seconds + clock.now() - start
+                masks = [layer > 0 for layer in coded.strategies]
+                selections.kept[name, ratio] = Kept(masks, None, input_ids.shape[1], spent, coded, coded.n_bytes)
+            elif name in own:
                 selections.kept[name, ratio] = own[name].result(ratio, selections)
             elif name in shared:
                 scores = scorers[method.scorer]
                 start = clock.now()
-                masks = allocate(
-                    scores.layers[ratio], ratio, cast(Budget, method.budget), min_share, method.group == "ours"
-                )
-                seconds = scores.seconds[ratio] + clock.now() - start
-                selections.kept[name, ratio] = Kept(masks, None, input_ids.shape[1], seconds)
+                kept = kept_under(scores.layers[ratio], ratio, method, min_share, head_dim)
+                kept.seconds = scores.seconds[ratio] + clock.now() - start
+                selections.kept[name, ratio] = kept
     return selections

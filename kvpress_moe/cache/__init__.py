@@ -2,6 +2,7 @@
 
 from kvpress_moe.cache.attention_dispatch import use_ragged_attention as use_ragged_attention
 from kvpress_moe.cache.kept_pairs import kept_pairs as kept_pairs
+from kvpress_moe.cache.packed_layer import PackedLayer as PackedLayer
 from kvpress_moe.cache.ragged_cache import RaggedCache as RaggedCache
 from kvpress_moe.cache.ragged_layer import RaggedLayer as RaggedLayer
 from kvpress_moe.cache.saved_cache import SavedCache as SavedCache
@@ -9,6 +10,7 @@ from kvpress_moe.cache.saved_cache import load_cache as load_cache
 from kvpress_moe.cache.saved_cache import save_cache as save_cache
 
 __all__ = [
+    "PackedLayer",
     "RaggedCache",
     "RaggedLayer",
     "SavedCache",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvpress_moe.cache.packed_attention import packed_attention
+from kvpress_moe.cache.packed_pairs import PackedPairs
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.cache.torch_backend import torch_attention
 from kvpress_moe.errors import SettingError, UnsupportedInputError
@@ -19,6 +21,9 @@ from kvpress_moe.model.attention import hides_tokens, softcap
 RaggedAttention = Callable[[Tensor, RaggedPairs, float, float | None], Tensor]
 
 _in_use: RaggedAttention = torch_attention
+
+#: Attention over ragged layers -> attention over packed layers that belongs to it. For others: plain PyTorch.
+PACKED: dict[RaggedAttention, RaggedAttention] = {}
 
 
 def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
@@ -91,12 +96,13 @@ def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
                 "attention_mask: got padding among the tokens that meet a compressed cache, expected questions of "
                 "equal length. Ask them one by one, or group those of one length."
             )
+        attend = PACKED.get(_in_use, packed_attention) if isinstance(layer, PackedPairs) else _in_use
         scaling, cap = kwargs.get("scaling") or module.scaling, softcap(module)
         if not torch.is_autocast_enabled(query.device.type):
-            return _in_use(query, layer, scaling, cap), None
+            return attend(query, layer, scaling, cap), None
         # Autocast would change the dtype of some steps only. Pairs that were made outside of it have another dtype.
         with torch.autocast(query.device.type, enabled=False):
-            return _in_use(query.to(layer.flat_keys.dtype), layer, scaling, cap).to(query.dtype), None
+            return attend(query.to(layer.new_keys.dtype), layer, scaling, cap).to(query.dtype), None
 
     attention.without_ragged = function  # type: ignore[attr-defined]
     return attention

@@ -41,12 +41,15 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, flat_keys: Tensor, flat_values: Tensor, lengths: list[list[int]], n_read: int):
-        super().__init__()  # type: ignore[no-untyped-call]
+        self._begin(n_read, flat_keys.dtype, flat_keys.device)
+        self._hold(flat_keys, flat_values, lengths)
+
+    def _begin(self, n_read: int, dtype: torch.dtype, device: torch.device) -> None:
+        CacheLayerMixin.__init__(self)
         register_ragged_attention()
-        self.dtype, self.device = flat_keys.dtype, flat_keys.device
+        self.dtype, self.device = dtype, device
         self.is_initialized = True
         self.n_read = n_read
-        self._hold(flat_keys, flat_values, lengths)
 
     @classmethod
     def from_dense(cls, keys: Tensor, values: Tensor, kept: Tensor) -> RaggedLayer:
@@ -58,7 +61,7 @@ class RaggedLayer(RaggedPairs, CacheLayerMixin):
 
     @property  # type: ignore[override]
     def keys(self) -> _Sliceable | None:
-        return _Sliceable(self) if "flat_keys" in self.__dict__ else None
+        return _Sliceable(self) if "lengths" in self.__dict__ else None
 
     @keys.setter
     def keys(self, sliced: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvpress_moe.cache.masks import WholeSlidingLayer
+from kvpress_moe.cache.packed_files import check_packed, packed_facts, packed_tensors, restore_packed
+from kvpress_moe.cache.packed_layer import PackedLayer
 from kvpress_moe.cache.ragged_layer import RaggedLayer
 from kvpress_moe.cache.shortened_layer import ShortenedLayer, shorten
+from kvpress_moe.codes.key_transform import KeyTransform
+from kvpress_moe.codes.transform_files import FILE as TRANSFORMS
+from kvpress_moe.codes.transform_files import read_transforms
 from kvpress_moe.errors import CheckpointError, UnsupportedInputError
 from kvpress_moe.files import (
     MAX_JSON,
@@ -35,7 +41,10 @@ from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.model.layers import Attention, language_model
 
 FORMAT = "kvpress-moe cache 1"
+PACKED_FORMAT = "kvpress-moe cache 2"  # of files with packed layers, which version 0.1 cannot read
 _MIN_COSINE = 0.9999  # a fine-tune or a 4-bit copy of the model would compute other pairs
+_MOST_TENSORS = 200  # of a layer
+SHIPPED = Path(__file__).parents[1] / "data" / "routers"
 _DENSE = {"dense": DynamicLayer, "shortened": ShortenedLayer, "sliding": WholeSlidingLayer}
 _TENSORS = {
     "ragged": ("flat_keys", "flat_values", "new_keys", "new_values"),
@@ -100,6 +109,11 @@ def save_cache(
     tensors: dict[str, Tensor] = {}
     layers = []
     for layer_idx, layer in enumerate(cache.layers):
+        if isinstance(layer, PackedLayer):
+            layers.append(packed_facts(layer))
+            own = packed_tensors(layer)
+            tensors |= {f"{layer_idx}.{name}": tensor.contiguous().cpu() for name, tensor in own.items()}
+            continue
         if isinstance(layer, RaggedLayer):
             facts: dict[str, Any] = {"kind": "ragged", "lengths": layer.lengths, "n_read": layer.n_read}
         else:
@@ -115,7 +129,7 @@ def save_cache(
         layers.append(facts)
         tensors |= {f"{layer_idx}.{name}": getattr(layer, name).contiguous().cpu() for name in _TENSORS[facts["kind"]]}
     header = {
-        "format": FORMAT,
+        "format": PACKED_FORMAT if any(facts["kind"] == "packed" for facts in layers) else FORMAT,
         "fingerprint": fingerprint(model.config.get_text_config(decoder=True), _first_attention(model)),
         "n_tokens": input_ids.shape[1],
         "token_hash": hash_tokens(input_ids),
@@ -134,9 +148,17 @@ def save_cache(
     return path
 
 
-def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
+def load_cache(path: str | Path, model: PreTrainedModel, router: str | Path | None = None) -> SavedCache:
     """
     Load a cache onto the device of ``model``.
+
+    Parameters
+    ----------
+    path : path
+    model : PreTrainedModel
+    router : path, optional
+        Directory of the routers that compressed the cache, if they are not those in the package and have key
+        transforms. The file holds codes, and only a hash of the transforms.
 
     Raises
     ------
@@ -150,14 +172,14 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
     try:
         with open_tensors(path) as file:
             metadata = file.metadata() or {}
-            shapes = read_shapes(file)
-            if len(shapes) > 4 * len(attentions):
+            shapes = read_shapes(file, codes=True)
+            if len(shapes) > _MOST_TENSORS * len(attentions):
                 raise ValueError(f"{len(shapes)} tensors for {len(attentions)} layers")
             tensors = {name: file.get_tensor(name) for name in shapes}
         text = metadata["header"]
         intact = metadata["sha256"] == _digest(text, tensors)
         header = parse_json(text)
-        known = header["format"] == FORMAT
+        known = header["format"] in (FORMAT, PACKED_FORMAT)
         saved = check_form(header["fingerprint"])
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise _unreadable(path, error) from error
@@ -172,18 +194,59 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
         if not (is_whole(n_tokens) and is_text(token_hash) and is_text(recipe)):
             raise ValueError("n_tokens, token_hash or recipe has a wrong type or value")
         cache, batch_sizes = DynamicCache(), set()
+        find = partial(_find_transform, {}, path, router, len(attentions))
         for layer_idx, (facts, attention) in enumerate(zip(header["layers"], attentions, strict=True)):
             if facts["kind"] == "shortened":  # files of version 0.1 do not say how many tokens were evicted
                 n_stored = tensors[f"{layer_idx}.keys"].shape[2]
                 facts = {"n_read": n_tokens, "n_evicted": max(0, n_tokens - n_stored), **facts}
+            per_pair = (config.num_key_value_heads, attention.head_dim)
+            if facts["kind"] == "packed":
+                place = f"{layer_idx}."
+                own = {name.removeprefix(place): tensors[name] for name in tensors if name.startswith(place)}
+                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(place)}
+                batch_sizes.add(check_packed(facts, own, per_pair))
+                copied = {name: tensor.to(model.device, copy=True) for name, tensor in own.items()}
+                cache.layers.append(restore_packed(facts, copied, layer_idx, find, model.device))
+                continue
             own = {name: tensors.pop(f"{layer_idx}.{name}") for name in _TENSORS[facts["kind"]]}
-            batch_sizes.add(_check_layer(facts, own, (config.num_key_value_heads, attention.head_dim)))
+            batch_sizes.add(_check_layer(facts, own, per_pair))
             cache.layers.append(_restore(facts, own, model.device))
         if tensors or len(batch_sizes) != 1:
             raise ValueError("layers of different batches, or tensors that belong to none")
+    except CheckpointError:
+        raise
     except (KeyError, ValueError, TypeError) as error:
         raise _unreadable(path, error) from error
     return SavedCache(cache, n_tokens, token_hash, recipe)
+
+
+def _find_transform(
+    read: dict[Path, dict[int, KeyTransform]],
+    path: Path,
+    router: str | Path | None,
+    num_layers: int,
+    layer_idx: int,
+    wanted: str,
+) -> KeyTransform:
+    """The key transform with a hash, from the given routers or from those in the package."""
+    directories = sorted(SHIPPED.glob("*/")) if router is None else [Path(router)]
+    for directory in directories:
+        if directory not in read:
+            file = directory / TRANSFORMS
+            try:
+                read[directory] = read_transforms(file, num_layers) if file.exists() else {}
+            except CheckpointError:  # of a model with more layers
+                if router is not None:
+                    raise
+                read[directory] = {}
+        found = read[directory].get(layer_idx)
+        if found is not None and found.hash == wanted:
+            return found
+    raise CheckpointError(
+        f"cache: {path} was coded with key transforms that {router or 'the package'} does not hold, expected those of "
+        "the routers that compressed it. "
+        "Name their directory: load_cache(path, model, router=...), or --router DIRECTORY."
+    )
 
 
 def _check_layer(facts: dict[str, Any], tensors: dict[str, Tensor], per_pair: tuple[int, int]) -> int:

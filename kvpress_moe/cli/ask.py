@@ -18,9 +18,11 @@ from kvpress_moe.cli.options import (
     Experts,
     MaxNewTokens,
     Model,
+    Precision,
     Ratio,
     Router,
     check_settings,
+    parse_precision,
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
@@ -36,6 +38,8 @@ kvpress-moe ask --experts strong --ratio 0.75
 kvpress-moe ask notes.txt "Who signed the lease?" "When?"
 
 cat notes.txt | kvpress-moe ask - "Who signed?"
+
+kvpress-moe ask --ratio 0.9 --precision mixed
 
 kvpress-moe ask --cache book.kv "Who signed?"
 """
@@ -54,6 +58,7 @@ def ask(
     experts: Experts = None,
     budget: Budget = None,
     router: Router = None,
+    precision: Precision = None,
     cache: Annotated[str | None, typer.Option(help="Answer from a cache file that `compress` wrote.")] = None,
     model: Model = None,
     device: Device = "cpu",
@@ -70,13 +75,14 @@ def ask(
     from rich.console import Console
 
     check_settings(ratio, budget, router, max_new_tokens)
+    menu = parse_precision(precision)
     console = Console(stderr=as_json)
     if cache is not None:
         refuse_recipe(context)
         asked = [question for question in (text, *(questions or [])) if question is not None]
         require_questions(asked)
         with progress_bar() as step:
-            result = run_cache(cache, asked, model, device, max_new_tokens, step)
+            result = run_cache(cache, asked, model, device, max_new_tokens, step, router)
         show_answers(result, console)
     else:
         read, questions = read_context(text), questions or ([BUILT_IN_QUESTION] if text is None else [])
@@ -90,6 +96,7 @@ def ask(
                 "experts": parse_experts(experts),
                 "budget": budget,
                 "router": router,
+                "precision": menu,
             }
             result = run(read, questions, settings, model, device, max_new_tokens, step)
         show(result, layers, console)
@@ -106,7 +113,7 @@ def refuse_recipe(context: typer.Context) -> None:
         "ratio": "ratio is",
         "experts": "experts are",
         "budget": "budget is",
-        "router": "router is",
+        "precision": "precision is",
     }.items():
         if is_given(context, name):
             raise SettingError(
@@ -207,10 +214,11 @@ def run(
         "device": device,
         "num_hidden_layers": model.config.get_text_config().num_hidden_layers,
         "context_tokens": context_ids.shape[1],
-        **{name: value for name, value in settings.items() if name in ("compression_ratio", "budget")},
+        **{name: value for name, value in settings.items() if name in ("compression_ratio", "budget", "precision")},
         "questions": questions,
         "prefill_seconds": prefill_seconds,
         "methods": rows,
+        "strategies": totals([stats.get("strategy_stats", {}) for stats in layers.values()]),
         "experts": names,
         "top_k": press.top_k,
         "expert_usage_ratios": {layer: stats["router_stats"]["expert_usage_ratios"] for layer, stats in layers.items()},
@@ -218,10 +226,31 @@ def run(
     }
 
 
+def totals(by_layer: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Strategy -> ``pairs`` and ``bytes`` of all layers. Empty without a precision."""
+    found: dict[str, dict[str, float]] = {}
+    for layer in by_layer:
+        for name, counts in layer.items():
+            of_all = found.setdefault(name, {"pairs": 0, "bytes": 0})
+            of_all["pairs"] += counts["pairs"]
+            of_all["bytes"] += counts["bytes"]
+    return found
+
+
 def run_cache(
-    path: str, questions: list[str], model_name: str | None, device: str, max_new_tokens: int, step: Any
+    path: str,
+    questions: list[str],
+    model_name: str | None,
+    device: str,
+    max_new_tokens: int,
+    step: Any,
+    router: str | None = None,
 ) -> dict[str, Any]:
-    """Answer questions from a cache file. Returns all figures as plain data."""
+    """
+    Answer questions from a cache file. Returns all figures as plain data.
+
+    ``router`` is the directory of the key transforms that the cache was coded with, if the package does not hold them.
+    """
     step("importing", total=1)
     from kvpress.pipeline import KVPressTextGenerationPipeline
 
@@ -234,7 +263,7 @@ def run_cache(
     model, tokenizer = load_model(model_name, device)
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     started = time.perf_counter()
-    saved = load_cache(path, model)
+    saved = load_cache(path, model, router)
     load_seconds = time.perf_counter() - started
     question_ids = pipeline.preprocess("", questions, "", sys.maxsize)["questions_ids"]
     check_length(model, saved.n_tokens, max(ids.shape[1] for ids in question_ids), max_new_tokens)

@@ -31,10 +31,11 @@ def show(result: dict[str, Any], layers: bool, console: Any) -> None:
 
     full = result["methods"][0]
     n_pressed, n_layers = len(result["expert_usage_ratios"]), result["num_hidden_layers"]
+    of_what = "pairs" if result["precision"] is None else "bytes"
     of_layers = f"of {n_pressed} of {n_layers} layers " if n_pressed < n_layers else ""  # rest: sliding window
     console.print(
         f"[bold]{result['context_tokens']}[/] tokens, prefilled once in [bold]{result['prefill_seconds']:.1f} s[/] on "
-        f"{result['device']}; {result['compression_ratio']:.0%} of the pairs {of_layers}removed, cache "
+        f"{result['device']}; {result['compression_ratio']:.0%} of the {of_what} {of_layers}removed, cache "
         f"[bold]{full['mib']:.1f}[/] → [bold]{result['methods'][1]['mib']:.1f} MiB[/]",
         highlight=False,
     )
@@ -54,8 +55,24 @@ def show(result: dict[str, Any], layers: bool, console: Any) -> None:
                 style="bold" if row["method"] == "router" else None,
             )
         console.print(table)
+    if result["strategies"]:
+        show_strategies(result["strategies"], console)
     if result["expert_usage_ratios"]:
         show_experts(result, layers, console)
+
+
+def show_strategies(strategies: dict[str, dict[str, float]], console: Any) -> None:
+    """Print how many pairs got which strategy, and what they take."""
+    from rich.table import Table
+
+    table = Table(title="Strategies of the router's cache", title_justify="left", title_style="bold")
+    table.add_column("strategy")
+    for heading in ("share of the pairs", "KiB"):
+        table.add_column(heading, justify="right")
+    n_pairs = sum(counts["pairs"] for counts in strategies.values())
+    for name, counts in strategies.items():
+        table.add_row(name, f"{counts['pairs'] / n_pairs:.1%}", f"{counts['bytes'] / 2**10:.0f}")
+    console.print(table)
 
 
 def show_experts(result: dict[str, Any], layers: bool, console: Any) -> None:

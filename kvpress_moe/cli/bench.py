@@ -20,6 +20,7 @@ from kvpress_moe.cli.options import (
     split_names,
 )
 from kvpress_moe.cli.progress import timed_bar
+from kvpress_moe.errors import SettingError
 
 EPILOG = """Examples:
 
@@ -51,6 +52,14 @@ def bench(
     ratios: Annotated[
         str, typer.Option(help="Shares of the KV pairs to remove, separated by commas.")
     ] = "0.5,0.75,0.9",
+    shares: Annotated[
+        str | None,
+        typer.Option(
+            "--bytes",
+            help="Shares of a 16-bit cache's bytes to keep, instead of --ratios. Methods that evict alone keep this "
+            "share of the pairs.",
+        ),
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, separated by commas.")] = "1024",
     limit: Annotated[int, typer.Option(help="Samples per task and length.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
@@ -86,6 +95,13 @@ def bench(
         return
 
     ratios_, lengths_ = numbers("ratios", ratios, float), numbers("lengths", lengths, int)
+    if shares is not None and context.get_parameter_source("ratios").name.startswith("COMMAND"):  # type: ignore[union-attr]
+        raise SettingError("ratios", ratios, "no --ratios with --bytes", "A share of the bytes is 1 minus the ratio.")
+    if shares is not None:
+        kept = numbers("bytes", shares, float)
+        for share in kept:
+            check_between("bytes", share)
+        ratios_ = tuple(round(1 - share, 6) for share in kept)
     for ratio in ratios_:
         check_between("ratios", ratio)
     for length in lengths_:
@@ -126,6 +142,7 @@ def bench(
         min_share=min_share,
         device=device,
         hub=hub,
+        by_bytes=shares is not None,
     )
     plan.check()
     if compare_naive:

@@ -17,10 +17,12 @@ from kvpress_moe.cli.options import (
     Device,
     Experts,
     Model,
+    Precision,
     Ratio,
     Router,
     check_out_file,
     check_settings,
+    parse_precision,
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
@@ -29,6 +31,8 @@ from kvpress_moe.model.context_length import check_length
 EPILOG = """Examples:
 
 kvpress-moe compress book.txt --ratio 0.75 --out book.kv
+
+kvpress-moe compress book.txt --ratio 0.9 --precision mixed --out book.kv
 
 kvpress-moe compress book.txt --experts expected_attention --budget global --out book.kv
 
@@ -43,12 +47,14 @@ def compress(
     experts: Experts = None,
     budget: Budget = None,
     router: Router = None,
+    precision: Precision = None,
     model: Model = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Compress the cache of a text and write it to a file. `ask --cache` then needs no prefill."""
     check_settings(ratio, budget, router)
+    menu = parse_precision(precision)
     check_out_file(out, "book.kv", text)
     context = read_context(text)
     with progress_bar() as step:
@@ -66,7 +72,7 @@ def compress(
         from kvpress_moe.model.transformers_api import with_cache
         from kvpress_moe.press.moe_router_press import MoERouterPress
 
-        press = MoERouterPress(ratio, experts=parse_experts(experts), budget=budget, router=router)
+        press = MoERouterPress(ratio, experts=parse_experts(experts), budget=budget, router=router, precision=menu)
         step("loading the model", total=1)
         loaded, tokenizer = load_model(model, device)
         pipeline = KVPressTextGenerationPipeline(model=loaded, tokenizer=tokenizer)

@@ -64,6 +64,13 @@ def make_press(settings: Mapping[str, Any]) -> RecordingPress:
         If a setting is wrong, or if the ratio is 0: then no pair is scored.
     """
     press = RecordingPress(**settings)
+    if press.precision is not None:
+        raise SettingError(
+            "precision",
+            press.precision,
+            "None: the page's slider is a share of the pairs",
+            "kvpress-moe ask --precision mixed shows which strategies the pairs get.",
+        )
     if not press.compression_ratio:
         raise SettingError(
             "ratio",

@@ -29,9 +29,11 @@ PADDED = (
 )
 
 
-def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: bool) -> None:
+def check_can_turn_ragged(
+    cache: Cache | None, layer_idx: int, inside_wrapper: bool, field: str = "budget", got: str = "layer or global"
+) -> None:
     """
-    Raise if layers cannot be replaced by ragged ones.
+    Raise if layers cannot be replaced by ragged or packed ones. ``field`` and ``got`` name the setting.
 
     Raises
     ------
@@ -40,8 +42,8 @@ def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: b
     """
     if inside_wrapper:
         raise SettingError(
-            "budget",
-            "layer or global",
+            field,
+            got,
             "'uniform' inside a kvpress wrapper, which stores layers of equal heads",
             "Use MoERouterPress without a wrapper.",
         )
@@ -52,9 +54,10 @@ def check_can_turn_ragged(cache: Cache | None, layer_idx: int, inside_wrapper: b
         or isinstance(cache, QuantizedCache)
         or not isinstance(cache.layers[layer_idx], DynamicLayer)
     ):
-        got = "an offloaded cache" if offloading else "no cache"
-        got = got if cache is None or offloading else type(cache.layers[layer_idx]).__name__
-        raise SettingError("budget", "layer or global", f"a DynamicCache, not {got}", "Use budget='uniform'.")
+        cannot = "an offloaded cache" if offloading else "no cache"
+        cannot = cannot if cache is None or offloading else type(cache.layers[layer_idx]).__name__
+        remedy = "Use budget='uniform'." if field == "budget" else f"Use a DynamicCache, or {field}=None."
+        raise SettingError(field, got, f"a DynamicCache, not {cannot}", remedy)
 
 
 def check_can_serve_padding(cache: Cache | None, eager: bool, track_misses: bool) -> None:
@@ -220,14 +223,14 @@ def check_mask(mask: Tensor | None) -> None:
         raise UnsupportedInputError(PADDED)
 
 
-def check_attention(eager: bool, experts: Sequence[Expert], budget: str | None) -> None:
+def check_attention(eager: bool, experts: Sequence[Expert], budget: str | None, precision: Any = None) -> None:
     """
-    Raise if experts or budget need another kind of attention than the model was loaded with.
+    Raise if experts, budget or precision need another kind of attention than the model was loaded with.
 
     Raises
     ------
     SettingError
-        For ``observed_attention`` without eager attention, or a budget that heads share with it.
+        For ``observed_attention`` without eager attention; for a budget that heads share, or a precision, with it.
     """
     if not eager and any(expert.name == "observed_attention" for expert in experts):
         raise SettingError(
@@ -243,16 +246,24 @@ def check_attention(eager: bool, experts: Sequence[Expert], budget: str | None) 
             "'uniform' with eager attention, which transformers does not let others replace",
             "Load the model with attn_implementation='sdpa'.",
         )
+    if eager and precision is not None:
+        raise SettingError(
+            "precision",
+            precision,
+            "None with eager attention, which transformers does not let others replace",
+            "Load the model with attn_implementation='sdpa'.",
+        )
 
 
-def check_wrapped(attention: Attention, compression_ratio: float | None) -> None:
+def check_wrapped(attention: Attention, compression_ratio: float | None, precision: Any = None) -> None:
     """
     Raise if a wrapper of kvpress asks for scores that it could not use correctly.
 
     Raises
     ------
     SettingError
-        If ``compression_ratio`` is None. The wrapper reads its budget from this setting.
+        If ``compression_ratio`` is None, because the wrapper reads its budget from this setting, or if ``precision`` is
+        set, because the wrapper stores keys and values itself.
     UnsupportedModelError
         If the layer has sliding-window attention. The wrapper would evict from it.
     """
@@ -262,6 +273,13 @@ def check_wrapped(attention: Attention, compression_ratio: float | None) -> None
             None,
             "a number inside a kvpress wrapper, which reads the budget from it",
             "Set press.compression_ratio, or use MoERouterPress without a wrapper.",
+        )
+    if precision is not None:
+        raise SettingError(
+            "precision",
+            precision,
+            "None inside a kvpress wrapper, which stores keys and values itself",
+            "Use MoERouterPress without a wrapper.",
         )
     if slides(attention.config, attention.layer_idx):
         raise UnsupportedModelError(

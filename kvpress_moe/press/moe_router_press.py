@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kvpress_moe.budget.allocation import mixed_keep_fraction, pairs_kept
 from kvpress_moe.budget.cross_layer import Observation, SharedBudget
 from kvpress_moe.budget.eviction import evict, kept_mask, select
+from kvpress_moe.budget.shared_bytes import SharedBytes
 from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.cache.shortened_layer import shorten
 from kvpress_moe.experts.expert import Expert
@@ -31,6 +32,7 @@ from kvpress_moe.press.exclusive_use import is_in_use
 from kvpress_moe.press.feedback import Feedback, observe
 from kvpress_moe.press.input_checks import check_attention, check_mask, check_unmasked, check_wrapped
 from kvpress_moe.press.nan_checks import active_experts, check_all_finite, check_finite
+from kvpress_moe.press.packer import Packer
 from kvpress_moe.press.pretrained import Pretrained
 from kvpress_moe.press.routing_memory import RoutingMemory
 from kvpress_moe.press.session import Session
@@ -42,7 +44,7 @@ from kvpress_moe.routers.resolve import belong, check_routers, fits, warn_untrai
 
 
 @dataclass
-class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
+class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore[misc]
     """
     A press with a mixture of experts: a router chooses compression experts for every token.
 
@@ -92,6 +94,12 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         on, which do not support it; otherwise ``"uniform"``. See :attr:`scope`.
     min_share : float, default=0.2
         Where heads share a budget, each head keeps at least this share of the mean number of pairs.
+    precision : "mixed" or list of (int, int), optional
+        Bits of keys and values. ``None``: pairs that stay are stored as the model wrote them. ``"mixed"``: each pair
+        gets its own precision of :data:`kvpress_moe.codes.precision.MIXED`, or is evicted. A list of (key bits, value
+        bits) is a menu of your own, for example ``[(8, 4)]``; 16 stands for "as the model wrote it". With a precision,
+        ``compression_ratio`` is the share of *bytes* to remove, against the cache in the model's type, and the layers
+        of the DynamicCache in use become :class:`~kvpress_moe.cache.PackedLayer`, whatever ``budget`` is.
 
     Raises
     ------
@@ -120,6 +128,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
     track_misses: bool = False
     budget: str | None = None
     min_share: float = 0.2
+    precision: str | Iterable[Any] | None = None
 
     _experts: list[Expert] = field(init=False, repr=False, compare=False)
     _routers: Routers | None = field(default=None, init=False, repr=False, compare=False)
@@ -127,6 +136,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
     _feedback: Feedback = field(default_factory=Feedback, init=False, repr=False, compare=False)
     _session: Session = field(default_factory=Session, init=False, repr=False, compare=False)
     _shared: SharedBudget = field(default_factory=SharedBudget, init=False, repr=False, compare=False)
+    _shared_bytes: SharedBytes = field(default_factory=SharedBytes, init=False, repr=False, compare=False)
     _keep_fractions: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)  # by row
     _eager: bool = field(default=False, init=False, repr=False, compare=False)
 
@@ -148,7 +158,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         if self.router is None and self._routers is not None and not belong(self._routers, attention):
             del self.routers  # shipped for another model of this size, or with its feedback
         routers = self._routers_for(attention)
-        check_attention(self._eager, self._experts, self.budget)
+        check_attention(self._eager, self._experts, self.budget, self.precision)
         for expert in self._experts:
             if isinstance(expert.scorer, ScorerPress):
                 expert.scorer.post_init_from_model(model)
@@ -201,7 +211,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Tensor | None, kwargs: Any
     ) -> Tensor:
         """Route, then mix the experts' scores: (B, H, S), higher = keep. Wrappers of kvpress call only this method."""
-        check_wrapped(module, self.compression_ratio)
+        check_wrapped(module, self.compression_ratio, self.precision)
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
         routing = self.route(call)
         scores = self.mix(call, routing)
@@ -212,7 +222,7 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Tensor | None, kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Score all pairs, keep the best within the budget in their original order, and record what this cost."""
-        if self.compression_ratio == 0 or slides(module.config, module.layer_idx):
+        if self._keeps_everything or slides(module.config, module.layer_idx):
             return keys, values
         if is_in_use(self):
             check_unmasked(module, self)
@@ -226,6 +236,8 @@ class MoERouterPress(Settings, Pretrained, ScorerPress):  # type: ignore[misc]
         observed = [self.observe(row, routing) for row, routing in zip(rows, routed, strict=True)]
         check_all_finite(rows, routed, scores, observed)
         n_kept = [self.n_kept(row, routing) for row, routing in zip(rows, routed, strict=True)]
+        if self.precision is not None:
+            return self._pack(call, rows, scores, observed, n_kept)
         if self._session.turns_ragged(self):
             return self._evict_shared(call, scores, observed, n_kept)
         return self._evict(call, routed[0], scores[0], observed[0], n_kept[0])

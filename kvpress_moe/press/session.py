@@ -126,7 +126,7 @@ class Session:
         transaction.begin(arguments)
         self.text_starts, self.n_prompt = None, 0
         press._eager = has_eager_attention(model)  # it may have been changed inside the block
-        if check_forward(model, arguments) and press.compression_ratio != 0:
+        if check_forward(model, arguments) and not press._keeps_everything:
             inputs = arguments.get("input_ids")
             self.n_prompt = (arguments["inputs_embeds"] if inputs is None else inputs).shape[1]
             self.text_starts = text_starts(arguments.get("attention_mask"), arguments.get("position_ids"))
@@ -164,6 +164,7 @@ def checkpoint(press: Any, is_prompt: bool) -> Callable[[], None]:
             restore(press.routers, feedback)
         press._feedback.evicted, press._keep_fractions = evicted, keep_fractions
         press._shared.clear()
+        press._shared_bytes.clear()
         press._session.projections.clear()
 
     return take_back

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
+from kvpress_moe.codes.precision import menu_of
 from kvpress_moe.errors import SettingError
 from kvpress_moe.routers import ROUTERS, Routers
 
@@ -79,8 +80,20 @@ def check_min_share(value: Any) -> None:
     _require(_is_number(value, 0, 1, closed_high=True), "min_share", value, "a number in [0, 1]", "The default is 0.2.")
 
 
-def check_tracking(track_misses: bool, budget: str | None) -> None:
-    """Raise if ``track_misses`` is on with a budget that heads share."""
+def check_precision(value: Any) -> None:
+    if value is not None:
+        menu_of(value)
+
+
+def check_tracking(track_misses: bool, budget: str | None, precision: Any = None) -> None:
+    """Raise if ``track_misses`` is on with a budget that heads share, or with a precision."""
+    _require(
+        not (track_misses and precision is not None),
+        "track_misses",
+        track_misses,
+        "False with a precision",
+        "Use precision=None.",
+    )
     _require(
         not (track_misses and budget not in (None, "uniform")),
         "track_misses",
@@ -95,7 +108,7 @@ def check_compression_ratio(value: Any) -> None:
         value is None or _is_number(value, 0, 1),
         "compression_ratio",
         value,
-        "a number in [0, 1), the share of pairs to remove, or None",
+        "a number in [0, 1), the share of pairs (with a precision: of bytes) to remove, or None",
         "0.5 keeps half. With None, each expert's own keep fraction decides.",
     )
 
@@ -140,6 +153,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "track_misses": check_track_misses,
     "budget": check_budget,
     "min_share": check_min_share,
+    "precision": check_precision,
 }
 
 

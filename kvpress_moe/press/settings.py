@@ -72,6 +72,7 @@ class Settings(CustomStrategies):
     experts: Any
     track_misses: bool
     budget: str | None
+    precision: Any
     routers: Any
     reset_stats: Callable[[], None]
     _experts: list[Expert]
@@ -97,13 +98,13 @@ class Settings(CustomStrategies):
         experts = self._make_experts(specs)
         if top_k is not None:
             check_top_k_fits(top_k, len(experts))
-        check_tracking(self.track_misses, self.budget)
+        check_tracking(self.track_misses, self.budget, self.precision)
         self._experts = experts
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in CHECKS:
             CHECKS[name](value)
-            if name == "experts" and value is not None and not isinstance(value, str):
+            if name in ("experts", "precision") and value is not None and not isinstance(value, str):
                 value = tuple(value)
             if hasattr(self, "_experts"):  # the press is complete, so other state depends on the setting
                 value = self._change(name, value)
@@ -123,9 +124,11 @@ class Settings(CustomStrategies):
             self._set_experts(expert_specs(value, None))
             self._given_num_experts = None
         elif name == "budget":
-            check_tracking(self.track_misses, value)
+            check_tracking(self.track_misses, value, self.precision)
         elif name == "track_misses":
-            check_tracking(value, self.budget)
+            check_tracking(value, self.budget, self.precision)
+        elif name == "precision":
+            check_tracking(self.track_misses, self.budget, value)
         elif name in ("router", "router_type"):
             del self.routers
         elif name in ("cache_aware", "dropout"):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kvpress_moe.budget.shared_bytes import POWER
+from kvpress_moe.codes.precision import Precision
 
 
 class RoutingStats:
@@ -42,6 +46,32 @@ class RoutingStats:
             count = count.detach().double() if isinstance(count, Tensor) else count
             sums[name] = sums[name] + count if name in sums else count
 
+    def add_strategies(
+        self, layer_idx: int, menu: Sequence[Precision], nbytes: Tensor, strategies: Tensor, costs: Tensor
+    ) -> None:
+        """
+        Count the pairs of each strategy, their bytes and what they lost.
+
+        Parameters
+        ----------
+        layer_idx : int
+        menu : sequence of Precision
+        nbytes : Tensor, shape (M,)
+            Bytes of a pair with each strategy. The first strategy evicts.
+        strategies : Tensor, shape (B, H, S)
+        costs : Tensor, shape (M, B, H, S)
+            See :func:`kvpress_moe.budget.shared_bytes.strategy_costs`.
+        """
+        names = ["evict", *map(str, menu)]
+        for number, name in enumerate(names):
+            chosen = strategies == number
+            lost = (costs[number][chosen].double() / costs[0][chosen].double()) ** (1 / POWER)
+            self.add(
+                layer_idx,
+                **{f"pairs {name}": chosen.sum(), f"bytes {name}": chosen.sum() * int(nbytes[number])},
+                **{f"lost {name}": lost.sum()},
+            )
+
     def as_dict(self, num_experts: int) -> dict[str, Any]:
         """
         All counts as plain numbers and lists.
@@ -57,6 +87,9 @@ class RoutingStats:
             - ``expert_compression_stats``, each per expert: ``expert_usage`` (calls in which the expert judged a
               token), ``compression_ratios`` (share of the expert's pairs that was evicted), ``cache_hit_rates`` (share
               of the attention mass on the expert's pairs that falls on kept pairs). NaN where nothing was counted.
+            - ``strategy_stats``, only with ``precision``: by strategy (``"evict"``, ``"K8V4"``, …) a dict of ``pairs``,
+              ``bytes`` (codes with their scales, zeros, gains and positions) and ``mean_distortion``, the mean expected
+              loss of these pairs; 1 is the loss of an evicted pair.
         """
         layers = {layer_idx: self._layer(sums, num_experts) for layer_idx, sums in sorted(self._layers.items())}
         calls = [int(sums.get("calls", 0)) for sums in self._layers.values()]
@@ -73,7 +106,17 @@ class RoutingStats:
         unknown = torch.full((num_experts,), torch.nan)
         none = torch.zeros(num_experts)  # after reset_stats while tokens are generated, no prompt has been counted
         assigned = sums.get("assigned", none)
-        return {
+        strategies = {
+            name.removeprefix("pairs "): {
+                "pairs": int(pairs),
+                "bytes": int(sums[name.replace("pairs", "bytes")]),
+                "mean_distortion": float(sums[name.replace("pairs", "lost")] / pairs),  # 0 / 0 is NaN
+            }
+            for name, pairs in sums.items()
+            if name.startswith("pairs ")
+        }
+        packed = {"strategy_stats": strategies} if strategies else {}
+        return packed | {
             "router_stats": {
                 "expert_usage_ratios": (assigned / assigned.sum()).tolist(),
                 "expert_usage_count": [int(count) for count in assigned.tolist()],

@@ -70,7 +70,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
 
 def overview(results: Results, metric: str, title: str, note: str, spec: str) -> Table:
     """Table of methods × ratios: means over tasks, with intervals."""
-    head = ["method", "group", *(f"{ratio:.0%} evicted" for ratio in results.ratios)]
+    head = ["method", "group", *map(results.heading, results.ratios)]
     rows = []
     if metric == "score":
         rows.append(
@@ -90,6 +90,8 @@ def overview(results: Results, metric: str, title: str, note: str, spec: str) ->
         oracles[f"best of {', '.join(results.members)} per task (oracle)"] = results.members
     for name, among in oracles.items():
         best = [mean_over_tasks(oracle_values(results, ratio, metric, among)) for ratio in results.ratios]
+        if not any(np.isfinite(estimate.mean) for estimate in best):
+            continue  # no press of kvpress was compared
         rows.append([name, "oracle", *(f"{estimate:{spec}}" for estimate in best)])
     return Table(title, note, head, rows)
 
@@ -98,27 +100,32 @@ def costs(results: Results) -> Table:
     """Table of what each method costs and keeps."""
     head = [
         "method",
-        *(f"{what} at {ratio:.0%}" for ratio in results.ratios for what in ("pairs kept", "cost", "hit rate")),
+        *(
+            f"{what}, {results.heading(ratio)}"
+            for ratio in results.ratios
+            for what in ("pairs kept", "bytes kept", "cost", "hit rate")
+        ),
     ]
     rows = []
     for method in ranked(results):
         row = [method]
         for ratio in results.ratios:
-            for metric, spec in (("share", ".2%"), ("cost", ".1%"), ("hit", ".2f")):
+            for metric, spec in (("share", ".2%"), ("byte_share", ".2%"), ("cost", ".1%"), ("hit", ".2f")):
                 value = mean_over_tasks(results.by_task((method, ratio), metric)).mean
                 row.append(f"{value:{spec}}" if np.isfinite(value) else "unknown")
         rows.append(row)
     note = (
-        "Pairs: counted in the cache that answered, over the full cache's, in layers with full attention. Cost: time "
+        "Pairs and bytes: counted in the cache that answered, over the full cache's, in layers with full attention; "
+        "bytes as in a 16-bit cache, codes with their scales, zeros, gains, positions and tables. Cost: time "
         "of scoring and selecting over the time of the shared prefill, in one process. Hit rate: share of the "
         "attention of question and answer (full cache) on kept pairs; it does not rank methods."
     )
-    return Table("Pairs, cost, hit rate", note, head, rows)
+    return Table("Pairs, bytes, cost, hit rate", note, head, rows)
 
 
 def versus(results: Results, reference: str) -> Table:
     """Table of KL minus the KL of one method, paired by sample."""
-    head = ["method", *(f"{ratio:.0%} evicted" for ratio in results.ratios)]
+    head = ["method", *map(results.heading, results.ratios)]
     rows = []
     for method in ranked(results):
         if method == reference:
@@ -134,7 +141,7 @@ def versus(results: Results, reference: str) -> Table:
 
 def versus_best_of_task(results: Results, reference: str) -> Table:
     """Table by task: KL of the task's best press, known in hindsight, minus the KL of one method, paired by sample."""
-    head = ["task", *(f"{ratio:.0%} evicted" for ratio in results.ratios)]
+    head = ["task", *map(results.heading, results.ratios)]
     rows = []
     better, worse = [0] * len(results.ratios), [0] * len(results.ratios)
     for task in results.tasks:
@@ -165,6 +172,28 @@ def _mark(estimate: Estimate) -> str:
     return " *" if told and (estimate.low > 0 or estimate.high < 0) else ""
 
 
+def quantised(results: Results, reference: str) -> Table:
+    """Table of methods that take a share of their own, beside one method at the largest share that is not larger."""
+    rows = []
+    for method, ratio in results.fixed.items():
+        share = mean_over_tasks(results.by_task((method, ratio), "byte_share")).mean
+        kl = mean_over_tasks(results.by_task((method, ratio), "kl"))
+        smaller = [other for other in results.ratios if 1 - other <= share + 1e-9]
+        ours, paired = "–", "–"
+        if smaller:
+            cell = (reference, min(smaller))
+            ours = f"{mean_over_tasks(results.by_task(cell, 'kl')):.4f} ({results.heading(min(smaller))})"
+            difference = mean_over_tasks(results.paired((method, ratio), cell, "kl"))
+            paired = f"{difference:+.4f}{_mark(difference)}"
+        rows.append([method, f"{share:.1%}", f"{kl:.4f}", ours, paired])
+    note = (
+        f"Every pair stays, with a fixed number of bits; the protected tokens stay whole. `{reference}` beside them "
+        "takes the largest measured share of the bytes that is not larger than theirs. KL; the difference is paired by "
+        "sample, * where its 95 % interval leaves out zero."
+    )
+    return Table("Quantised caches", note, ["method", "bytes", "KL", reference, "difference"], rows)
+
+
 def skills(results: Results) -> Table:
     """Table of what the model can do with its full cache."""
     rows = []
@@ -186,7 +215,7 @@ def per_task(results: Results, metric: str, title: str, spec: str, ratio: float)
         rows.append([method, *(f"{by_task[task].mean():{spec}}" if task in by_task else "–" for task in results.tasks)])
     best = [best_single(results, ratio, task) or "–" for task in results.tasks]
     rows.append(["best press of the task", *best])
-    return Table(f"{title}, {ratio:.0%} evicted", "", head, rows)
+    return Table(f"{title}, {results.heading(ratio)}", "", head, rows)
 
 
 def tables(results: Results, reference: str) -> list[Table]:
@@ -215,6 +244,7 @@ def tables(results: Results, reference: str) -> list[Table]:
             ".3f",
         ),
         versus(results, reference),
+        *([quantised(results, reference)] if results.fixed else []),
         versus_best_of_task(results, reference),
         skills(results),
         costs(results),

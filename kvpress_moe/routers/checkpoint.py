@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from kvpress_moe.codes.transform_files import FILE as TRANSFORMS
+from kvpress_moe.codes.transform_files import read_transforms, writer
 from kvpress_moe.errors import CheckpointError
 from kvpress_moe.files import fill, open_tensors, read_json, read_shapes, write_together
 from kvpress_moe.model.fingerprint import check_form
@@ -35,7 +37,8 @@ def save_routers(
     ----------
     routers : Routers
     directory : path
-        ``routers.safetensors`` and ``routers.json`` are written into it.
+        ``routers.safetensors`` and ``routers.json`` are written into it, and ``key_transforms.safetensors`` if the
+        routers have key transforms.
     metrics : dict, optional
         Anything that should be kept with the weights.
     dtype : torch.dtype, default=torch.float32
@@ -56,12 +59,15 @@ def save_routers(
     }
     weights = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in routers.state_dict().items()}
     text = json.dumps(card, indent=1)
-    write_together(
-        {
-            directory / WEIGHTS: lambda path: save_file(weights, path),
-            directory / CONFIG: lambda path: path.write_text(text),
-        }
-    )
+    files = {
+        directory / WEIGHTS: lambda path: save_file(weights, path),
+        directory / CONFIG: lambda path: path.write_text(text),
+    }
+    if routers.key_transforms:
+        files[directory / TRANSFORMS] = writer(routers.key_transforms)
+    else:
+        (directory / TRANSFORMS).unlink(missing_ok=True)  # of routers that are replaced
+    write_together(files)
     return directory
 
 
@@ -107,6 +113,10 @@ def load_routers(source: str | Path) -> Routers:
                 raise ValueError(f"{WEIGHTS} holds {held} weights, {CONFIG} describes another number")
             routers = Routers(config, saved)
             fill(routers, tensors)
+        if (directory / TRANSFORMS).exists():
+            routers.key_transforms = read_transforms(
+                directory / TRANSFORMS, config.num_layers, config.num_heads or None
+            )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"router: {source} cannot be read ({type(error).__name__}: {error}), expected {WEIGHTS} and {CONFIG} as "
@@ -126,7 +136,7 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[WEIGHTS, CONFIG]))
+        return Path(snapshot_download(repo_id, allow_patterns=[WEIGHTS, CONFIG, TRANSFORMS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"router: {repo_id!r} is no directory here and could not be loaded from the hub ({type(error).__name__}). "

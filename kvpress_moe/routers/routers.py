@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvpress_moe.codes.key_transform import KeyTransform
 from kvpress_moe.routers.base import BaseMoERouter
 from kvpress_moe.routers.config import ROUTERS, RouterConfig
 
@@ -21,6 +22,11 @@ class Routers(nn.Module):
     fingerprint : dict, optional
         Fingerprint of the model that they belong to, see :func:`kvpress_moe.model.fingerprint.fingerprint`. ``None``:
         any model of the right size.
+
+    Attributes
+    ----------
+    key_transforms : dict of int -> KeyTransform, or None
+        Static transforms of keys, by layer. None: keys are coded without them.
     """
 
     layers: Any  # one BaseMoERouter per layer; to torch's types the members of a ModuleList are only Modules
@@ -28,6 +34,7 @@ class Routers(nn.Module):
     def __init__(self, config: RouterConfig, fingerprint: dict[str, Any] | None = None):
         super().__init__()
         self.config = config
+        self.key_transforms: dict[int, KeyTransform] | None = None
         self.fingerprint = fingerprint
         router_class = ROUTERS[config.router_type]
         self.layers = nn.ModuleList(

@@ -14,7 +14,8 @@ from kvpress_moe.training.losses import TEACHERS
 #: Kinds of tasks that training never sees, so that the benchmark can tell learning from memorising.
 HELD_OUT = ("variable_tracking", "code")
 
-_END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight")  # fields of the tuning after the layer-by-layer fit
+#: Fields of what comes after the layer-by-layer fit.
+_END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight", "transform_prompts")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class TrainingConfig:
         Epochs of :class:`kvpress_moe.training.end_to_end.EndToEnd` after the fit; 0: none.
     end_to_end_rate, replay_weight : float
         For that tuning: the highest learning rate, and the weight of repetitions. Answers have weight 1.
+    transform_prompts : int
+        Number of prompts that key transforms are fitted to, at most ``samples``; 0: no key transforms.
     """
 
     experts: tuple[str, ...] = ("learned", "keydiff", "leverage", "cur", "tova")
@@ -77,6 +80,7 @@ class TrainingConfig:
     end_to_end: int = 3
     end_to_end_rate: float = 1e-3
     replay_weight: float = 1.0
+    transform_prompts: int = 24
 
     def check(self) -> None:
         """Raise SettingError for the first wrong field, before anything is loaded."""
@@ -96,6 +100,8 @@ class TrainingConfig:
                 raise SettingError(field, getattr(self, field), "at least 1", "")
         if not is_whole(self.end_to_end):
             raise SettingError("end_to_end", self.end_to_end, "a number of epochs, 0 or more", "0 leaves it out.")
+        if not is_whole(self.transform_prompts):
+            raise SettingError("transform_prompts", self.transform_prompts, "a number of prompts, 0 or more", "")
         for field in ("end_to_end_rate", "replay_weight", "aux_loss_weight", "budget_weight", "learning_rate"):
             value = getattr(self, field)
             if not (is_number(value) and value >= 0):

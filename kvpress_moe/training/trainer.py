@@ -28,6 +28,7 @@ from kvpress_moe.training.capture import capture
 from kvpress_moe.training.checkpoints import FittedLayers
 from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.distributed import Processes
+from kvpress_moe.training.key_transforms import fit_key_transforms
 from kvpress_moe.training.layerwise import LayerData, fit_layer
 from kvpress_moe.training.losses import tail_weights, target
 from kvpress_moe.training.shards import FORMAT, Shards
@@ -94,7 +95,7 @@ def train(
     Returns
     -------
     routers, metrics
-        The same in every process.
+        The same in every process, but only the first one has the key transforms.
 
     Raises
     ------
@@ -137,6 +138,10 @@ def train(
         metrics["end_to_end"] = tune_routers(
             model, tokenizer, routers, config, fill, made, captured, progress, processes
         )
+    contexts = [prompt.context for _, prompt in made[: config.transform_prompts]]
+    if contexts and (processes.rank == 0):
+        routers.key_transforms = fit_key_transforms(model, contexts, partial(progress, "fitting key transforms"))
+    processes.wait()
     return routers, metrics
 
 

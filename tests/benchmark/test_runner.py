@@ -195,7 +195,10 @@ def test_a_model_with_windows_is_evaluated_by_all_methods_that_leave_them_alone(
     whole = 2 * 2 * evaluator.prompt(sample).context.shape[1]
     assert (full[6], full[4]) == (whole, pytest.approx(0, abs=1e-6))
     for row in rows:
-        assert 0.4 * whole < row[6] <= whole // 2, row[0]
+        if find_methods([row[0]])[row[0]].precision is None:
+            assert 0.4 * whole < row[6] <= whole // 2, row[0]
+        else:  # shares of the bytes: more pairs may stay
+            assert 0.45 * full[7] < row[7] <= full[7] // 2, row[0]
 
 
 def test_a_press_of_ones_own_takes_part(llama, chat_tokenizer, tmp_path):
@@ -208,7 +211,7 @@ def test_a_press_of_ones_own_takes_part(llama, chat_tokenizer, tmp_path):
 def test_every_registered_method_makes_a_press_that_takes_a_ratio():
     for name, method in registered().items():
         press = method.make(lambda scorer: scorer)
-        if name != "full":
+        if name != "full" and method.fixed_share is None:
             press.compression_ratio = 0.3
             assert press.compression_ratio == pytest.approx(0.3)
     assert find_methods(["knorm"]).keys() == {"knorm"}

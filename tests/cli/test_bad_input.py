@@ -316,7 +316,8 @@ def test_a_rename_that_fails_midway_says_what_is_new_already(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "option", [["--ratio", "0.5"], ["--experts", "knorm"], ["--budget", "layer"], ["--router", "x"], ["--layers"]]
+    "option",
+    [["--ratio", "0.5"], ["--experts", "knorm"], ["--budget", "layer"], ["--precision", "mixed"], ["--layers"]],
 )
 def test_a_cache_file_brings_its_own_recipe(option, nothing_is_loaded):
     name = option[0].strip("-")
@@ -450,3 +451,20 @@ def test_help_is_no_error(monkeypatch, capsys):
     assert not ends(monkeypatch, "ask", "--help")
     assert not ends(monkeypatch, "--version")
     assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["best", "k7v4", "k8v4,k8v4", "8,4", ""])
+def test_a_wrong_precision_is_refused_before_anything_is_loaded(wrong, text_file, tmp_path, nothing_is_loaded):
+    for command in (["ask"], ["compress", text_file, "--out", tmp_path / "x.kv"]):
+        refused(run(*command, "--precision", wrong), "precision: got .*, expected mixed, or names such as k8v4")
+
+
+def test_a_packed_cache_file_answers_as_the_live_cache(text_file, tmp_path, model_directory):
+    common = ["--model", model_directory, "--json"]
+    packed = ["--ratio", "0.8", "--precision", "k8v4,k4v2"]
+    asked = json.loads(run("ask", text_file, "What?", *packed, *common).stdout)
+    assert asked["strategies"]["K8V4"]["pairs"] + asked["strategies"]["K4V2"]["pairs"] > 0
+    assert asked["methods"][1]["kept_share"] <= 0.2
+    run("compress", text_file, "--out", tmp_path / "book.kv", *packed, *common)
+    saved = json.loads(run("ask", "--cache", tmp_path / "book.kv", "What?", *common).stdout)
+    assert saved["answers"] == asked["methods"][1]["answers"]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from kvpress_moe.benchmark.results import Results, best_single, ranked
 from kvpress_moe.files import write_atomically
+from kvpress_moe.report.figures.byte_shares import over_bytes
 from kvpress_moe.report.figures.ratios import over_ratio, shown
 from kvpress_moe.report.figures.style import NORMAL, SMALL, Plot, heat_map, label
 
@@ -21,6 +22,9 @@ def draw(results: Results, reference: str, out: Path) -> list[tuple[str, str]]:
     scores = over_ratio(results, "score", shown(results, reference), by_task=True)
     title = "Task score over the share of pairs evicted; grey: all other methods"
     drawn = [_save(scores, out, "score.png", title), _heat_map(results, out)]
+    if results.header.get("by_bytes"):
+        title = "KL to the full cache over the share of a 16-bit cache's bytes; both scales are logarithmic"
+        drawn.insert(0, _save(over_bytes(results), out, "kl_over_bytes.png", title))
     needles = _needles(results, reference, out)
     return drawn + ([needles] if needles else [])
 
@@ -41,7 +45,7 @@ def _heat_map(results: Results, out: Path) -> tuple[str, str]:
     )
     axis.set_yticks(range(len(order)), [label(method) for method in order], fontsize=7)
     figure.colorbar(image, ax=axis, label="KL to the full cache (nats, log scale)", fraction=0.03, pad=0.02)
-    return _save(figure, out, "kl_by_task.png", f"KL by method and task, {ratio:.0%} evicted; best method first")
+    return _save(figure, out, "kl_by_task.png", f"KL by method and task, {results.heading(ratio)}; best method first")
 
 
 def _needles(results: Results, reference: str, out: Path) -> tuple[str, str] | None:
@@ -74,7 +78,7 @@ def _needles(results: Results, reference: str, out: Path) -> tuple[str, str] | N
         axis.set_title(label(method), fontsize=NORMAL)
         axis.set_xlabel("depth of the needle", fontsize=SMALL)
         axis.set_ylabel("tokens", fontsize=SMALL)
-    return _save(figure, out, "needles.png", f"Score of the needle tasks by depth and length, {ratio:.0%} evicted")
+    return _save(figure, out, "needles.png", f"Score of the needle tasks by depth and length, {results.heading(ratio)}")
 
 
 def _save(figure: Figure, out: Path, name: str, title: str) -> tuple[str, str]:

@@ -1,0 +1,158 @@
+"""Attention over a PackedLayer in plain PyTorch: blocks of pairs are decoded one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kvpress_moe.cache.packed_pairs import PackedPairs
+from kvpress_moe.cache.tier import Tier, Vectors
+from kvpress_moe.cache.torch_backend import newest_logits, torch_attention
+from kvpress_moe.codes.key_transform import KeyBasis
+from kvpress_moe.codes.rotation import rotation
+from kvpress_moe.codes.transform_codes import TransformCodes
+from kvpress_moe.codes.whole_vectors import WholeVectors
+from kvpress_moe.model.attention import apply_softcap
+
+BLOCK = 4096  # pairs that are decoded at once; they stay in the processor's cache
+LOGITS_AT_ONCE = 2**21  # limit of the logits in memory: 8 MiB, and a few temporary tensors of that size
+
+# R = some neighbouring rows and heads, Q = queries of a head, n = pairs
+
+Part = tuple[int, slice, slice]  # head, its place in a block, its place among the head's pairs of the tier
+
+
+def packed_attention(query: Tensor, layer: PackedPairs, scaling: float, cap: float | None = None) -> Tensor:
+    """
+    Attention of the newest tokens over a packed layer. Each sees all kept pairs, and the later tokens up to itself.
+
+    Queries are transformed as the codes are, and the output is transformed back, so pairs never are. Scales and zeros
+    apply to logits and weights, which are fewer than the channels of the pairs. Everything is computed in float32. If
+    a gradient is needed, the layer is decoded as a whole.
+
+    Parameters, result: as :func:`kvpress_moe.cache.torch_backend.torch_attention`.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, layer.new_keys, layer.new_values)):
+        return torch_attention(query, layer, scaling, cap)
+    n_batch, num_heads, q_len, head_dim = query.shape
+    grouped, new_logits = newest_logits(query, layer, scaling, cap)  # (B·H, G·Q, D), (B·H, G·Q, T)
+    output = torch.empty(grouped.shape, dtype=torch.float32, device=query.device)
+    new_values = layer.new_values.flatten(0, 1)
+    width = max(map(max, layer.lengths)) + new_logits.shape[2]
+    if layer.basis is not None:
+        width = max(width, layer.basis.n_positions)
+    n_rows = max(1, min(grouped.shape[1], LOGITS_AT_ONCE // width))
+    n_heads = max(1, LOGITS_AT_ONCE // (n_rows * width))
+    starts = [tier.starts() for tier in layer.tiers]
+    for first in range(0, len(grouped), n_heads):
+        heads = slice(first, min(first + n_heads, len(grouped)))
+        own = [at[first : heads.stop + 1] for at in starts]
+        for row in range(0, grouped.shape[1], n_rows):
+            rows = slice(row, row + n_rows)
+            output[heads, rows] = _attend(
+                grouped[heads, rows].float(), new_logits[heads, rows], new_values[heads], layer, own, first, cap
+            )
+    return output.to(query.dtype).view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
+
+
+def _attend(
+    queries: Tensor,
+    new_logits: Tensor,
+    new_values: Tensor,
+    layer: PackedPairs,
+    starts: list[list[int]],
+    first: int,
+    cap: float | None,
+) -> Tensor:
+    """The output (R, Q, D), float32, of R neighbouring heads from ``first`` on, whose pairs start at ``starts``."""
+    n_heads = len(queries)
+    ends = [list(ends) for ends in zip(*(_lengths(at) for at in starts), strict=True)]  # by head: pairs of each tier
+    offsets = [[sum(own[:tier]) for own in ends] for tier in range(len(starts))]
+    longest = max(map(sum, ends))
+    heads = torch.arange(first, first + n_heads, device=queries.device) % len(layer.lengths[0])
+    logits = torch.full((*queries.shape[:2], longest), -torch.inf, device=queries.device)
+    transformed = any(isinstance(tier.keys, TransformCodes) for tier in layer.tiers)
+    means = layer.basis.mean_logits(queries, heads) if layer.basis is not None and transformed else None
+    for tier, at, offset in zip(layer.tiers, starts, offsets, strict=True):
+        asking, constants = _in_basis_of(tier, queries, heads, layer.basis)
+        for start, stop, parts in _blocks(at):
+            block = _Block.of(tier.keys, start, stop)
+            for head, here, there in parts:
+                place = logits[head, :, offset[head] + there.start : offset[head] + there.stop]
+                torch.mm(asking[head], block.numbers[here].T, out=place)
+                if block.scale is None:
+                    continue
+                if block.zero is not None:  # scale * (query · numbers) + zero * (sum of the query)
+                    place.mul_(block.scale[here]).addr_(constants[head, :, 0], block.zero[here])
+                elif means is not None and block.positions is not None:
+                    place.add_(constants[head]).mul_(block.scale[here])
+                    place += means[head].index_select(-1, block.positions[here])
+    del means
+    if cap is not None:
+        logits = torch.where(logits == -torch.inf, logits, apply_softcap(logits, cap))
+    weights = torch.cat((logits, new_logits), dim=-1).softmax(dim=-1)
+    del logits
+    rotated, zeros = torch.zeros_like(queries), torch.zeros_like(queries[..., 0])
+    whole = weights[..., longest:] @ new_values.float()
+    for tier, at, offset in zip(layer.tiers, starts, offsets, strict=True):
+        for start, stop, parts in _blocks(at):
+            block = _Block.of(tier.values, start, stop)
+            for head, here, there in parts:
+                place = weights[head, :, offset[head] + there.start : offset[head] + there.stop]
+                if block.scale is None or block.zero is None:
+                    whole[head].addmm_(place, block.numbers[here])
+                else:
+                    rotated[head].addmm_(place * block.scale[here], block.numbers[here])
+                    zeros[head].addmv_(place, block.zero[here])
+    turn = rotation(queries.shape[-1], queries.device)
+    return whole + (rotated + zeros[..., None]) @ turn.T
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Numbers (n, D) of a block. Those of codes still need scale and zero, or gain, middles and positions."""
+
+    numbers: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    positions: Tensor | None = None
+
+    @classmethod
+    def of(cls, vectors: Vectors, start: int, stop: int) -> _Block:
+        if isinstance(vectors, WholeVectors):
+            return cls(vectors.decode(start, stop))
+        numbers = vectors.numbers(start, stop)
+        if isinstance(vectors, TransformCodes):
+            return cls(numbers, vectors.gain[start:stop].float(), positions=vectors.positions(start, stop))
+        return cls(numbers, vectors.scale[start:stop].float(), vectors.zero[start:stop].float())
+
+
+def _in_basis_of(tier: Tier, queries: Tensor, heads: Tensor, basis: KeyBasis | None) -> tuple[Tensor, Tensor]:
+    """Queries (R, Q, D) in the basis of a tier's keys, and the constants (R, Q, 1) that belong to them."""
+    if isinstance(tier.keys, TransformCodes):
+        assert basis is not None
+        return basis.queries(queries, heads, tier.keys.bits)
+    if tier.keys.kind == "whole":
+        return queries, queries[..., :1]  # not used
+    turned = queries @ rotation(queries.shape[-1], queries.device)
+    return turned, turned.sum(-1, keepdim=True)
+
+
+def _lengths(starts: list[int]) -> list[int]:
+    return [end - start for start, end in pairwise(starts)]
+
+
+def _blocks(starts: list[int]) -> Iterator[tuple[int, int, list[Part]]]:
+    """Blocks of at most ``BLOCK`` neighbouring pairs of some heads: where a block starts and ends, and its parts."""
+    for start in range(starts[0], starts[-1], BLOCK):
+        stop = min(start + BLOCK, starts[-1])
+        parts = []
+        for head, (own, end) in enumerate(pairwise(starts)):
+            begin, end = max(start, own), min(stop, end)
+            if begin < end:
+                parts.append((head, slice(begin - start, end - start), slice(begin - own, end - own)))
+        yield start, stop, parts

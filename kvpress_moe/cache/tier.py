@@ -1,0 +1,71 @@
+"""Tier: those pairs of a layer that are stored with the same precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+
+from kvpress_moe.codes.precision import Precision
+from kvpress_moe.codes.transform_codes import TransformCodes
+from kvpress_moe.codes.vector_codes import VectorCodes
+from kvpress_moe.codes.whole_vectors import WholeVectors
+
+Vectors = VectorCodes | TransformCodes | WholeVectors
+TABLE_BYTES = 4  # of a number in a table of lengths
+
+
+@dataclass(frozen=True)
+class Tier:
+    """
+    The pairs of one precision, row by row and head by head.
+
+    Attributes
+    ----------
+    precision : Precision
+    keys : VectorCodes, TransformCodes or WholeVectors, N vectors
+    values : VectorCodes or WholeVectors, N vectors
+    lengths : list of lists of int
+        Number of pairs of each head, (B, H). The sum is N.
+    """
+
+    precision: Precision
+    keys: Vectors
+    values: Vectors
+    lengths: list[list[int]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, zeros, gains and positions, and of the table of lengths."""
+        return self.keys.nbytes + self.values.nbytes + TABLE_BYTES * sum(map(len, self.lengths))
+
+    def starts(self) -> list[int]:
+        """Index of each head's first pair; the last entry is the number of all pairs."""
+        return list(accumulate(chain.from_iterable(self.lengths), initial=0))
+
+    def select(self, rows: Sequence[int]) -> Tier:
+        """The same precision for these rows of the batch."""
+        per_row = [sum(heads) for heads in self.lengths]
+        lengths = [list(self.lengths[row]) for row in rows]
+
+        def of_rows(tensor: Tensor) -> Tensor:
+            parts = tensor.split(per_row)
+            return torch.cat([parts[row] for row in rows])
+
+        return Tier(self.precision, each(self.keys, of_rows), each(self.values, of_rows), lengths)
+
+    def to(self, device: torch.device | str) -> Tier:
+        """The same pairs on a device."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Tier(self.precision, each(self.keys, moved), each(self.values, moved), self.lengths)
+
+
+def each(vectors: Vectors, change: Callable[[Tensor], Tensor]) -> Vectors:
+    """Vectors whose tensors were changed, one by one."""
+    return vectors.with_tensors({name: change(tensor) for name, tensor in vectors.tensors.items()})

@@ -1,0 +1,89 @@
+"""Distortion: how much of a pair each precision loses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpress_moe.codes.key_transform import KeyBasis
+from kvpress_moe.codes.precision import WHOLE, Precision
+from kvpress_moe.codes.rotation import rotation
+from kvpress_moe.codes.transform_codes import BLOCK, TRANSFORM_BITS, weighted_error
+from kvpress_moe.codes.vector_codes import relative_error
+
+# B = batch, H = KV heads, S = tokens of the prompt, D = head dim, M = precisions of a menu
+
+
+def distortions(
+    keys: Tensor,
+    values: Tensor,
+    menu: Sequence[Precision],
+    scaling: float,
+    query_power: Tensor,
+    basis: KeyBasis | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """
+    Expected loss of each pair with each precision; 1 is the loss of a pair that is evicted.
+
+    The loss is the mean squared error of the pair's attention logit, plus the squared error of its value over the
+    value's squared norm. The error of rotated vectors follows from their range, because rounding errors are nearly
+    uniform within a step. The error of transform codes is measured.
+
+    Parameters
+    ----------
+    keys, values : Tensor, shape (B, H, S, D)
+    menu : sequence of M Precision
+    scaling : float
+        What the layer multiplies products of queries and keys with.
+    query_power : Tensor, shape (H,)
+        Mean squared norm of the queries of each KV head.
+    basis : KeyBasis, optional
+        With a basis, keys of few bits are transform codes.
+    positions : Tensor, shape (B or 1, S), int64, optional
+        Positions of the keys. Needed with a basis.
+
+    Returns
+    -------
+    Tensor, shape (M, B, H, S), float32
+    """
+    head_dim = keys.shape[-1]
+    value_range = _squared_range(values)
+    value_loss = value_range * head_dim / values.float().square().sum(-1).clamp(min=1e-12)
+    key_bits = {precision.key_bits for precision in menu} - {WHOLE}
+    of_transform = key_bits & set(TRANSFORM_BITS) if basis is not None else set()
+    losses: dict[int, Tensor] = {}
+    if key_bits - of_transform:
+        key_loss = _squared_range(keys) * (scaling**2 * query_power[:, None].to(keys.device))
+        losses |= {bits: key_loss * relative_error(bits) for bits in key_bits - of_transform}
+    if of_transform and basis is not None and positions is not None:
+        losses |= _of_transform(basis, basis.coefficients(keys, positions), sorted(of_transform), scaling)
+    found = torch.empty(len(menu), *keys.shape[:3], device=keys.device)
+    for loss, precision in zip(found, menu, strict=True):
+        bits = precision.value_bits
+        loss.copy_(losses[precision.key_bits] if precision.key_bits in losses else torch.zeros_like(value_loss))
+        if bits != WHOLE:
+            loss += value_loss * relative_error(bits)
+    return found
+
+
+def _squared_range(vectors: Tensor) -> Tensor:
+    """Squared difference of the largest and the smallest channel of rotated vectors: (B, H, S), float32."""
+    turn = rotation(vectors.shape[-1], vectors.device)
+    low, high = (vectors.float() @ turn).aminmax(dim=-1)
+    return (high - low).square_()
+
+
+def _of_transform(basis: KeyBasis, coefficients: Tensor, bits: Sequence[int], scaling: float) -> dict[int, Tensor]:
+    """Bits -> loss (B, H, S) of keys as transform codes, measured."""
+    weight = (basis.transform.deviation.float() * scaling).square()  # (H, D)
+    losses = {number: torch.empty(coefficients.shape[:3], device=coefficients.device) for number in bits}
+    for row in range(coefficients.shape[0]):
+        for head in range(coefficients.shape[1]):
+            for start in range(0, coefficients.shape[2], BLOCK):
+                block = coefficients[row, head, start : start + BLOCK]
+                for number in bits:
+                    losses[number][row, head, start : start + BLOCK] = weighted_error(block, number, weight[head])
+    return losses

@@ -1,0 +1,179 @@
+"""Transform codes: coefficients of keys, rounded with more bits for those that matter more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpress_moe.codes.bit_packing import pack, packed_size, unpack
+from kvpress_moe.errors import NotFiniteError, UnsupportedInputError
+
+TRANSFORM_BITS = (2, 3, 4, 6)
+BLOCK = 4096  # vectors that are encoded at once
+#: Bits -> step between the levels with the smallest squared error for a normal distribution (Max, 1960).
+_STEPS = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
+_SMALLEST = 2.0**-14  # the smallest normal float16
+
+
+@dataclass(frozen=True)
+class TransformCodes:
+    """
+    N coded keys. Coefficient c is ``gain * step[c] * (number[c] - middle[c])``, or 0 where it has no bits.
+
+    Attributes
+    ----------
+    packed : Tensor, shape (N, D * bits / 8), uint8
+    gain : Tensor, shape (N,), float16
+    position : Tensor, shape (N,), int16 or int32
+        Position of the key. int16 stands for 0 to 65,535.
+    bits : {2, 3, 4, 6}
+        Mean number of bits of a coefficient.
+    """
+
+    packed: Tensor
+    gain: Tensor
+    position: Tensor
+    bits: int
+    kind = "transformed"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"packed": self.packed, "gain": self.gain, "position": self.position}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> TransformCodes:
+        """Codes of the same kind with other keys."""
+        return TransformCodes(**tensors, bits=self.bits)
+
+    def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Coefficients ``start`` to ``stop`` over their steps, shape (n, those that have bits), float32."""
+        numbers, gain = self.numbers(start, stop), self.gain[start:stop].float()
+        head_dim = self.packed.shape[-1] * 8 // self.bits
+        return numbers.sub_(middles(head_dim, self.bits, numbers.device)).mul_(gain[:, None])
+
+    def numbers(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Numbers ``start`` to ``stop``, shape (n, D without those that have no bits), float32."""
+        packed = self.packed[start:stop]
+        groups = profile(packed.shape[-1] * 8 // self.bits, self.bits)
+        parts = packed.split([count * bits // 8 for count, bits in groups], dim=-1)
+        return torch.cat([unpack(part, bits) for part, (_, bits) in zip(parts, groups, strict=True)], dim=-1)
+
+    def positions(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Positions ``start`` to ``stop``, int64."""
+        stored = self.position[start:stop].long()
+        return stored & 0xFFFF if self.position.dtype == torch.int16 else stored
+
+
+def profile(head_dim: int, bits: int) -> list[tuple[int, int]]:
+    """
+    How many of the sorted coefficients get how many bits: ``bits`` on average.
+
+    About a quarter gets two bits more, and the last quarter two bits less. Counts are multiples of 8. Coefficients
+    without bits are left out.
+    """
+    outer = 8 * round(head_dim / 32)
+    groups = [(outer, bits + 2), (head_dim - 2 * outer, bits), (outer, bits - 2)]
+    return [(count, number) for count, number in groups if count and number]
+
+
+def steps(head_dim: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
+    """Step of each coefficient that has bits, float32."""
+    return torch.cat([torch.full((count,), _STEPS[number]) for count, number in profile(head_dim, bits)]).to(device)
+
+
+def middles(head_dim: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
+    """The number that stands for 0, for each coefficient that has bits, float32."""
+    groups = profile(head_dim, bits)
+    return torch.cat([torch.full((count,), 2 ** (number - 1) - 0.5) for count, number in groups]).to(device)
+
+
+def position_bytes(n_positions: int) -> int:
+    """Bytes of a position."""
+    return 2 if n_positions <= 2**16 else 4
+
+
+def key_bytes(head_dim: int, bits: int, n_positions: int) -> int:
+    """Bytes of one coded key, with its gain and position."""
+    return packed_size(head_dim, bits) + 2 + position_bytes(n_positions)
+
+
+def encode_coefficients(coefficients: Tensor, positions: Tensor, bits: int, n_positions: int) -> TransformCodes:
+    """
+    Round coefficients.
+
+    The gain of a key is as large as it has to be, so that no coefficient is cut off.
+
+    Parameters
+    ----------
+    coefficients : Tensor, shape (N, D), float32
+        See :meth:`kvpress_moe.codes.key_transform.KeyBasis.coefficients`.
+    positions : Tensor, shape (N,), int64
+    bits : {2, 3, 4, 6}
+    n_positions : int
+        Positions are below this number.
+
+    Raises
+    ------
+    NotFiniteError
+        If a coefficient is NaN or infinity.
+    UnsupportedInputError
+        If a gain is too large for float16.
+    """
+    packed, gains = [], []
+    for block in coefficients.split(BLOCK):
+        codes, gain = _encode(block, bits)
+        packed.append(codes)
+        gains.append(gain)
+    stored = positions.to(torch.int32 if position_bytes(n_positions) == 4 else torch.int16)  # wraps round
+    return TransformCodes(torch.cat(packed), torch.cat(gains), stored, bits)
+
+
+def _encode(coefficients: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    groups = profile(coefficients.shape[-1], bits)
+    scaled, gain = _scaled(coefficients, bits)
+    gain = gain.half()
+    if not bool(gain.isfinite().all()):
+        if not bool(coefficients.isfinite().all()):
+            raise NotFiniteError("codes: got NaN or infinity, expected finite keys. Load the model in float32.")
+        raise UnsupportedInputError(
+            "codes: got keys beyond the range of float16, expected smaller ones. Leave `precision` at None."
+        )
+    parts = (scaled / gain.float()[:, None]).split([count for count, _ in groups], dim=-1)
+    packed = []
+    for part, (_, number) in zip(parts, groups, strict=True):
+        levels = part.floor().add_(2 ** (number - 1)).clamp_(0, 2**number - 1)
+        packed.append(pack(levels.to(torch.uint8), number))
+    return torch.cat(packed, dim=-1), gain
+
+
+def weighted_error(coefficients: Tensor, bits: int, weight: Tensor) -> Tensor:
+    """
+    Sum of the squared errors of coefficients (N, D) after coding, weighted by ``weight`` (D,): shape (N,).
+
+    Levels are in the middle of their steps, so no coefficient is further from one than half of a step.
+    """
+    scaled, gain = _scaled(coefficients, bits)
+    with_bits = scaled.shape[-1]
+    rest = scaled.div_(gain[:, None])
+    rest = rest.sub_(rest.floor()).sub_(0.5).square_()
+    of_step = steps(coefficients.shape[-1], bits, coefficients.device).square() * weight[:with_bits]
+    error = (rest @ of_step).mul_(gain.square())
+    if with_bits < len(weight):  # the last coefficients have no bits
+        error += coefficients[:, with_bits:].square() @ weight[with_bits:]
+    return error
+
+
+def _scaled(coefficients: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Those coefficients (N, D) that have bits, in steps, and the gain (N,) that cuts none of them off, float32."""
+    groups = profile(coefficients.shape[-1], bits)
+    of_step = steps(coefficients.shape[-1], bits, coefficients.device)
+    scaled = coefficients[:, : len(of_step)] / of_step
+    parts = scaled.split([count for count, _ in groups], dim=-1)
+    reach = [part.abs().amax(-1) / 2 ** (number - 1) for part, (_, number) in zip(parts, groups, strict=True)]
+    return scaled, torch.stack(reach).amax(0).clamp(min=_SMALLEST)

@@ -1,0 +1,78 @@
+"""Packer: the part of the press that gives every pair a precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kvpress_moe.budget.cross_layer import Observation
+from kvpress_moe.budget.shared_bytes import SharedBytes
+from kvpress_moe.codes.precision import WHOLE, Precision, menu_of
+from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.press.feedback import Feedback
+from kvpress_moe.press.packing import Menu, cost_of_strategies, key_basis, pack_shared, positions_of
+from kvpress_moe.press.session import Session
+from kvpress_moe.routers import Routers
+
+
+class Packer:
+    """What a press does if ``precision`` is set. The press itself declares the settings."""
+
+    compression_ratio: float | None
+    precision: Any
+    min_share: float
+    _routers: Routers | None
+    _session: Session
+    _feedback: Feedback
+    _shared_bytes: SharedBytes
+    record: Any
+
+    @property
+    def scope(self) -> str:
+        """Which heads share the budget; the press itself knows."""
+        raise NotImplementedError
+
+    @property
+    def menu(self) -> tuple[Precision, ...]:
+        """The precisions that pairs may be stored with. Empty if pairs stay as the model wrote them."""
+        transformed = self._routers is not None and bool(self._routers.key_transforms)
+        return () if self.precision is None else menu_of(self.precision, transformed)
+
+    @property
+    def _keeps_everything(self) -> bool:
+        """Whether no pair has to change: the whole cache fits into the budget, as the model wrote it."""
+        return self.compression_ratio == 0 and (self.precision is None or Precision(WHOLE, WHOLE) in self.menu)
+
+    def _pack(
+        self,
+        call: LayerCall,
+        rows: Sequence[LayerCall],
+        scores: Sequence[Tensor],
+        observed: Sequence[Observation],
+        n_kept: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """Byte budget: pairs compete for bytes. Once it is decided, the layers of the cache become packed."""
+        starts = self._session.text_starts
+        positions = positions_of(call, starts)
+        basis = key_basis(call, call.layer_idx, self._routers, positions)
+        menu = Menu.of(self.menu, call.keys.shape[-1], call.keys.element_size(), basis)
+        calibrated = self._routers is not None and bool(self._routers.config.num_heads)
+        costs, budgets, floors, wholes = [], [], [], []
+        for number, (row, score, kept) in enumerate(zip(rows, scores, n_kept, strict=True)):
+            own = positions if starts is None else positions[min(number, len(positions) - 1)][None, starts[number] :]
+            costs.append(cost_of_strategies(row, score, calibrated, menu, basis, own))
+            keep = kept / row.k_len if self.compression_ratio is None else 1 - self.compression_ratio
+            budgets.append(menu.budget(row.k_len, keep))
+            floors.append(menu.floor(budgets[-1], 1 if self.scope == "uniform" else kept * self.min_share))
+            wholes.append(menu.whole(budgets[-1]))
+        for layer_idx, parts in pack_shared(
+            self._shared_bytes, call, costs, observed, budgets, floors, wholes, menu, self.scope, basis, positions
+        ):
+            for part in parts:
+                self.record(layer_idx, part.observation, part.strategies > 0)
+                self._feedback.stats.add_strategies(
+                    layer_idx, menu.precisions, menu.nbytes, part.strategies, part.costs
+                )
+        return call.keys, call.values  # kvpress's hook stores them in the old layer object, which is no longer in use

@@ -1,0 +1,134 @@
+"""Byte budgets in the benchmark: equal for all methods, counted as in a 16-bit cache, and kept as the press keeps."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kvpress_moe.benchmark.byte_strategies as byte_strategies
+from kvpress_moe import MoERouterPress
+from kvpress_moe.benchmark.evaluator import Evaluator
+from kvpress_moe.benchmark.methods import Method, find_methods
+from kvpress_moe.benchmark.plan import Plan
+from kvpress_moe.benchmark.quantised_caches import QUANTISED, kivi
+from kvpress_moe.benchmark.records import read_records
+from kvpress_moe.benchmark.results import load
+from kvpress_moe.benchmark.runner import run
+from kvpress_moe.benchmark.shared_prefill import select_pairs
+from kvpress_moe.errors import SettingError
+from kvpress_moe.report.benchmark_report import write_report
+from tests.tiny import calibrated_routers, prefill, tiny_model, tokens
+
+PLAN = Plan(tasks=("kv_list", "prose"), ratios=(0.72, 0.9), lengths=(600,), limit=1, min_share=0.2, by_bytes=True)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama", head_dim=32)
+
+
+def mixed(model, **settings) -> Method:
+    """``moe_mixed`` with calibrated routers of a tiny model."""
+    routers = calibrated_routers(model)
+    make = lambda protect: MoERouterPress(precision="mixed", router=routers, cache_aware=False)  # noqa: E731
+    return Method("mine", "ours", make, "global", "mine", precision="mixed", **settings)
+
+
+def test_the_benchmark_keeps_what_the_press_keeps(llama, monkeypatch):
+    monkeypatch.setattr(byte_strategies, "ELEMENT_SIZE", 4)  # the tiny model's own type
+    method, input_ids = mixed(llama), tokens(180)
+    for ratio in (0.6, 0.9):
+        selections = select_pairs(llama, input_ids, {"mine": method}, [("mine", ratio)], 0, 0)
+        press = method.make(lambda scorer: scorer)
+        press.compression_ratio = ratio
+        cache = prefill(llama, input_ids, press)
+        kept = selections.kept["mine", ratio]
+        for number, layer in enumerate(cache.layers):
+            dense = selections.cache.layers[number]
+            for (key, value), ours in zip(
+                layer.heads()[0], zip(*kept.coded.decode(number, dense.keys, dense.values), strict=True), strict=True
+            ):
+                assert torch.equal(key, ours[0])
+                assert torch.equal(value, ours[1])
+
+
+def test_no_method_takes_more_than_its_share_of_a_16_bit_cache(llama, chat_tokenizer):
+    names = ("knorm", "knorm+k8v4", "keydiff_global+k4v2", "rdkv", "kvzip_global+k4v4", "kivi_4", "kivi_2")
+    evaluator = Evaluator(replace(PLAN, methods=names), (llama, chat_tokenizer))
+    evaluator.methods["mine"] = mixed(llama)
+    full, *rows = evaluator.evaluate(evaluator.samples[0], evaluator.cells())["results"]
+    assert full[7] == full[6] * 2 * 32 * 2
+    for name, ratio, *figures in rows:
+        share = figures[5] / full[7]
+        if name.startswith("kivi"):
+            assert 1 - ratio <= share < 1 - ratio + 20 / 300  # the protected tokens stay whole
+        else:
+            assert 0.9 * (1 - ratio) - 0.01 < share <= 1 - ratio + 1e-9, name
+
+
+def test_first_and_last_tokens_are_never_evicted(llama):
+    kept = select_pairs(llama, tokens(150), {"mine": mixed(llama)}, [("mine", 0.95)], 4, 16).kept["mine", 0.95]
+    for mask in kept.mask:
+        assert mask[:, :4].all()
+        assert mask[:, -16:].all()
+
+
+def test_names_say_how_pairs_are_coded():
+    (method,) = find_methods(["snapkv_global+k8v4"]).values()
+    assert (str(method.precision), method.group, method.budget) == ("K8V4", "bytes", "global")
+    for wrong in ("snapkv+k7v4", "adakv_snapkv+k8v4", "nothing+k8v4", "rdkv+k8v4"):
+        with pytest.raises(SettingError):
+            find_methods([wrong])
+
+
+def naive_kivi(keys, values, bits):
+    """By loops: keys by channel in groups of 32 tokens, values by token in groups of 32 channels."""
+    keys, values = keys.clone(), values.clone()
+
+    def code(numbers):
+        low, high = min(numbers), max(numbers)
+        step = (high - low) / (2**bits - 1)
+        return [round((x - low) / step) * step + low for x in numbers]
+
+    for head in range(keys.shape[1]):
+        for channel in range(keys.shape[3]):
+            for start in range(0, keys.shape[2] // 32 * 32, 32):
+                keys[0, head, start : start + 32, channel] = torch.tensor(
+                    code(keys[0, head, start : start + 32, channel].tolist())
+                )
+        for token in range(keys.shape[2]):
+            values[0, head, token] = torch.tensor(code(values[0, head, token].tolist()))
+    return keys, values
+
+
+def test_kivi_is_what_its_recipe_says():
+    keys, values = torch.randn(2, 1, 2, 70, 32)
+    for ours, theirs in zip(kivi(3, keys, values), naive_kivi(keys, values, 3), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTISED if name.startswith("quanto")])
+def test_quantised_caches_of_transformers_lose_what_their_bits_allow(name):
+    pytest.importorskip("optimum.quanto")
+    states = torch.randn(2, 1, 2, 64, 64)
+    keys, values = QUANTISED[name][1]()(*states)
+    error = (keys - states[0]).square().mean()
+    assert 0 < error < {"quanto_4": 0.02, "quanto_2": 0.3}[name]
+    assert values.shape == keys.shape
+
+
+def test_a_run_by_bytes_is_reported_by_bytes(llama, chat_tokenizer, tmp_path):
+    plan = replace(PLAN, methods=("knorm", "knorm+k8v4", "kivi_4"))
+    run(plan, tmp_path, "bench", Evaluator(plan, (llama, chat_tokenizer)))
+    results = load([tmp_path])
+    assert results.ratios == [0.72, 0.9]
+    assert list(results.fixed) == ["kivi_4"]
+    assert len(list(read_records(tmp_path))) == 2
+    written = [path.name for path in write_report([tmp_path], tmp_path / "report")]
+    assert "kl_over_bytes.png" in written
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "0.28 of the bytes" in text
+    assert "## Quantised caches" in text
+    assert "nan" not in text.split("## Task score")[0]
+    assert json.loads((tmp_path / "run.json").read_text())["by_bytes"] is True

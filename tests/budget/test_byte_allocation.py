@@ -1,0 +1,98 @@
+"""Byte budgets: exact, never exceeded, and as good as a naive search over prices."""
+
+import itertools
+
+import pytest
+import torch
+
+from kvpress_moe.budget.byte_allocation import allocate_bytes
+from kvpress_moe.budget.shared_bytes import SharedBytes, decide_strategies, strategy_costs
+
+NBYTES = torch.tensor([0, 40, 56, 88, 136, 256])
+
+
+def costs_of(n_groups: int, n_pairs: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(n_groups, n_pairs, generator=generator).mul(2).exp()
+    losses = (
+        torch.rand(6, n_groups, n_pairs, generator=generator)
+        * torch.tensor([1, 0.2, 0.05, 0.01, 0.001, 0])[:, None, None]
+    )
+    losses[0] = 1
+    return weights * losses
+
+
+@pytest.mark.parametrize("share", [0.001, 0.04, 0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("n_pairs", [37, 5000])
+def test_the_budget_is_met_to_less_than_one_pair(n_pairs, share):
+    costs = costs_of(3, n_pairs)
+    budget = torch.tensor([int(share * n_pairs * 256), int(share * n_pairs * 128), int(share * n_pairs * 64)])
+    chosen = allocate_bytes(costs, NBYTES, budget)
+    taken = NBYTES[chosen.long()].sum(1)
+    assert (taken <= budget).all()
+    assert (budget - taken < 256).all()
+
+
+def test_everything_stays_whole_if_it_fits():
+    chosen = allocate_bytes(costs_of(2, 50), NBYTES, torch.tensor([50 * 256, 10**9]))
+    assert (chosen == 5).all()
+
+
+def test_no_other_choice_within_the_budget_costs_much_less():
+    """Six pairs: all 46,656 choices are tried. The Lagrangian choice may miss the best by the step of one pair."""
+    costs = costs_of(1, 6, seed=3)
+    for budget in (200, 500, 900):
+        chosen = allocate_bytes(costs, NBYTES, torch.tensor([budget]))[0]
+        cost = costs[chosen.long(), 0, torch.arange(6)].sum()
+        best, slightly_more = torch.inf, torch.inf
+        for choice in itertools.product(range(6), repeat=6):
+            own = costs[list(choice), 0, torch.arange(6)].sum()
+            best = min(best, own) if NBYTES[list(choice)].sum() <= budget else best
+            slightly_more = min(slightly_more, own) if NBYTES[list(choice)].sum() <= budget - 256 else slightly_more
+        assert best - 1e-5 <= cost <= slightly_more + 1e-5
+
+
+def test_equal_pairs_are_served_in_their_order():
+    costs = torch.tensor([3.0, 2.0, 1.0])[:, None, None].expand(3, 1, 10)
+    chosen = allocate_bytes(costs, torch.tensor([0, 10, 20]), torch.tensor([50]))
+    assert chosen.tolist() == [[2, 2, 0, 0, 0, 0, 0, 0, 0, 0]]
+
+
+def test_forbidden_strategies_are_never_chosen():
+    costs = costs_of(1, 40)
+    costs[0, 0, 7] = torch.inf
+    costs[:-1, 0, 8] = torch.inf
+    chosen = allocate_bytes(costs, NBYTES, torch.tensor([300]))[0]
+    assert chosen[7] > 0
+    assert chosen[8] == 5
+
+
+@pytest.mark.parametrize("each_head", [False, True])
+def test_each_head_keeps_its_floor_and_the_first_tokens_stay_whole(each_head):
+    costs = costs_of(2 * 3, 60).view(6, 2, 3, 60)
+    costs[:, :, 0] *= 1e-4  # a head whose pairs hardly matter
+    chosen = decide_strategies(costs.clone(), NBYTES, 60 * 26, each_head, floor=5, whole=2)
+    taken = NBYTES[chosen.long()].sum(-1)
+    assert ((chosen > 0).sum(-1) >= 5).all()
+    assert (chosen[..., :2] == 5).all()
+    assert (taken <= 60 * 26).all() if each_head else (taken.sum(-1) <= 3 * 60 * 26).all()
+
+
+def test_layers_that_wait_are_decided_as_one_and_rows_do_not_compete():
+    shared, layers = SharedBytes(), [costs_of(2 * 3, 60, seed).view(6, 2, 3, 60).bfloat16() for seed in (1, 2)]
+    for layer_idx, layer in enumerate(layers):
+        shared.add(layer_idx, [(layer[:, :1], None), (layer[:, 1:], None)])
+    decided = shared.decide(NBYTES, [900, 400], [1, 1], [0, 0], each_head=False)
+    for row, budget in enumerate((900, 400)):
+        pooled = torch.cat([layer[:, row : row + 1] for layer in layers], dim=2)
+        expected = decide_strategies(pooled, NBYTES, budget, False, 1, 0)
+        together = torch.cat([decided[0][row][0], decided[1][row][0]], dim=1)
+        assert torch.equal(together, expected)
+
+
+def test_costs_fall_with_the_loss_and_grow_with_the_weight_and_are_never_infinite():
+    losses = torch.tensor([0.1, 0.01, 0.0])[:, None, None, None].expand(3, 1, 1, 4)
+    costs = strategy_costs(torch.tensor([[[-50.0, 0.0, 5.0, 1e9]]]), losses)
+    assert costs.isfinite().all()
+    assert (costs[1:] < costs[:-1]).all()
+    assert (costs[0, ..., 1:] > costs[0, ..., :-1]).all()

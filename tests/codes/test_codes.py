@@ -1,0 +1,242 @@
+"""Codes: bits are packed without loss, vectors come back within the error of their levels, and bad input is refused."""
+
+import math
+
+import pytest
+import torch
+
+from kvpress_moe.codes.bit_packing import PLANES, pack, packed_size, unpack
+from kvpress_moe.codes.distortion import distortions
+from kvpress_moe.codes.key_transform import KeyBasis, KeyTransform
+from kvpress_moe.codes.precision import MIXED, Precision, menu_of
+from kvpress_moe.codes.rotary import Rotary
+from kvpress_moe.codes.rotation import rotation
+from kvpress_moe.codes.transform_codes import (
+    TRANSFORM_BITS,
+    encode_coefficients,
+    key_bytes,
+    middles,
+    profile,
+    steps,
+    weighted_error,
+)
+from kvpress_moe.codes.vector_codes import BITS, encode, relative_error, vector_bytes
+from kvpress_moe.errors import NotFiniteError, SettingError, UnsupportedInputError, UnsupportedModelError
+from kvpress_moe.model.attention import apply_rope
+
+HEAD_DIMS = (64, 72, 80, 96, 128, 256)
+
+
+def naive_bits(numbers, bits: int) -> list[list[int]]:
+    """For each channel its bits, read one by one from the layout that ``pack`` describes."""
+    head_dim = numbers.shape[-1]
+    packed = pack(numbers, bits)
+    found = []
+    for row in packed.tolist():
+        value, start, below = [0] * head_dim, 0, 0
+        for width in PLANES[bits]:
+            size = head_dim * width // 8
+            for channel in range(head_dim):
+                part, place = divmod(channel, size)
+                value[channel] += (row[start + place] >> (part * width) & (2**width - 1)) << below
+            start += size
+            below += width
+        found.append(value)
+    return found
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", PLANES)
+def test_packed_numbers_come_back_and_lie_where_the_description_says(bits, head_dim):
+    numbers = torch.randint(0, 2**bits, (7, head_dim), dtype=torch.uint8)
+    packed = pack(numbers, bits)
+    assert packed.shape == (7, packed_size(head_dim, bits))
+    assert packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed, bits), numbers.float())
+    assert naive_bits(numbers, bits) == numbers.tolist()
+
+
+def test_a_head_dim_that_fills_no_whole_bytes_is_refused():
+    with pytest.raises(UnsupportedModelError, match="head_dim: got 36, expected a multiple of 8.*precision"):
+        packed_size(36, 4)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_rotation_is_orthogonal_and_spreads_one_channel_over_all(head_dim):
+    turn = rotation(head_dim)
+    assert torch.allclose(turn @ turn.T, torch.eye(head_dim), atol=1e-5)
+    assert turn.abs().max() <= math.sqrt(2 / head_dim) * math.sqrt(head_dim & -head_dim) or head_dim & (head_dim - 1)
+
+
+def naive_code(vector: list[float], bits: int) -> list[float]:
+    """A rotated vector after coding and decoding, channel by channel, with float16 scale and zero."""
+    zero = float(torch.tensor(min(vector)).half())
+    scale = float(torch.tensor((max(vector) - zero) / (2**bits - 1)).half())
+    return [zero + scale * min(2**bits - 1, max(0, round((x - zero) / scale))) for x in vector]
+
+
+@pytest.mark.parametrize("bits", [bits for bits in BITS if bits > 2])
+def test_a_code_is_what_a_naive_loop_computes(bits):
+    vectors = torch.randn(5, 64)
+    rotated = vectors @ rotation(64)
+    expected = torch.tensor([naive_code(row, bits) for row in rotated.tolist()])
+    step = (rotated.amax(-1) - rotated.amin(-1)) / (2**bits - 1)
+    difference = (encode(vectors, bits).decode() - expected).abs()
+    assert (difference > 1e-5).float().mean() < 0.01  # a number in the middle of two levels may go either way
+    assert (difference <= 1.01 * step[:, None]).all()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", BITS)
+def test_the_error_is_the_expected_one(bits, head_dim):
+    """Within a tenth: rounding errors are nearly uniform within a step. No channel is off by more than half a step."""
+    vectors = torch.randn(2000, head_dim)
+    rotated = vectors @ rotation(head_dim)
+    codes = encode(vectors, bits)
+    spread = (rotated.amax(-1) - rotated.amin(-1)).square()
+    error = (codes.decode() - rotated).square().mean(-1)
+    assert (error / spread).mean() == pytest.approx(relative_error(bits), rel=0.12)
+    assert codes.nbytes == 2000 * vector_bytes(head_dim, bits)
+    if bits > 2:
+        assert ((codes.decode() - rotated).abs() <= 0.57 * codes.scale.float()[:, None]).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_constant_zero_and_tiny_vectors_come_back(bits):
+    """Constant channels rotate to one peak at the end of the range. Only the scale is rounded, to float16."""
+    vectors = torch.stack([torch.zeros(64), torch.full((64,), 3.0), torch.full((64,), 1e-40), torch.full((64,), -2.5)])
+    back = encode(vectors, bits).decode() @ rotation(64).T
+    assert torch.allclose(back, vectors, rtol=0.02, atol=1e-6)
+    assert torch.equal(back[0], vectors[0])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused(bad):
+    vectors = torch.randn(3, 64)
+    vectors[1, 5] = bad
+    with pytest.raises(NotFiniteError, match="NaN or infinity"):
+        encode(vectors, 4)
+    with pytest.raises(NotFiniteError, match="NaN or infinity"):
+        encode_coefficients(vectors, torch.arange(3), 4, 10)
+
+
+def test_numbers_beyond_float16_are_refused_and_not_made_infinite():
+    with pytest.raises(UnsupportedInputError, match="range of float16"):
+        encode(torch.full((1, 64), 1e30), 4)
+
+
+def test_rotary_finds_the_angles_of_an_embedding_and_turns_as_it_does():
+    angles = 10000.0 ** (-torch.arange(12) / 12)
+    positions = torch.arange(50)[:, None] * angles
+    cos, sin = (torch.cat((f(positions), f(positions)), -1) for f in (torch.cos, torch.sin))
+    rotary = Rotary.of(cos[:2], sin[:2])
+    assert rotary.angles == pytest.approx(angles.tolist())
+    keys = torch.randn(1, 2, 1, 32).expand(-1, -1, 50, -1)  # the last 8 channels do not turn
+    expected = apply_rope(keys, cos[None], sin[None])
+    turned = rotary.turn(keys[:, :, :1], torch.arange(50)[None, None], 50)
+    assert torch.allclose(turned, expected, atol=1e-5)
+    queries = torch.randn(2, 3, 32)
+    products = rotary.products(queries, keys[0, :, 0], 50)
+    assert torch.allclose(products, queries @ expected[0].mT, atol=1e-4)
+
+
+def basis_of(n_positions: int, head_dim: int = 64, n_heads: int = 2) -> KeyBasis:
+    turned = torch.linalg.qr(torch.randn(n_heads, head_dim, head_dim))[0]
+    synthesis = turned * torch.linspace(2, 0.05, head_dim)[:, None]
+    mean = 4 * torch.randn(n_heads, head_dim)
+    angles = 10000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+    transform = KeyTransform(
+        mean.half(), synthesis.half(), torch.linspace(2, 0.05, head_dim).expand(n_heads, -1).half()
+    )
+    return KeyBasis(transform, Rotary(tuple(angles.tolist())), n_positions)
+
+
+def keys_like(basis: KeyBasis, n_tokens: int) -> torch.Tensor:
+    """Keys (1, H, S, D) as the transform expects them."""
+    n_heads, head_dim = basis.transform.mean.shape
+    rest = torch.randn(1, n_heads, n_tokens, head_dim) @ basis.transform.synthesis.float()
+    return rest + basis.rotary.turn(basis.transform.mean[None, :, None], torch.arange(n_tokens)[None, None], n_tokens)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", TRANSFORM_BITS)
+def test_transform_codes_take_their_bytes_and_no_coefficient_is_off_by_more_than_half_a_step(bits, head_dim):
+    coefficients = torch.randn(500, head_dim)
+    codes = encode_coefficients(coefficients, torch.arange(500), bits, 500)
+    assert codes.nbytes == 500 * key_bytes(head_dim, bits, 500)
+    assert sum(count * of_group for count, of_group in profile(head_dim, bits)) == bits * head_dim
+    of_step, back = steps(head_dim, bits), codes.decode() * steps(head_dim, bits)
+    off = (back - coefficients[:, : len(of_step)]).abs() / (of_step * codes.gain.float()[:, None])
+    assert off.max() <= 0.57  # the gain is rounded to float16
+    measured = weighted_error(coefficients, bits, torch.ones(head_dim))
+    error = (back - coefficients[:, : len(of_step)]).square().sum(-1)
+    error += coefficients[:, len(of_step) :].square().sum(-1)
+    assert torch.allclose(measured, error, rtol=0.03)
+    assert torch.allclose(codes.numbers() - middles(head_dim, bits), codes.decode() / codes.gain.float()[:, None])
+
+
+def test_keys_that_a_transform_knows_need_about_half_of_the_bits():
+    basis = basis_of(300)
+    keys = keys_like(basis, 300)
+    positions = torch.arange(300)[None]
+    coefficients = basis.coefficients(keys, positions)
+    errors = {}
+    for bits in (2, 3, 4):
+        codes = encode_coefficients(coefficients[0, 1], positions[0], bits, 300)
+        errors[bits] = (basis.restore(codes, 1) - keys[0, 1]).square().mean()
+    turned = rotation(64)
+    rotated = (encode(keys[0, 1], 4).decode() @ turned.T - keys[0, 1]).square().mean()
+    assert errors[4] < errors[3] < errors[2]
+    assert errors[3] < rotated
+
+
+@pytest.mark.parametrize("n_positions", [100, 2**16, 2**16 + 1])
+def test_positions_of_long_prompts_come_back(n_positions):
+    positions = torch.tensor([0, 1, n_positions // 2, n_positions - 1])
+    codes = encode_coefficients(torch.randn(4, 64), positions, 2, n_positions)
+    assert torch.equal(codes.positions(), positions)
+    assert codes.nbytes == 4 * key_bytes(64, 2, n_positions)
+
+
+@pytest.mark.parametrize("with_basis", [False, True])
+def test_the_distortion_is_the_error_of_the_code(with_basis):
+    """Mean over many pairs, within a fifth: the logit's squared error plus the value's relative squared error."""
+    basis = basis_of(400) if with_basis else None
+    keys = keys_like(basis_of(400) if basis is None else basis, 400)
+    values, queries = torch.randn(1, 2, 400, 64), torch.randn(2, 1000, 64)
+    if basis is not None:  # queries for which the deviations of the transform are true
+        whitened = torch.linalg.inv(basis.transform.synthesis.float()).mT
+        queries = queries * basis.transform.deviation.float()[:, None] @ whitened
+    power = queries.square().sum(-1).mean(-1)
+    menu = [Precision(4, 3), Precision(8, 4), Precision(3, 4)]
+    losses = distortions(keys, values, menu, 0.125, power, basis, torch.arange(400)[None])
+    for precision, loss in zip(menu, losses, strict=True):
+        if basis is not None and precision.key_bits in TRANSFORM_BITS:
+            codes = [
+                encode_coefficients(
+                    basis.coefficients(keys, torch.arange(400)[None])[0, h], torch.arange(400), precision.key_bits, 400
+                )
+                for h in range(2)
+            ]
+            back = torch.stack([basis.restore(code, head) for head, code in enumerate(codes)])
+        else:
+            back = torch.stack([encode(k, precision.key_bits).decode() @ rotation(64).T for k in keys[0]])
+        logits = (((back - keys[0]) @ queries.mT) * 0.125).square().mean(-1)
+        decoded = torch.stack([encode(v, precision.value_bits).decode() @ rotation(64).T for v in values[0]])
+        value = (decoded - values[0]).square().sum(-1) / values[0].square().sum(-1)
+        assert loss[0].mean() == pytest.approx((logits + value).mean().item(), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["best", [], [(7, 4)], [(8, 4), (8, 4)], [8, 4], 8, [(8,)], [(True, 4)], [(8, 4.0)], {"a": 1}]
+)
+def test_a_wrong_precision_is_refused_with_its_remedy(wrong):
+    with pytest.raises(SettingError, match=r"precision: got .*expected .*"):
+        menu_of(wrong)
+
+
+def test_bytes_of_a_pair_in_a_16_bit_cache():
+    assert menu_of("mixed") == MIXED
+    assert [precision.nbytes(64, 2) for precision in MIXED] == [56, 72, 88, 104, 136, 256]
+    assert Precision(2, 2).nbytes(64, 2, basis_of(100)) == 40
+    assert Precision(2, 2).nbytes(64, 2, basis_of(2**17)) == 42  # positions of more than two bytes
