@@ -28,6 +28,7 @@ from kvpress_moe.routers.resolve import shipped_routers
 
 NONE = "no press"
 TRAINED = "MoERouter (trained)"  # if the package has routers for the model
+MIXED = "MoERouter (trained, mixed)"  # the same, with a precision for each pair
 ROUTING = "its router and gate alone"
 #: Name -> function that makes the press for a compression ratio; first ours, then those of kvpress.
 OURS: dict[str, Callable[[float], BasePress]] = {
@@ -35,6 +36,7 @@ OURS: dict[str, Callable[[float], BasePress]] = {
     "MoERouter (guide's eight)": partial(MoERouterPress, num_experts=8),
     "MoERouter (strong)": partial(MoERouterPress, experts="strong"),
     TRAINED: MoERouterPress,
+    MIXED: partial(MoERouterPress, precision="mixed"),
 }
 THEIRS: dict[str, Callable[[float], BasePress]] = {
     "SnapKV": kvpress.SnapKVPress,
@@ -44,6 +46,8 @@ THEIRS: dict[str, Callable[[float], BasePress]] = {
     "CriticalAdaKV(SnapKV)": lambda ratio: kvpress.CriticalAdaKVPress(kvpress.SnapKVPress(ratio)),
 }
 KVZIP = "KVzip"
+PACKED_SHARE = 0.25  # of the bytes of a 16-bit cache
+PACKED = {"25 % of 16 bits, K8V4": [(8, 4)], "25 % of 16 bits, mixed": "mixed"}
 DECODED = {"full": 0.0, "50 %": 0.5, "25 %": 0.75}  # what is left of the cache -> compression ratio
 
 
@@ -215,6 +219,9 @@ def decode_rows(
 ) -> list[Row]:
     """Decode ``n_new`` tokens from each cache in turn, round after round. Afterwards the caches are as before."""
     caches = {left: read_prompt(model, input_ids, make(ratio) if ratio else None) for left, ratio in DECODED.items()}
+    for name, precision in PACKED.items():
+        press = MoERouterPress(1 - PACKED_SHARE * 2 / model.dtype.itemsize, precision=precision)
+        caches[name] = read_prompt(model, input_ids, press)
     times: dict[str, list[float]] = {left: [] for left in caches}
     for round_number in range(rounds + 1):
         for left, cache in caches.items():
@@ -314,6 +321,7 @@ def measure(
     presses = dict(presses or OURS | THEIRS)
     if shipped_routers(language_model(model).layers[0].self_attn) is None:
         presses.pop(TRAINED, None)
+        presses.pop(MIXED, None)
     limit = model.config.get_text_config(decoder=True).max_position_embeddings
     settings = [(length, batch) for length in plan.lengths for batch in plan.batches if length * batch <= plan.longest]
     for length, _ in settings:

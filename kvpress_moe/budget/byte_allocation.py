@@ -19,8 +19,8 @@ def allocate_bytes(costs: Tensor, nbytes: Int[Tensor, " M"], budget: Int[Tensor,
 
     Each pair takes the strategy with the lowest ``cost + price * nbytes``. The price of a byte is the same for all
     pairs of a group. It is found by bisection, so that the bytes stay within the budget. Pairs that would change at a
-    slightly lower price then take more bytes, in their order, while the budget lasts. This is the Lagrangian method of bit
-    allocation (Shoham and Gersho, 1988).
+    slightly lower price then take more bytes, in their order, while the budget lasts. This is the Lagrangian
+    method of bit allocation (Shoham and Gersho, 1988).
 
     Parameters
     ----------
@@ -49,7 +49,8 @@ def allocate_bytes(costs: Tensor, nbytes: Int[Tensor, " M"], budget: Int[Tensor,
         low, high = _bisect(costs, nbytes, budget, low, high, 1)
     low, high = _bisect(costs, nbytes, budget, low, high, _FINE)
     chosen, dearer = _at(costs, nbytes, high), _at(costs, nbytes, low)
-    more = nbytes[dearer.long()] - nbytes[chosen.long()]  # bytes that a slightly lower price would add
+    # Bytes that a slightly lower price would add. By rounding, a pair may take less at a lower price; it stays.
+    more = (nbytes[dearer.long()] - nbytes[chosen.long()]).clamp(min=0)
     left = budget - nbytes[chosen.long()].sum(1)
     fits = (more.cumsum(1) <= left[:, None]) & (more > 0)
     return torch.where(fits, dearer, chosen)

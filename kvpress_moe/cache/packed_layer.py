@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpress_moe.cache.packed_pairs import PackedPairs
 from kvpress_moe.cache.ragged_layer import RaggedLayer
 from kvpress_moe.cache.tier import Tier, Vectors
+from kvpress_moe.codes.exact import exact
 from kvpress_moe.codes.key_transform import KeyBasis
 from kvpress_moe.codes.precision import WHOLE, Precision
 from kvpress_moe.codes.transform_codes import TRANSFORM_BITS, encode_coefficients
@@ -79,18 +80,32 @@ class PackedLayer(PackedPairs, RaggedLayer):
         positions : Tensor, shape (B or 1, S), int64, optional
             Positions of the keys, as the rotary embedding got them. Needed with a basis. By default 0 to S - 1.
         """
+        with exact(keys.device):
+            return cls._coded(keys, values, strategies, menu, basis, positions)
+
+    @classmethod
+    def _coded(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        strategies: Tensor,
+        menu: Sequence[Precision],
+        basis: KeyBasis | None,
+        positions: Tensor | None,
+    ) -> PackedLayer:
         dtype = min(keys.dtype, values.dtype, key=lambda dtype: dtype.itemsize)  # autocast may leave keys in float32
         keys, values = keys.to(dtype), values.to(dtype)
         if positions is None:
             positions = torch.arange(keys.shape[2], device=keys.device)[None]
+        positions = positions.to(keys.device)
         coefficients = None if basis is None else basis.coefficients(keys, positions)
         positions = positions[:, None].expand(strategies.shape)
-        tiers = []
+        tiers: list[Tier] = []
         for number, precision in enumerate(menu, start=1):
             chosen = strategies == number
             lengths = chosen.sum(-1).tolist()
-            if not any(map(any, lengths)) and len(menu) > 1:
-                continue
+            if not any(map(any, lengths)) and (number < len(menu) or tiers):
+                continue  # at least one tier, even if every pair is evicted
             bits = precision.key_bits
             coded_keys: Vectors
             if coefficients is not None and basis is not None and bits in TRANSFORM_BITS:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.cache.tier import Tier
+from kvpress_moe.codes.exact import exact
 from kvpress_moe.codes.key_transform import KeyBasis
 from kvpress_moe.codes.rotation import rotation
 from kvpress_moe.codes.transform_codes import TransformCodes
@@ -108,7 +109,8 @@ class PackedPairs(RaggedPairs):
 
     def _select(self, rows: list[int]) -> None:
         self._forget_derived()
-        self.tiers = [tier.select(rows) for tier in self.tiers]
+        with exact(self.new_keys.device):
+            self.tiers = [tier.select(rows) for tier in self.tiers]
         self.lengths = [list(self.lengths[row]) for row in rows]
         index = torch.tensor(rows, device=self.new_keys.device)
         self.new_keys, self.new_values = self.new_keys[index], self.new_values[index]

@@ -173,7 +173,7 @@ class _Placeholder(torch.Tensor):
         raise UnsupportedInputError(
             f"attention: got an attention implementation that computes with the keys of a RaggedLayer "
             f"({function.__name__}), expected one of transformers' attention interface. Eager attention is not one of "
-            "them: call model.set_attn_implementation('sdpa'), or prefill with budget='uniform'."
+            "them: call model.set_attn_implementation('sdpa'), or prefill with budget='uniform' and precision=None."
         )
 
 
@@ -187,7 +187,7 @@ class _Sliceable:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             f"a RaggedLayer holds heads of different lengths; its keys are no tensor and have no {name!r}. Another "
-            "press that uses them does not work with budget='layer' or 'global'."
+            "press that uses them does not work with budget='layer' or 'global', or with a precision."
         )
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> _Sliced:

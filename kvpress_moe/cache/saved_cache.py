@@ -90,7 +90,7 @@ def save_cache(
     ----------
     path : path
     cache : DynamicCache
-        A cache with ragged or dense layers.
+        A cache with ragged, packed or dense layers.
     model : PreTrainedModel
         The model that made the cache. The file is for this model only.
     input_ids : Tensor, shape (B, S)
@@ -195,6 +195,10 @@ def load_cache(path: str | Path, model: PreTrainedModel, router: str | Path | No
             raise ValueError("n_tokens, token_hash or recipe has a wrong type or value")
         cache, batch_sizes = DynamicCache(), set()
         find = partial(_find_transform, {}, path, router, len(attentions))
+        if router is not None and not any(facts.get("transform") for facts in header["layers"]):
+            raise CheckpointError(
+                f"router: got {str(router)!r}, expected none: {path} was not coded with key transforms. Leave it out."
+            )
         for layer_idx, (facts, attention) in enumerate(zip(header["layers"], attentions, strict=True)):
             if facts["kind"] == "shortened":  # files of version 0.1 do not say how many tokens were evicted
                 n_stored = tensors[f"{layer_idx}.keys"].shape[2]
@@ -229,6 +233,11 @@ def _find_transform(
     wanted: str,
 ) -> KeyTransform:
     """The key transform with a hash, from the given routers or from those in the package."""
+    if router is not None and not (Path(router) / TRANSFORMS).is_file():
+        raise CheckpointError(
+            f"router: got {str(router)!r}, expected a directory with {TRANSFORMS}. {path} was coded with key "
+            "transforms. Download the routers that compressed it, and name their directory."
+        )
     directories = sorted(SHIPPED.glob("*/")) if router is None else [Path(router)]
     for directory in directories:
         if directory not in read:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,8 +34,10 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     """
     Pack whole numbers from 0 to ``2**bits - 1``.
 
-    The channels of a plane of width w are cut into 8 / w parts of neighbours. A byte holds one channel of each part,
-    the first part in its lowest bits. So unpacking a part gives neighbours, and nothing has to be interleaved.
+    The channels of a plane of width 2, 4 or 8 are cut into 8 / width parts of neighbours. A byte holds one channel of
+    each part, the first part in its lowest bits. So unpacking a part gives neighbours, and nothing has to be
+    interleaved. In a plane of width 1, a byte holds 8 neighbours, the first in its lowest bit. They are looked up
+    together, because eight shifts would take longer.
 
     Parameters
     ----------
@@ -50,7 +53,7 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     planes, below = [], 0
     for width in PLANES[bits]:
         plane = (numbers >> below) & (2**width - 1)
-        parts = plane.chunk(8 // width, dim=-1)
+        parts = plane.unflatten(-1, (-1, 8)).unbind(-1) if width == 1 else plane.chunk(8 // width, dim=-1)
         packed = parts[0].clone()
         for index, part in enumerate(parts[1:], start=1):
             packed |= part << (index * width)
@@ -75,6 +78,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     head_dim = packed.shape[-1] * 8 // bits
     widths = PLANES[bits]
     planes = packed.split([head_dim * width // 8 for width in widths], dim=-1)
+    if bits == 1:
+        return _looked_up(packed).float()
     if len(planes) == 1:
         numbers = torch.empty(len(packed), head_dim, dtype=torch.float32, device=packed.device)
         for place, part in zip(numbers.chunk(8 // bits, dim=-1), _parts(planes[0], bits), strict=True):
@@ -82,9 +87,22 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         return numbers
     whole, below = torch.cat(list(_parts(planes[0], widths[0])), dim=-1), widths[0]
     for width, plane in zip(widths[1:], planes[1:], strict=True):
-        whole |= torch.cat(list(_parts(plane, width)), dim=-1) << below
+        more = _looked_up(plane) if width == 1 else torch.cat(list(_parts(plane, width)), dim=-1)
+        whole |= more << below
         below += width
     return whole.float()
+
+
+def _looked_up(plane: Tensor) -> Tensor:
+    """The bits of a plane of width 1, shape (N, D), uint8."""
+    found = _bits_of_bytes(plane.device).index_select(0, plane.flatten().int())
+    return found.view(len(plane), 8 * plane.shape[-1])
+
+
+@cache
+def _bits_of_bytes(device: torch.device) -> Tensor:
+    """The 8 bits of each byte, the lowest first: (256, 8), uint8."""
+    return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.uint8).to(device)
 
 
 def _parts(plane: Tensor, width: int) -> Iterator[Tensor]:

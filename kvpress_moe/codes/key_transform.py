@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvpress_moe.codes.exact import lasting
 from kvpress_moe.codes.rotary import Rotary
 from kvpress_moe.codes.transform_codes import TransformCodes, middles, steps
 
@@ -39,12 +41,14 @@ class KeyTransform:
     mean: Tensor
     synthesis: Tensor
     deviation: Tensor
+    _moved: dict[str, KeyTransform] = field(default_factory=dict, repr=False)
 
     @cached_property
     def analysis(self) -> Tensor:
         """``coefficients = rest @ analysis``, shape (H, D, D), float32."""
-        inverse: Tensor = torch.linalg.inv(self.synthesis.double()).float()
-        return inverse
+        with lasting():
+            inverse: Tensor = torch.linalg.inv(self.synthesis.clone().double()).float()
+            return inverse
 
     @cached_property
     def hash(self) -> str:
@@ -59,7 +63,16 @@ class KeyTransform:
         """The same transform on a device."""
         if self.mean.device == torch.device(device):
             return self
-        return KeyTransform(self.mean.to(device), self.synthesis.to(device), self.deviation.to(device))
+        key = str(device)
+        if key not in self._moved:  # made once, because every prompt and every cache asks for it
+            with lasting():
+                mean, synthesis, deviation = (p.clone().to(device) for p in (self.mean, self.synthesis, self.deviation))
+                self._moved[key] = KeyTransform(mean, synthesis, deviation)
+        return self._moved[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeyTransform:
+        """The same object: it never changes, and copies of a cache share it."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kvpress_moe.codes.exact import lasting
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -38,8 +40,10 @@ class Rotary:
         return cls(tuple(step.tolist()))
 
     def table(self, n_positions: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions from 0 on, each (n_positions, F), float32. The latest two are remembered."""
-        return _table(self.angles, n_positions, str(device))
+        """Cosines and sines of positions from 0 on, each (n_positions, F), float32. The latest four are remembered."""
+        rounded = max(1024, 1 << (n_positions - 1).bit_length())  # so that caches of many lengths share a table
+        cos, sin = _table(self.angles, rounded, str(device))
+        return cos[:n_positions], sin[:n_positions]
 
     def turn(self, vectors: Tensor, positions: Tensor, n_positions: int) -> Tensor:
         """
@@ -76,8 +80,9 @@ class Rotary:
         return product
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _table(angles: tuple[float, ...], n_positions: int, device: str) -> tuple[Tensor, Tensor]:
-    per_position = torch.tensor(angles, dtype=torch.float64)
-    turned = torch.arange(n_positions, dtype=torch.float64)[:, None] * per_position
-    return turned.cos().float().to(device), turned.sin().float().to(device)
+    with lasting():
+        per_position = torch.tensor(angles, dtype=torch.float64)
+        turned = torch.arange(n_positions, dtype=torch.float64)[:, None] * per_position
+        return turned.cos().float().to(device), turned.sin().float().to(device)

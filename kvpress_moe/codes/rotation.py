@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kvpress_moe.codes.exact import lasting
+
 
 @cache
 def rotation(head_dim: int, device: torch.device | str = "cpu") -> Tensor:
@@ -17,6 +19,11 @@ def rotation(head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     32 · 3 or 80 = 16 · 5, it is the Kronecker product of a Hadamard matrix and an orthonormal cosine matrix of the odd
     factor. Vectors are rows: ``rotated = vectors @ rotation``. The transpose rotates back.
     """
+    with lasting():
+        return _rotation(head_dim).to(device)
+
+
+def _rotation(head_dim: int) -> Tensor:
     odd = head_dim
     while odd % 2 == 0:
         odd //= 2
@@ -24,7 +31,7 @@ def rotation(head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     while matrix.shape[0] * odd < head_dim:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     matrix = torch.kron(matrix / matrix.shape[0] ** 0.5, _cosines(odd))
-    turning: Tensor = matrix.float().to(device)
+    turning: Tensor = matrix.float()
     return turning
 
 

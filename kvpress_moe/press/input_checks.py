@@ -41,10 +41,11 @@ def check_can_turn_ragged(
         Inside a wrapper, which stores the result itself, or for a cache that is not a plain DynamicCache.
     """
     if inside_wrapper:
+        allowed = "None" if field == "precision" else "'uniform'"
         raise SettingError(
             field,
             got,
-            "'uniform' inside a kvpress wrapper, which stores layers of equal heads",
+            f"{allowed} inside a kvpress wrapper, which stores layers of equal heads",
             "Use MoERouterPress without a wrapper.",
         )
     offloading = getattr(cache, "offloading", False)
@@ -246,6 +247,11 @@ def check_attention(eager: bool, experts: Sequence[Expert], budget: str | None, 
             "'uniform' with eager attention, which transformers does not let others replace",
             "Load the model with attn_implementation='sdpa'.",
         )
+    check_sees_codes(eager, precision)
+
+
+def check_sees_codes(eager: bool, precision: Any) -> None:
+    """Raise SettingError if there is a precision, and attention is eager, which cannot see codes."""
     if eager and precision is not None:
         raise SettingError(
             "precision",

@@ -96,7 +96,8 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         Where heads share a budget, each head keeps at least this share of the mean number of pairs.
     precision : "mixed" or list of (int, int), optional
         Bits of keys and values. ``None``: pairs that stay are stored as the model wrote them. ``"mixed"``: each pair
-        gets its own precision of :data:`kvpress_moe.codes.precision.MIXED`, or is evicted. A list of (key bits, value
+        gets its own precision of :data:`kvpress_moe.codes.precision.MIXED` (with key transforms, which the routers of
+        ``kvpress-moe train`` have, of ``MIXED_TRANSFORMED``), or is evicted. A list of (key bits, value
         bits) is a menu of your own, for example ``[(8, 4)]``; 16 stands for "as the model wrote it". With a precision,
         ``compression_ratio`` is the share of *bytes* to remove, against the cache in the model's type, and the layers
         of the DynamicCache in use become :class:`~kvpress_moe.cache.PackedLayer`, whatever ``budget`` is.

@@ -11,6 +11,7 @@ from kvpress_moe.budget.cross_layer import Observation
 from kvpress_moe.budget.shared_bytes import SharedBytes
 from kvpress_moe.codes.precision import WHOLE, Precision, menu_of
 from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.press.exclusive_use import is_in_use
 from kvpress_moe.press.feedback import Feedback
 from kvpress_moe.press.packing import Menu, cost_of_strategies, key_basis, pack_shared, positions_of
 from kvpress_moe.press.session import Session
@@ -68,7 +69,18 @@ class Packer:
             floors.append(menu.floor(budgets[-1], 1 if self.scope == "uniform" else kept * self.min_share))
             wholes.append(menu.whole(budgets[-1]))
         for layer_idx, parts in pack_shared(
-            self._shared_bytes, call, costs, observed, budgets, floors, wholes, menu, self.scope, basis, positions
+            self._shared_bytes,
+            call,
+            costs,
+            observed,
+            budgets,
+            floors,
+            wholes,
+            menu,
+            self.scope,
+            basis,
+            positions,
+            inside_wrapper=not is_in_use(self),
         ):
             for part in parts:
                 self.record(layer_idx, part.observation, part.strategies > 0)

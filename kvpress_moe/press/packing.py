@@ -16,6 +16,7 @@ from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.cache.packed_layer import PackedLayer
 from kvpress_moe.cache.tier import TABLE_BYTES
 from kvpress_moe.codes.distortion import distortions
+from kvpress_moe.codes.exact import exact
 from kvpress_moe.codes.key_transform import KeyBasis
 from kvpress_moe.codes.precision import WHOLE, Precision
 from kvpress_moe.codes.rotary import Rotary
@@ -109,7 +110,6 @@ def positions_of(call: LayerCall, text_starts: Sequence[int] | None) -> Tensor:
     return (counted - torch.tensor(text_starts, device=counted.device)[:, None]).clamp(min=0)
 
 
-@torch.no_grad()
 def cost_of_strategies(
     call: LayerCall, scores: Tensor, calibrated: bool, menu: Menu, basis: KeyBasis | None, positions: Tensor
 ) -> Tensor:
@@ -131,6 +131,13 @@ def cost_of_strategies(
     -------
     Tensor, shape (M, B, H, S), bfloat16
     """
+    with exact(call.keys.device):
+        return _costs(call, scores, calibrated, menu, basis, positions)
+
+
+def _costs(
+    call: LayerCall, scores: Tensor, calibrated: bool, menu: Menu, basis: KeyBasis | None, positions: Tensor
+) -> Tensor:
     log_weights = scores if calibrated else -torch.log1p(-rank_within_head(scores.float()))
     queries = latest_queries(call, call.window).float().square().sum(-1)  # (B, num_heads, window)
     power = queries.unflatten(1, (call.keys.shape[1], -1)).mean((0, 2, 3))
@@ -150,6 +157,7 @@ def pack_shared(
     budget: str,
     basis: KeyBasis | None,
     positions: Tensor,
+    inside_wrapper: bool = False,
 ) -> list[tuple[int, list[PackedPart]]]:
     """
     Let pairs compete for bytes. Layers whose pairs are decided become packed.
@@ -166,6 +174,8 @@ def pack_shared(
     basis : KeyBasis or None
         Of this layer's keys.
     positions : Tensor, shape (B or 1, S)
+    inside_wrapper : bool
+        Whether a wrapper of kvpress calls the press. Wrappers store keys and values themselves.
 
     Returns
     -------
@@ -178,7 +188,7 @@ def pack_shared(
         If layers cannot become packed, or if another press evicted pairs in the meantime.
     """
     named = [(precision.key_bits, precision.value_bits) for precision in menu.precisions]
-    check_can_turn_ragged(call.cache, call.layer_idx, False, "precision", str(named))
+    check_can_turn_ragged(call.cache, call.layer_idx, inside_wrapper, "precision", str(named))
     if first_to_compress(call.module):
         shared.clear()
     shared.add(call.layer_idx, list(zip(costs, observed, strict=True)), basis)

@@ -20,6 +20,7 @@ from kvpress_moe.press.exclusive_use import exclusive_use, is_in_use
 from kvpress_moe.press.input_checks import (
     check_can_serve_padding,
     check_forward,
+    check_sees_codes,
     forward_arguments,
     has_eager_attention,
     warn_of_labels,
@@ -127,6 +128,7 @@ class Session:
         self.text_starts, self.n_prompt = None, 0
         press._eager = has_eager_attention(model)  # it may have been changed inside the block
         if check_forward(model, arguments) and not press._keeps_everything:
+            check_sees_codes(press._eager, press.precision)
             inputs = arguments.get("input_ids")
             self.n_prompt = (arguments["inputs_embeds"] if inputs is None else inputs).shape[1]
             self.text_starts = text_starts(arguments.get("attention_mask"), arguments.get("position_ids"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kvpress_moe.experts.custom import CustomStrategies
@@ -102,9 +102,11 @@ class Settings(CustomStrategies):
         self._experts = experts
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "precision" and isinstance(value, Iterable) and not isinstance(value, str):
+            value = tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)  # an iterator ends
         if name in CHECKS:
             CHECKS[name](value)
-            if name in ("experts", "precision") and value is not None and not isinstance(value, str):
+            if name == "experts" and value is not None and not isinstance(value, str):
                 value = tuple(value)
             if hasattr(self, "_experts"):  # the press is complete, so other state depends on the setting
                 value = self._change(name, value)

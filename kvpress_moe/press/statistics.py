@@ -65,7 +65,8 @@ class RoutingStats:
         names = ["evict", *map(str, menu)]
         for number, name in enumerate(names):
             chosen = strategies == number
-            lost = (costs[number][chosen].double() / costs[0][chosen].double()) ** (1 / POWER)
+            weights = costs[0][chosen].double().clamp(min=torch.finfo(torch.float32).tiny)
+            lost = (costs[number][chosen].double() / weights) ** (1 / POWER)
             self.add(
                 layer_idx,
                 **{f"pairs {name}": chosen.sum(), f"bytes {name}": chosen.sum() * int(nbytes[number])},

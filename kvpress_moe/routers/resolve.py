@@ -11,7 +11,7 @@ from typing import Any
 
 from kvpress_moe.errors import CheckpointError
 from kvpress_moe.model.fingerprint import check_fingerprint, fingerprint
-from kvpress_moe.model.layers import Attention
+from kvpress_moe.model.layers import Attention, slides
 from kvpress_moe.routers import RouterConfig, Routers
 from kvpress_moe.routers.checkpoint import load_routers, read_fingerprint
 
@@ -74,6 +74,28 @@ def shipped_routers(attention: Attention) -> Routers | None:
     return None
 
 
+def check_transforms(routers: Routers, attention: Attention, source: str) -> None:
+    """
+    Raise unless there are no key transforms, or one for each layer that is compressed, with the model's heads.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    if routers.key_transforms is None:
+        return
+    config = attention.config
+    wanted = {index for index in range(config.num_hidden_layers) if not slides(config, index)}
+    shape = (config.num_key_value_heads, attention.head_dim)
+    found = {tuple(transform.mean.shape) for transform in routers.key_transforms.values()}
+    if not wanted <= routers.key_transforms.keys() or found != {shape}:
+        raise CheckpointError(
+            f"router: {source} has key transforms of {len(routers.key_transforms)} layers, of heads {sorted(found)}, "
+            f"expected all {len(wanted)} layers with full attention and {shape}. Fit them again: "
+            "python -m experiments.key_transforms."
+        )
+
+
 def check_routers(
     routers: Routers,
     router_type: str,
@@ -111,5 +133,6 @@ def check_routers(
             f"router: {source} was calibrated for {routers.config.num_heads} KV heads, the model has "
             f"{attention.config.num_key_value_heads}. Use a router of this model, or router=None."
         )
+    check_transforms(routers, attention, source)
     if routers.fingerprint is not None and attention.layer_idx == 0:
         check_fingerprint(routers.fingerprint, fingerprint(attention.config, attention), source)

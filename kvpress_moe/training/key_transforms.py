@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_moe.codes.key_transform import KeyTransform
+from kvpress_moe.errors import SettingError
 from kvpress_moe.model.attention import apply_rope
 from kvpress_moe.model.attention_view import AttentionView
 from kvpress_moe.model.hooks import hooked
@@ -32,9 +33,12 @@ class _Moments:
         self.n_queries = 0
 
     def add(self, keys: Tensor, queries: Tensor, cos: Tensor, sin: Tensor) -> None:
+        scaling = (
+            cos.square() + sin.square()
+        ).sqrt()  # of YaRN and LongRoPE; it lengthens keys, so it belongs to their mean
         self.keys.append(keys[0, :, N_SINK:].half())
-        self.cos.append(cos[0, N_SINK:])
-        self.sin.append(sin[0, N_SINK:])
+        self.cos.append((cos / scaling)[0, N_SINK:])
+        self.sin.append((sin / scaling)[0, N_SINK:])
         of_head = queries[0, :, N_SINK:].unflatten(0, (keys.shape[1], -1)).flatten(1, 2).float()  # (H, G·S, D)
         self.queries = self.queries + of_head.mT @ of_head
         self.n_queries += of_head.shape[1]
@@ -42,9 +46,6 @@ class _Moments:
     def transform(self) -> KeyTransform:
         pairs = list(zip(self.keys, self.cos, self.sin, strict=True))
         unturned = torch.cat([apply_rope(k[None].float(), c[None], -s[None])[0] for k, c, s in pairs], dim=1)
-        scaling = torch.cat([(c[:, :1] ** 2 + s[:, :1] ** 2) for _, c, s in pairs])  # YaRN lengthens keys
-        turning = self.cos[0].shape[-1]
-        unturned[..., :turning] /= scaling
         mean = unturned.mean(1).half().float()
         rest = torch.cat(
             [
@@ -54,6 +55,8 @@ class _Moments:
             dim=1,
         ).double()
         assert isinstance(self.queries, Tensor)
+        if not bool(rest.isfinite().all() & self.queries.isfinite().all()):
+            raise _unfit(len(pairs))
         weight, unweight = _roots(self.queries.double() / self.n_queries)
         weighted = rest @ weight
         variances, basis = torch.linalg.eigh(weighted.mT @ weighted / weighted.shape[1])
@@ -67,6 +70,15 @@ def _roots(matrices: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(matrices)
     values = values.clamp(min=values.amax(-1, keepdim=True) * _FLOOR)
     return (vectors * values.sqrt()[..., None, :]) @ vectors.mT, (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
+
+
+def _unfit(n_prompts: int) -> SettingError:
+    return SettingError(
+        "transform_prompts",
+        n_prompts,
+        f"prompts of more than {N_SINK} tokens, and keys within the range of float16",
+        "Use longer prompts, or 0 to leave key transforms out.",
+    )
 
 
 @torch.no_grad()
@@ -83,7 +95,14 @@ def fit_key_transforms(
         Token ids of different texts. About 10,000 tokens in all suffice.
     progress : callable, optional
         Called with the number of prompts that were read and the number of all.
+
+    Raises
+    ------
+    SettingError
+        If the prompts are too short, or keys are too large for float16.
     """
+    if not any(prompt.shape[1] > N_SINK for prompt in prompts):
+        raise _unfit(len(prompts))
     moments = {attention.layer_idx: _Moments() for attention in full_attentions(model)}
     for done, input_ids in enumerate(prompts, start=1):
         cache = DynamicCache()

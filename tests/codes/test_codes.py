@@ -37,7 +37,7 @@ def naive_bits(numbers, bits: int) -> list[list[int]]:
         for width in PLANES[bits]:
             size = head_dim * width // 8
             for channel in range(head_dim):
-                part, place = divmod(channel, size)
+                part, place = divmod(channel, size) if width > 1 else (channel % 8, channel // 8)
                 value[channel] += (row[start + place] >> (part * width) & (2**width - 1)) << below
             start += size
             below += width

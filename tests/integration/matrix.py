@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.cache import RaggedLayer
+from kvpress_moe.cache import PackedLayer, RaggedLayer
 from kvpress_moe.errors import KVPressMoEError
 from kvpress_moe.model.layers import slides
 from kvpress_moe.model.transformers_api import crop
@@ -109,6 +109,16 @@ def prefill_shared(family: str) -> None:
     assert sum(sum(layer.lengths[0]) for layer in layers) == n_heads * compute_n_kept(PROMPT, RATIO)
 
 
+def prefill_mixed(family: str) -> None:
+    model, ids = tiny_model(family), tokens(PROMPT)
+    full, cache = prefill(model, ids), prefill(model, ids, press("global", precision="mixed"))
+    packed = [index for index, layer in enumerate(cache.layers) if isinstance(layer, PackedLayer)]
+    whole = sum(full.layers[index].keys.nbytes + full.layers[index].values.nbytes for index in packed)
+    taken = sum(cache.layers[index].nbytes for index in packed)
+    assert packed
+    assert 0.97 * (1 - RATIO) * whole < taken <= (1 - RATIO) * whole
+
+
 def several_questions(family: str) -> None:
     ask = KVPressTextGenerationPipeline(model=tiny_model(family), tokenizer=byte_tokenizer())
     context, questions = "The crane lifts twelve tons. " * 4, ["Who lifts?", "How much does it lift?"]
@@ -169,8 +179,8 @@ def padded_right(family: str) -> None:
         model(ids.flip(1), attention_mask=mask.flip(1))
 
 
-def eager(budget: str) -> Callable[[str], None]:
-    return lambda family: check_generation(tiny_model(family, attn_implementation="eager"), press(budget))
+def eager(budget: str, **settings) -> Callable[[str], None]:
+    return lambda family: check_generation(tiny_model(family, attn_implementation="eager"), press(budget, **settings))
 
 
 def padded_eager(family: str) -> None:
@@ -273,6 +283,14 @@ SITUATIONS: dict[str, Callable[[str], None]] = {
     "batch padded on the left, heads share the budget": lambda family: check_rows(
         tiny_model(family), PADDED, press("global")
     ),
+    "prefill, mixed precision": prefill_mixed,
+    "generate, mixed precision": lambda family: check_generation(
+        tiny_model(family), press("global", precision="mixed")
+    ),
+    "batch padded on the left, mixed precision": lambda family: check_rows(
+        tiny_model(family), PADDED, press("global", precision="mixed")
+    ),
+    "eager attention, mixed precision": eager("uniform", precision="mixed"),
     "batch padded on the right": padded_right,
     "prompt with an image": image,
     "bfloat16": bfloat16,

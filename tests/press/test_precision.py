@@ -143,3 +143,87 @@ def test_the_pipeline_answers_two_questions_from_a_packed_cache(llama, tokenizer
     both = pipe("Some text. " * 20, questions=questions, press=made, max_new_tokens=4)["answers"]
     alone = [pipe("Some text. " * 20, question=q, press=made, max_new_tokens=4)["answer"] for q in questions]
     assert both == alone
+
+
+def transformed(model):
+    """Calibrated routers with key transforms."""
+    from tests.codes.test_codes import basis_of
+
+    routers, config = calibrated_routers(model), model.config
+    head_dim = model.model.layers[0].self_attn.head_dim
+    routers.key_transforms = {
+        layer_idx: basis_of(1, head_dim, config.num_key_value_heads).transform
+        for layer_idx in range(config.num_hidden_layers)
+    }
+    return routers
+
+
+@pytest.mark.parametrize("with_transforms", [False, True])
+def test_autocast_does_not_round_what_is_coded(llama, with_transforms):
+    from tests.codes.test_codes import basis_of, keys_like
+
+    basis = basis_of(5000)
+    keys, strategies = keys_like(basis, 5000), torch.ones(1, 2, 5000)
+    menu = [Precision(4, 4)]
+    made = PackedLayer.from_strategies(keys, keys, strategies, menu, basis if with_transforms else None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = PackedLayer.from_strategies(keys, keys, strategies, menu, basis if with_transforms else None)
+        again.reorder_cache(torch.tensor([0]))
+        prefill(llama, tokens(5000), press(llama, router=transformed(llama) if with_transforms else None))
+    for ours, theirs in zip(made.tensors, again.tensors, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("with_transforms", [False, True])
+def test_inference_mode_and_gradients_leave_nothing_behind(with_transforms):
+    model = tiny_model("llama", head_dim=24)  # a rotation that no other test has made
+    made = press(
+        model, router=transformed(model) if with_transforms else None, experts=None if with_transforms else ["keydiff"]
+    )
+    with torch.inference_mode(), made(model):
+        model.model(tokens(60), **with_cache(DynamicCache()))
+    cache = DynamicCache()
+    with made(model):
+        model.model(tokens(60), **with_cache(cache))  # gradients are on, as they are by default
+    assert not any(tensor.requires_grad for layer in cache.layers for tensor in layer.tensors[:-2])
+    copy.deepcopy(cache)
+
+
+def test_wrappers_that_call_compress_are_refused_too(llama):
+    made = press(llama, budget="global", router=None, experts=["keydiff"])
+    for wrapper in (
+        kvpress.ComposedPress([kvpress.KnormPress(0.5), made]),
+        kvpress.PerLayerCompressionPress(made, [0.2, 0.8]),
+    ):
+        with pytest.raises(SettingError, match="precision: got .*expected None inside a kvpress wrapper"):
+            prefill(llama, tokens(60), wrapper)
+
+
+def test_attention_that_becomes_eager_inside_the_block_is_refused():
+    model = tiny_model("llama")
+    with press(model)(model), torch.no_grad():
+        model.set_attn_implementation("eager")
+        with pytest.raises(SettingError, match="precision: got 'mixed', expected None with eager attention"):
+            model(tokens(60))
+
+
+def test_key_transforms_of_other_heads_or_layers_are_refused_before_the_prefill(llama):
+    from kvpress_moe.errors import CheckpointError
+    from tests.codes.test_codes import basis_of
+
+    for transforms in ({0: basis_of(1, 8, 2).transform}, dict.fromkeys(range(2), basis_of(1, 64, 2).transform)):
+        routers = calibrated_routers(llama)
+        routers.key_transforms = transforms
+        with pytest.raises(CheckpointError, match="key transforms of .* expected all 2 layers .*Fit them again"):
+            prefill(llama, tokens(60), press(llama, router=routers))
+
+
+def test_an_iterator_of_precisions_is_read_once():
+    made = MoERouterPress(experts=["keydiff"], precision=([8, 4] for _ in range(1)))
+    assert made.precision == ((8, 4),)
+    assert made.menu == (Precision(8, 4),)
+
+
+def test_copies_of_a_cache_share_the_key_transforms(llama):
+    cache = prefill(llama, tokens(80), press(llama, router=transformed(llama)))
+    assert copy.deepcopy(cache).layers[0].basis.transform is cache.layers[0].basis.transform
