@@ -1,5 +1,5 @@
 """
-Compile the Triton kernels of ragged attention for GPUs that need not be present, and print what they need of a GPU.
+Compile the Triton kernels of ragged and packed attention for GPUs that need not be present, and print what they need of a GPU.
 
     python -m experiments.compiled_kernels                      capabilities 8.0, 8.6, 9.0; all dtypes and head sizes
     python -m experiments.compiled_kernels --capabilities 90 --dtypes bf16 --head-dims 128
@@ -27,12 +27,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvpress_moe.cache.packed_triton_backend import block_of_codes
+from kvpress_moe.cache.packed_triton_kernels import attend_codes
 from kvpress_moe.cache.triton_backend import blocks_for
 from kvpress_moe.cache.triton_kernels import attend_tiles, merge_tiles
+from kvpress_moe.codes.bit_layout import bit_layout
+from kvpress_moe.codes.transform_codes import profile
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # most that a program gets, by compute capability
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TENSORS = ("query", "flat_keys", "flat_values", "new_keys", "new_values", "output")
+TENSORS = ("query", "flat_keys", "flat_values", "new_keys", "new_values", "output", "asked")
 TYPES = {
     "tiles": "*i32",
     "first_tiles": "*i32",
@@ -40,6 +44,12 @@ TYPES = {
     "weights": "*fp32",
     "scaling": "fp32",
     "cap": "fp32",
+    "mean_logits": "*fp32",
+    "middles": "*fp32",
+    "positions": "*i16",
+    **dict.fromkeys(("keys", "values"), "*u8"),
+    **dict.fromkeys(("key_scales", "key_zeros", "value_scales", "value_zeros"), "*fp16"),
+    **dict.fromkeys(("key_layout", "value_layout"), "*i32"),
 }
 STRIDES = [f"{of}_{along}" for of in ("query", "key", "value", "output") for along in ("row", "head", "token")]
 
@@ -92,7 +102,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def variants(dtype: str, head_dim: int) -> list[tuple[str, Any, dict[str, Any]]]:
-    """The kernels as ragged attention launches them: one new token, a question, a question with a soft cap."""
+    """The kernels as attention launches them: one new token, a question, a question with a soft cap."""
     shape = {"N_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim}
     found = []
     for what, n_rows, capped in (("one token", 4, False), ("question", 400, False), ("question, capped", 400, True)):
@@ -103,6 +113,19 @@ def variants(dtype: str, head_dim: int) -> list[tuple[str, Any, dict[str, Any]]]
         if not capped:
             merging = shape | {"BLOCK_D": block_d, "BLOCK_TILES": 16} | alone
             found.append((f"{what}, merge", merge_tiles, merging))
+        for transformed, key_bits, value_bits in ((False, 8, 4), (False, 3, 3), (True, 2, 2), (True, 4, 4)):
+            kind = "transformed" if transformed else "rotated"
+            name = f"{what}, K{key_bits}V{value_bits} {kind}"
+            groups = profile(head_dim, key_bits) if transformed else ((head_dim, key_bits),)
+            codes = {
+                "CHANNELS": sum(channels for channels, _ in groups),
+                "KEY_PLANES": len(bit_layout(groups, torch.device("cpu"))),
+                "VALUE_PLANES": len(bit_layout(((head_dim, value_bits),), torch.device("cpu"))),
+                "MEANS": transformed,
+                "BLOCK_C": max(16, triton.next_power_of_2(sum(channels for channels, _ in groups))),
+            }
+            blocks["BLOCK_PAIRS"] = block_of_codes(block_d)
+            found.append((name, attend_codes, {"HEAD_DIM": head_dim} | blocks | codes))
     return found
 
 

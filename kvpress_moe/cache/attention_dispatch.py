@@ -23,7 +23,7 @@ RaggedAttention = Callable[[Tensor, RaggedPairs, float, float | None], Tensor]
 _in_use: RaggedAttention = torch_attention
 
 #: Attention over ragged layers -> attention over packed layers that belongs to it. For others: plain PyTorch.
-PACKED: dict[RaggedAttention, RaggedAttention] = {}
+PACKED: dict[RaggedAttention, Callable[..., Tensor]] = {}
 
 
 def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
@@ -55,6 +55,7 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
         attention = torch_attention
     elif attention == "triton":
         try:
+            from kvpress_moe.cache.packed_triton_backend import packed_triton_attention
             from kvpress_moe.cache.triton_backend import triton_attention as attention
         except ImportError as error:
             raise SettingError(
@@ -63,6 +64,7 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
                 "the package triton, 3.6 or later",
                 f"On Linux: pip install 'kvpress-moe[triton]'. Importing it says: {error}",
             ) from error
+        PACKED[attention] = packed_triton_attention
     if not callable(attention):
         raise SettingError("attention", attention, "'torch', 'triton' or a function", "Leave it at 'torch'.")
     before, _in_use = _in_use, attention

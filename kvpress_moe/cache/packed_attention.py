@@ -18,7 +18,7 @@ from kvpress_moe.codes.transform_codes import TransformCodes
 from kvpress_moe.codes.whole_vectors import WholeVectors
 from kvpress_moe.model.attention import apply_softcap
 
-BLOCK = 4096  # pairs that are decoded at once; they stay in the processor's cache
+BLOCK = 8192  # pairs that are decoded at once; they stay in the processor's cache
 LOGITS_AT_ONCE = 2**21  # limit of the logits in memory: 8 MiB, and a few temporary tensors of that size
 
 # R = some neighbouring rows and heads, Q = queries of a head, n = pairs
@@ -83,7 +83,7 @@ def _attend(
             block = _Block.of(tier.keys, start, stop)
             for head, here, there in parts:
                 place = logits[head, :, offset[head] + there.start : offset[head] + there.stop]
-                torch.mm(asking[head], block.numbers[here].T, out=place)
+                torch.mm(asking[head], block.numbers[:, here], out=place)
                 if block.scale is None:
                     continue
                 if block.zero is not None:  # scale * (query · numbers) + zero * (sum of the query)
@@ -104,9 +104,9 @@ def _attend(
             for head, here, there in parts:
                 place = weights[head, :, offset[head] + there.start : offset[head] + there.stop]
                 if block.scale is None or block.zero is None:
-                    whole[head].addmm_(place, block.numbers[here])
+                    whole[head].addmm_(place, block.numbers[:, here].T)
                 else:
-                    rotated[head].addmm_(place * block.scale[here], block.numbers[here])
+                    rotated[head].addmm_(place * block.scale[here], block.numbers[:, here].T)
                     zeros[head].addmv_(place, block.zero[here])
     turn = rotation(queries.shape[-1], queries.device)
     return whole + (rotated + zeros[..., None]) @ turn.T
@@ -114,7 +114,7 @@ def _attend(
 
 @dataclass(frozen=True)
 class _Block:
-    """Numbers (n, D) of a block. Those of codes still need scale and zero, or gain, middles and positions."""
+    """Numbers (D, n) of a block. Those of codes still need scale and zero, or gain, middles and positions."""
 
     numbers: Tensor
     scale: Tensor | None = None
@@ -124,7 +124,7 @@ class _Block:
     @classmethod
     def of(cls, vectors: Vectors, start: int, stop: int) -> _Block:
         if isinstance(vectors, WholeVectors):
-            return cls(vectors.decode(start, stop))
+            return cls(vectors.decode(start, stop).T)
         numbers = vectors.numbers(start, stop)
         if isinstance(vectors, TransformCodes):
             return cls(numbers, vectors.gain[start:stop].float(), positions=vectors.positions(start, stop))

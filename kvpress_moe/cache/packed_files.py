@@ -108,7 +108,7 @@ def check_packed(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], per_pa
             if kind == "whole":
                 expected[f"{place}vectors"], dtypes[f"{place}vectors"] = (n_pairs, head_dim), _DTYPES[facts["dtype"]]
                 continue
-            expected[f"{place}packed"], dtypes[f"{place}packed"] = (n_pairs, head_dim * bits // 8), torch.uint8
+            expected[f"{place}packed"], dtypes[f"{place}packed"] = (head_dim * bits // 8, n_pairs), torch.uint8
             halves = ("gain",) if kind == "transformed" else ("scale", "zero")
             for name in halves:
                 expected[place + name], dtypes[place + name] = (n_pairs,), torch.float16

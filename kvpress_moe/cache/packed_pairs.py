@@ -9,10 +9,12 @@ from torch import Tensor
 
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.cache.tier import Tier
+from kvpress_moe.cache.tiling import PackedTiling
 from kvpress_moe.codes.exact import exact
 from kvpress_moe.codes.key_transform import KeyBasis
 from kvpress_moe.codes.rotation import rotation
 from kvpress_moe.codes.transform_codes import TransformCodes
+from kvpress_moe.codes.whole_vectors import WholeVectors
 from kvpress_moe.errors import UnsupportedInputError
 
 # B = batch, H = KV heads, S = tokens of the prompt, T = later tokens, D = head dim
@@ -36,6 +38,7 @@ class PackedPairs(RaggedPairs):
 
     tiers: list[Tier]
     basis: KeyBasis | None
+    _packed_tilings: dict[int, PackedTiling]
 
     def _hold_tiers(
         self,
@@ -97,6 +100,23 @@ class PackedPairs(RaggedPairs):
         """All tensors of the layer, without those of the basis."""
         coded = [t for tier in self.tiers for v in (tier.keys, tier.values) for t in v.tensors.values()]
         return (*coded, self.new_keys, self.new_values)
+
+    @property
+    def whole_tensors(self) -> tuple[Tensor, ...]:
+        """The later tokens, and those keys and values that are not coded."""
+        vectors = [v for tier in self.tiers for v in (tier.keys, tier.values) if isinstance(v, WholeVectors)]
+        return (*(v.vectors for v in vectors), self.new_keys, self.new_values)
+
+    def packed_tiling(self, tile_size: int) -> PackedTiling:
+        """The heads of all tiers cut into tiles of at most ``tile_size`` pairs, on the layer's device."""
+        if tile_size not in self._packed_tilings:
+            lengths = [tier.lengths for tier in self.tiers]
+            self._packed_tilings[tile_size] = PackedTiling.of(lengths, tile_size, self.new_keys.device)
+        return self._packed_tilings[tile_size]
+
+    def _forget_derived(self) -> None:
+        super()._forget_derived()
+        self._packed_tilings = {}
 
     @property
     def nbytes(self) -> int:

@@ -74,6 +74,11 @@ class RaggedPairs:
         return self.flat_keys, self.flat_values, self.new_keys, self.new_values
 
     @property
+    def whole_tensors(self) -> tuple[Tensor, ...]:
+        """Those tensors that are in the model's type."""
+        return self.tensors
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values. Tables made from the lengths (12 bytes for 128 pairs or more) are not counted."""
         return sum(tensor.nbytes for tensor in self.tensors)

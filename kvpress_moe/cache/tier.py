@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
 import torch
-from torch import Tensor
 
 from kvpress_moe.codes.precision import Precision
 from kvpress_moe.codes.transform_codes import TransformCodes
@@ -51,21 +50,18 @@ class Tier:
         per_row = [sum(heads) for heads in self.lengths]
         lengths = [list(self.lengths[row]) for row in rows]
 
-        def of_rows(tensor: Tensor) -> Tensor:
-            parts = tensor.split(per_row)
-            return torch.cat([parts[row] for row in rows])
+        def of_rows(vectors: Vectors) -> Vectors:
+            along = vectors.pairs_along
+            parts = {name: tensor.split(per_row, dim=along) for name, tensor in vectors.tensors.items()}
+            return vectors.with_tensors({n: torch.cat([p[row] for row in rows], dim=along) for n, p in parts.items()})
 
-        return Tier(self.precision, each(self.keys, of_rows), each(self.values, of_rows), lengths)
+        return Tier(self.precision, of_rows(self.keys), of_rows(self.values), lengths)
 
     def to(self, device: torch.device | str) -> Tier:
         """The same pairs on a device."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        def moved(vectors: Vectors) -> Vectors:
+            tensors = vectors.tensors.items()
+            return vectors.with_tensors({name: tensor.to(device, non_blocking=True) for name, tensor in tensors})
 
-        return Tier(self.precision, each(self.keys, moved), each(self.values, moved), self.lengths)
-
-
-def each(vectors: Vectors, change: Callable[[Tensor], Tensor]) -> Vectors:
-    """Vectors whose tensors were changed, one by one."""
-    return vectors.with_tensors({name: change(tensor) for name, tensor in vectors.tensors.items()})
+        return Tier(self.precision, moved(self.keys), moved(self.values), self.lengths)

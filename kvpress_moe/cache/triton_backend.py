@@ -9,6 +9,8 @@ program waits for the longest head. The kept pairs are neither padded nor copied
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -65,12 +67,11 @@ def check(query: Tensor, layer: RaggedPairs) -> None:
         got, expected = f"{query.dtype}", f"one of {', '.join(map(str, served))}"
     elif query.shape[-1] > 256:
         got, expected = f"heads of {query.shape[-1]} dimensions", "at most 256"
-    elif {(t.device, t.dtype) for t in layer.tensors} != {(query.device, query.dtype)}:
-        got = (
-            f"a query of {query.dtype} on {query.device}, pairs of {layer.flat_keys.dtype} on {layer.flat_keys.device}"
-        )
+    elif {(t.device, t.dtype) for t in layer.whole_tensors} != {(query.device, query.dtype)}:
+        other = next(t for t in layer.whole_tensors if (t.device, t.dtype) != (query.device, query.dtype))
+        got = f"a query of {query.dtype} on {query.device}, pairs of {other.dtype} on {other.device}"
         expected, remedy = "the same of both", "Bring the cache to the model's device and dtype, or call"
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, *layer.tensors)):
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, *layer.whole_tensors)):
         got, expected = "queries, keys or values that require a gradient", "none"
         remedy = "Decode under torch.no_grad(), or call"
     else:
@@ -95,53 +96,106 @@ def triton_attention(query: Tensor, layer: RaggedPairs, scaling: float, cap: flo
         float32, for mixed dtypes, for heads of more than 256 dimensions, or if anything requires a gradient.
     """
     check(query, layer)
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    n_batch, num_heads, q_len, head_dim = query.shape
-    n_kv_heads, n_new = layer.new_keys.shape[1:3]
-    group = num_heads // n_kv_heads
-    n_rows = group * q_len
-    block_d, block_rows, block_pairs = blocks_for(n_rows, head_dim, query.element_size())
-    row_blocks = triton.cdiv(n_rows, block_rows)
-    n_pairs = len(layer.flat_keys) + n_batch * n_kv_heads * n_new
-    tile_size = tile_size_for(n_pairs, max(n_new, *map(max, layer.lengths)), row_blocks)
-    tiling = layer.tiling(tile_size)
-    n_tiles, new_tiles_per_head = len(tiling.tiles), triton.cdiv(n_new, tile_size)
-    n_all = n_tiles + n_batch * n_kv_heads * new_tiles_per_head
-    partial = query.new_empty(n_all, n_rows, head_dim, dtype=torch.float32)
-    weights = query.new_empty(n_all, n_rows, dtype=torch.float32)
-    output = query.new_empty(n_batch, q_len, num_heads, head_dim)
-    strides = (*query.stride()[:3], *layer.new_keys.stride()[:3], *layer.new_values.stride()[:3])
-    shape = {"N_HEADS": n_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
-    with torch.cuda.device_of(query):  # Triton launches on the current device, even if the tensors are on another
-        attend_tiles[(n_all, row_blocks)](
-            query,
-            *layer.tensors,
-            tiling.tiles,
-            partial,
-            weights,
-            n_tiles,
-            new_tiles_per_head,
-            n_new,
-            q_len,
-            tile_size,
-            scaling,
-            cap or 0.0,
-            *strides,
-            **shape,
-            CAPPED=cap is not None,
-            BLOCK_ROWS=block_rows,
-            BLOCK_PAIRS=block_pairs,
-        )
-        merge_tiles[(n_rows, n_batch * n_kv_heads)](
-            partial,
-            weights,
-            tiling.first_tiles,
-            output,
-            n_tiles,
-            new_tiles_per_head,
-            q_len,
-            *output.stride()[:3],
-            **shape,
-            BLOCK_TILES=16,
-        )
-    return output
+    work = Work.of(query, layer, scaling, cap)
+    tiling = layer.tiling(work.tile_size)
+    partial, weights = work.parts(len(tiling.tiles))
+    work.attend(layer.flat_keys, layer.flat_values, tiling.tiles, partial, weights)
+    return work.merge(tiling.first_tiles, partial, weights)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of the attention: what both kernels need to know of it."""
+
+    query: Tensor
+    layer: RaggedPairs
+    scaling: float
+    cap: float | None
+    tile_size: int
+    blocks: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, query: Tensor, layer: RaggedPairs, scaling: float, cap: float | None) -> Work:
+        query = query if query.stride(-1) == 1 else query.contiguous()
+        n_batch, num_heads, q_len, head_dim = query.shape
+        n_kv_heads, n_new = layer.new_keys.shape[1:3]
+        n_rows = num_heads // n_kv_heads * q_len
+        blocks = blocks_for(n_rows, head_dim, query.element_size())
+        n_pairs = sum(map(sum, layer.lengths)) + n_batch * n_kv_heads * n_new
+        longest = max(n_new, *map(max, layer.lengths))
+        return cls(query, layer, scaling, cap, tile_size_for(n_pairs, longest, triton.cdiv(n_rows, blocks[1])), blocks)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of queries of a KV head."""
+        return self.query.shape[1] // self.layer.new_keys.shape[1] * self.query.shape[2]
+
+    @property
+    def new_tiles_per_head(self) -> int:
+        return -(-self.layer.new_keys.shape[2] // self.tile_size)
+
+    def parts(self, n_tiles: int) -> tuple[Tensor, Tensor]:
+        """Memory for the outputs and weights of ``n_tiles`` tiles of kept pairs, and of those of the later tokens."""
+        n_heads = self.layer.new_keys.shape[0] * self.layer.new_keys.shape[1]
+        n_all = n_tiles + n_heads * self.new_tiles_per_head
+        partial = self.query.new_empty(n_all, self.n_rows, self.query.shape[-1], dtype=torch.float32)
+        return partial, self.query.new_empty(n_all, self.n_rows, dtype=torch.float32)
+
+    def attend(self, keys: Tensor, values: Tensor, tiles: Tensor, partial: Tensor, weights: Tensor) -> None:
+        """Launch the first kernel: tiles of kept pairs (N, D), and after them those of the later tokens."""
+        layer = self.layer
+        n_new, q_len = layer.new_keys.shape[2], self.query.shape[2]
+        _, block_rows, block_pairs = self.blocks
+        # Triton launches on the current device, even if the tensors are on another
+        with torch.cuda.device_of(self.query):
+            attend_tiles[(len(partial), triton.cdiv(self.n_rows, block_rows))](
+                self.query,
+                keys,
+                values,
+                layer.new_keys,
+                layer.new_values,
+                tiles,
+                partial,
+                weights,
+                len(tiles),
+                self.new_tiles_per_head,
+                n_new,
+                q_len,
+                self.tile_size,
+                self.scaling,
+                self.cap or 0.0,
+                *self.query.stride()[:3],
+                *layer.new_keys.stride()[:3],
+                *layer.new_values.stride()[:3],
+                **self._shape,
+                CAPPED=self.cap is not None,
+                BLOCK_ROWS=block_rows,
+                BLOCK_PAIRS=block_pairs,
+            )
+
+    def merge(self, first_tiles: Tensor, partial: Tensor, weights: Tensor) -> Tensor:
+        """Launch the second kernel: the output (B, Q, num_heads, D) from the parts of all tiles."""
+        n_batch, num_heads, q_len, head_dim = self.query.shape
+        n_kv_heads = self.layer.new_keys.shape[1]
+        n_tiles = len(partial) - n_batch * n_kv_heads * self.new_tiles_per_head
+        output = self.query.new_empty(n_batch, q_len, num_heads, head_dim)
+        with torch.cuda.device_of(self.query):
+            merge_tiles[(self.n_rows, n_batch * n_kv_heads)](
+                partial,
+                weights,
+                first_tiles,
+                output,
+                n_tiles,
+                self.new_tiles_per_head,
+                q_len,
+                *output.stride()[:3],
+                **self._shape,
+                BLOCK_TILES=16,
+            )
+        return output
+
+    @property
+    def _shape(self) -> dict[str, int]:
+        n_kv_heads = self.layer.new_keys.shape[1]
+        group, head_dim = self.query.shape[1] // n_kv_heads, self.query.shape[-1]
+        return {"N_HEADS": n_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": self.blocks[0]}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpress_moe.codes.bit_packing import pack, packed_size, unpack
+from kvpress_moe.codes.bit_packing import Groups, pack, packed_size, unpack
 from kvpress_moe.errors import NotFiniteError, UnsupportedInputError
 
 TRANSFORM_BITS = (2, 3, 4, 6)
@@ -25,7 +25,7 @@ class TransformCodes:
 
     Attributes
     ----------
-    packed : Tensor, shape (N, D * bits / 8), uint8
+    packed : Tensor, shape (D * bits / 8, N), uint8
     gain : Tensor, shape (N,), float16
     position : Tensor, shape (N,), int16 or int32
         Position of the key. int16 stands for 0 to 65,535.
@@ -38,6 +38,7 @@ class TransformCodes:
     position: Tensor
     bits: int
     kind = "transformed"
+    pairs_along = -1  # dimension of the keys in all tensors
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -54,15 +55,20 @@ class TransformCodes:
     def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Coefficients ``start`` to ``stop`` over their steps, shape (n, those that have bits), float32."""
         numbers, gain = self.numbers(start, stop), self.gain[start:stop].float()
-        head_dim = self.packed.shape[-1] * 8 // self.bits
-        return numbers.sub_(middles(head_dim, self.bits, numbers.device)).mul_(gain[:, None])
+        return numbers.sub_(middles(self.head_dim, self.bits, numbers.device)[:, None]).mul_(gain).T
 
     def numbers(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Numbers ``start`` to ``stop``, shape (n, D without those that have no bits), float32."""
-        packed = self.packed[start:stop]
-        groups = profile(packed.shape[-1] * 8 // self.bits, self.bits)
-        parts = packed.split([count * bits // 8 for count, bits in groups], dim=-1)
-        return torch.cat([unpack(part, bits) for part, (_, bits) in zip(parts, groups, strict=True)], dim=-1)
+        """Numbers ``start`` to ``stop``, shape (coefficients that have bits, n), float32."""
+        return unpack(self.packed[:, start:stop], self.groups)
+
+    @property
+    def head_dim(self) -> int:
+        return len(self.packed) * 8 // self.bits
+
+    @property
+    def groups(self) -> Groups:
+        """Groups of neighbouring coefficients, with the number of bits of each."""
+        return profile(self.head_dim, self.bits)
 
     def positions(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Positions ``start`` to ``stop``, int64."""
@@ -70,7 +76,7 @@ class TransformCodes:
         return stored & 0xFFFF if self.position.dtype == torch.int16 else stored
 
 
-def profile(head_dim: int, bits: int) -> list[tuple[int, int]]:
+def profile(head_dim: int, bits: int) -> Groups:
     """
     How many of the sorted coefficients get how many bits: ``bits`` on average.
 
@@ -79,7 +85,7 @@ def profile(head_dim: int, bits: int) -> list[tuple[int, int]]:
     """
     outer = 8 * round(head_dim / 32)
     groups = [(outer, bits + 2), (head_dim - 2 * outer, bits), (outer, bits - 2)]
-    return [(count, number) for count, number in groups if count and number]
+    return tuple((count, number) for count, number in groups if count and number)
 
 
 def steps(head_dim: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
@@ -131,7 +137,7 @@ def encode_coefficients(coefficients: Tensor, positions: Tensor, bits: int, n_po
         packed.append(codes)
         gains.append(gain)
     stored = positions.to(torch.int32 if position_bytes(n_positions) == 4 else torch.int16)  # wraps round
-    return TransformCodes(torch.cat(packed), torch.cat(gains), stored, bits)
+    return TransformCodes(torch.cat(packed, dim=-1), torch.cat(gains), stored, bits)
 
 
 def _encode(coefficients: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -145,11 +151,11 @@ def _encode(coefficients: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             "codes: got keys beyond the range of float16, expected smaller ones. Leave `precision` at None."
         )
     parts = (scaled / gain.float()[:, None]).split([count for count, _ in groups], dim=-1)
-    packed = []
-    for part, (_, number) in zip(parts, groups, strict=True):
-        levels = part.floor().add_(2 ** (number - 1)).clamp_(0, 2**number - 1)
-        packed.append(pack(levels.to(torch.uint8), number))
-    return torch.cat(packed, dim=-1), gain
+    levels = [
+        part.floor().add_(2 ** (number - 1)).clamp_(0, 2**number - 1).to(torch.uint8)
+        for part, (_, number) in zip(parts, groups, strict=True)
+    ]
+    return pack(torch.cat(levels, dim=-1).T.contiguous(), groups), gain
 
 
 def weighted_error(coefficients: Tensor, bits: int, weight: Tensor) -> Tensor:

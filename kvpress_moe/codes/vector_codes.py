@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpress_moe.codes.bit_packing import pack, packed_size, unpack
+from kvpress_moe.codes.bit_packing import Groups, pack, packed_size, unpack
 from kvpress_moe.codes.rotation import rotation
 from kvpress_moe.errors import NotFiniteError, UnsupportedInputError
 
@@ -28,7 +28,7 @@ class VectorCodes:
 
     Attributes
     ----------
-    packed : Tensor, shape (N, D * bits / 8), uint8
+    packed : Tensor, shape (D * bits / 8, N), uint8
     scale, zero : Tensor, shape (N,), float16
     bits : int
     """
@@ -38,6 +38,7 @@ class VectorCodes:
     zero: Tensor
     bits: int
     kind = "rotated"
+    pairs_along = -1  # dimension of the vectors in all tensors
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -55,11 +56,16 @@ class VectorCodes:
         """Rotated vectors ``start`` to ``stop``, shape (n, D), float32, with the rounding error of the code."""
         part = slice(start, stop)
         numbers = self.numbers(start, stop)
-        return numbers.mul_(self.scale[part].float()[:, None]).add_(self.zero[part].float()[:, None])
+        return numbers.mul_(self.scale[part].float()).add_(self.zero[part].float()).T
 
     def numbers(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Numbers ``start`` to ``stop``, shape (n, D), float32, without scales and zeros."""
-        return unpack(self.packed[start:stop], self.bits)
+        """Numbers ``start`` to ``stop``, shape (D, n), float32, without scales and zeros."""
+        return unpack(self.packed[:, start:stop], self.groups)
+
+    @property
+    def groups(self) -> Groups:
+        """Groups of channels, with the number of bits of each: all have the same."""
+        return ((len(self.packed) * 8 // self.bits, self.bits),)
 
 
 def relative_error(bits: int) -> float:
@@ -95,8 +101,8 @@ def encode(vectors: Tensor, bits: int) -> VectorCodes:
     blocks = []
     for block in vectors.split(BLOCK):
         numbers, scale, zero = round_to_levels(block.float() @ turn, bits)
-        blocks.append((pack(numbers.to(torch.uint8), bits), scale, zero))
-    packed, scale, zero = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*blocks, strict=True))
+        blocks.append((pack(numbers.to(torch.uint8).T.contiguous(), ((vectors.shape[-1], bits),)), scale, zero))
+    packed, scale, zero = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] for parts in zip(*blocks))  # noqa: B905
     return VectorCodes(packed, scale, zero, bits)
 
 

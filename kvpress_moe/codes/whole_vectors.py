@@ -21,6 +21,7 @@ class WholeVectors:
 
     vectors: Tensor
     kind = "whole"
+    pairs_along = 0  # dimension of the vectors
 
     @property
     def nbytes(self) -> int:

@@ -27,20 +27,23 @@ from kvpress_moe.model.attention import apply_rope
 HEAD_DIMS = (64, 72, 80, 96, 128, 256)
 
 
-def naive_bits(numbers, bits: int) -> list[list[int]]:
-    """For each channel its bits, read one by one from the layout that ``pack`` describes."""
-    head_dim = numbers.shape[-1]
-    packed = pack(numbers, bits)
+def naive_bits(numbers, groups) -> list[list[int]]:
+    """For each vector and channel its number, read bit by bit from where ``Plane`` says that they lie."""
     found = []
-    for row in packed.tolist():
-        value, start, below = [0] * head_dim, 0, 0
-        for width in PLANES[bits]:
-            size = head_dim * width // 8
-            for channel in range(head_dim):
-                part, place = divmod(channel, size) if width > 1 else (channel % 8, channel // 8)
-                value[channel] += (row[start + place] >> (part * width) & (2**width - 1)) << below
-            start += size
-            below += width
+    for row in pack(numbers, groups).T.tolist():
+        value, first_byte = [0] * len(numbers), 0
+        for width in (8, 4, 2, 1):
+            with_plane, first = [], 0
+            for channels, bits in groups:
+                if width in PLANES[bits]:
+                    below = bits - 1 if width == 1 else bits - 2 if width == 2 and bits == 6 else 0
+                    with_plane += [(channel, below) for channel in range(first, first + channels)]
+                first += channels
+            size = len(with_plane) * width // 8
+            for number, (channel, below) in enumerate(with_plane):
+                part, byte = divmod(number, size)
+                value[channel] += (row[first_byte + byte] >> (part * width) & (2**width - 1)) << below
+            first_byte += size
         found.append(value)
     return found
 
@@ -48,12 +51,14 @@ def naive_bits(numbers, bits: int) -> list[list[int]]:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("bits", PLANES)
 def test_packed_numbers_come_back_and_lie_where_the_description_says(bits, head_dim):
-    numbers = torch.randint(0, 2**bits, (7, head_dim), dtype=torch.uint8)
-    packed = pack(numbers, bits)
-    assert packed.shape == (7, packed_size(head_dim, bits))
-    assert packed.dtype == torch.uint8
-    assert torch.equal(unpack(packed, bits), numbers.float())
-    assert naive_bits(numbers, bits) == numbers.tolist()
+    for groups in [((head_dim, bits),)] + [profile(head_dim, bits)] * (bits in TRANSFORM_BITS):
+        parts = [torch.randint(0, 2**own, (channels, 7), dtype=torch.uint8) for channels, own in groups]
+        numbers = torch.cat(parts)
+        packed = pack(numbers, groups)
+        assert packed.shape == (packed_size(head_dim, bits), 7)
+        assert packed.dtype == torch.uint8
+        assert torch.equal(unpack(packed, groups), numbers.float())
+        assert naive_bits(numbers, groups) == numbers.T.tolist()
 
 
 def test_a_head_dim_that_fills_no_whole_bytes_is_refused():
@@ -172,7 +177,7 @@ def test_transform_codes_take_their_bytes_and_no_coefficient_is_off_by_more_than
     error = (back - coefficients[:, : len(of_step)]).square().sum(-1)
     error += coefficients[:, len(of_step) :].square().sum(-1)
     assert torch.allclose(measured, error, rtol=0.03)
-    assert torch.allclose(codes.numbers() - middles(head_dim, bits), codes.decode() / codes.gain.float()[:, None])
+    assert torch.allclose(codes.numbers().T - middles(head_dim, bits), codes.decode() / codes.gain.float()[:, None])
 
 
 def test_keys_that_a_transform_knows_need_about_half_of_the_bits():
