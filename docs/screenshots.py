@@ -34,15 +34,20 @@ def main() -> None:
     """Read the text once, then take all pictures."""
     model, tokenizer = load_model()
     prefilled = prefill_text(model, tokenizer, read_context(None), QUESTIONS, 32, lambda *args, **kwargs: None)
-    html = page(explore(prefilled, make_press({"compression_ratio": RATIO}), lambda *args, **kwargs: None))
+    pages = {
+        name: page(explore(prefilled, make_press({"compression_ratio": RATIO, **more}), lambda *args, **kwargs: None))
+        for name, more in (("pairs", {}), ("bytes", {"precision": "mixed"}))
+    }
     IMAGES.mkdir(exist_ok=True)
     with TemporaryDirectory() as directory, sync_playwright() as playwright:
-        path = Path(directory) / "page.html"
-        path.write_text(html, encoding="utf-8")
+        path, of_bytes = Path(directory) / "page.html", Path(directory) / "bytes.html"
+        path.write_text(pages["pairs"], encoding="utf-8")
+        of_bytes.write_text(pages["bytes"], encoding="utf-8")
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         shoot_page(browser, path.as_uri(), "explore.png", DESK, full_page=True)
         shoot_page(browser, path.as_uri(), "explore-dark.png", {**DESK, "color_scheme": "dark"}, layer="20")
         shoot_page(browser, path.as_uri(), "explore-phone.png", PHONE, layer="17")
+        shoot_page(browser, of_bytes.as_uri(), "explore-bytes.png", DESK)
         shoot_app(browser, JobRunner(model, tokenizer))
         browser.close()
 

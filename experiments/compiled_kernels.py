@@ -1,8 +1,8 @@
 """
-Compile the Triton kernels of ragged and packed attention for GPUs that need not be present, and print what they need of a GPU.
+Compile the Triton kernels of ragged and packed attention for GPUs that need not be present, and print what they need.
 
     python -m experiments.compiled_kernels                      capabilities 8.0, 8.6, 9.0; all dtypes and head sizes
-    python -m experiments.compiled_kernels --capabilities 90 --dtypes bf16 --head-dims 128
+    python -m experiments.compiled_kernels --capabilities 90 --dtypes bf16 --head-dims 128 --kernels packed
 
 Needs kvpress-moe[triton], which includes NVIDIA's assembler, but no GPU. For every kernel it prints the registers per
 thread, the bytes spilled to local memory, the shared memory (and the most that a program gets), and how often two
@@ -101,7 +101,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
 
 
-def variants(dtype: str, head_dim: int) -> list[tuple[str, Any, dict[str, Any]]]:
+def variants(dtype: str, head_dim: int, kinds: list[str]) -> list[tuple[str, Any, dict[str, Any]]]:
     """The kernels as attention launches them: one new token, a question, a question with a soft cap."""
     shape = {"N_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim}
     found = []
@@ -109,11 +109,17 @@ def variants(dtype: str, head_dim: int) -> list[tuple[str, Any, dict[str, Any]]]
         block_d, block_rows, block_pairs = blocks_for(n_rows, head_dim, DTYPES[dtype].itemsize)
         blocks = {"BLOCK_D": block_d, "BLOCK_ROWS": block_rows, "BLOCK_PAIRS": block_pairs, "CAPPED": capped}
         alone = {"q_len": 1} if n_rows == shape["GROUP"] else {}  # Triton makes a constant of an argument that is 1
-        found.append((what, attend_tiles, shape | blocks | alone))
-        if not capped:
+        if "ragged" in kinds:
+            found.append((what, attend_tiles, shape | blocks | alone))
+        if not capped and "ragged" in kinds:
             merging = shape | {"BLOCK_D": block_d, "BLOCK_TILES": 16} | alone
             found.append((f"{what}, merge", merge_tiles, merging))
-        for transformed, key_bits, value_bits in ((False, 8, 4), (False, 3, 3), (True, 2, 2), (True, 4, 4)):
+        for transformed, key_bits, value_bits in ("packed" in kinds) * (
+            (False, 8, 4),
+            (False, 3, 3),
+            (True, 2, 2),
+            (True, 4, 4),
+        ):
             kind = "transformed" if transformed else "rotated"
             name = f"{what}, K{key_bits}V{value_bits} {kind}"
             groups = profile(head_dim, key_bits) if transformed else ((head_dim, key_bits),)
@@ -133,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", nargs="+", type=int, choices=list(SHARED_MEMORY), default=list(SHARED_MEMORY))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--kernels", nargs="+", choices=["ragged", "packed"], default=["ragged", "packed"])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 96, 128, 256])
     arguments = parser.parse_args()
     print(f"triton {version('triton')}\n")
@@ -144,7 +151,7 @@ def main() -> None:
     for capability in arguments.capabilities:
         for dtype in arguments.dtypes:
             for head_dim in arguments.head_dims:
-                for what, kernel, constants in variants(dtype, head_dim):
+                for what, kernel, constants in variants(dtype, head_dim, arguments.kernels):
                     found = compiled(kernel, dtype, constants, capability)
                     name = f"{capability / 10} | {dtype} | {head_dim} | {what}"
                     print(

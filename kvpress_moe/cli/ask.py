@@ -22,10 +22,10 @@ from kvpress_moe.cli.options import (
     Ratio,
     Router,
     check_settings,
-    parse_precision,
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
+from kvpress_moe.codes.precision_names import parse_precision
 from kvpress_moe.errors import SettingError
 from kvpress_moe.model.context_length import check_length
 

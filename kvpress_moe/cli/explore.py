@@ -17,6 +17,7 @@ from kvpress_moe.cli.options import (
     Experts,
     MaxNewTokens,
     Model,
+    Precision,
     Ratio,
     Router,
     check_number,
@@ -25,6 +26,7 @@ from kvpress_moe.cli.options import (
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
+from kvpress_moe.codes.precision_names import parse_precision
 from kvpress_moe.errors import SettingError
 
 EPILOG = """Examples:
@@ -32,6 +34,8 @@ EPILOG = """Examples:
 kvpress-moe explore --ratio 0.75 --out page.html
 
 kvpress-moe explore notes.txt --question "Who signed the lease?" --question "When?" --out notes.html
+
+kvpress-moe explore --ratio 0.9 --precision mixed --out page.html
 
 kvpress-moe explore --serve
 """
@@ -48,6 +52,7 @@ def explore(
     ratio: Ratio = 0.5,
     experts: Experts = None,
     budget: Budget = None,
+    precision: Precision = None,
     router: Router = None,
     out: Annotated[Path | None, typer.Option(help="The HTML file to write.")] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Start a web app on this machine; write no page.")] = False,
@@ -58,16 +63,17 @@ def explore(
     as_json: AsJson = False,
 ) -> None:
     """
-    Write one HTML page that shows for each token how the experts scored it and what stays at any ratio.
+    Write one HTML page that shows for each token how the experts scored it, and what becomes of it at any ratio.
 
     The page needs no network and no Python. It contains the scores, and the budget rule runs in the browser.
     """
     check_settings(ratio, budget, router, max_new_tokens)
+    menu = parse_precision(precision)
     if ratio == 0:
         raise SettingError(
             "ratio",
             ratio,
-            "a number in (0, 1), the share of pairs to remove",
+            "a number in (0, 1), the share of pairs (with a precision: of bytes) to remove",
             "At 0 no pair is scored. The slider of the page goes down to 0.",
         )
     check_number("port", port, 0, 65535, "0 takes any free port.")
@@ -77,6 +83,7 @@ def explore(
         if as_json:
             raise SettingError("serve", True, "no --json with it", "The figures are in the browser.")
         settings: dict[str, Any] = {"ratio": ratio, "experts": experts, "budget": budget, "router": router}
+        settings["precision"] = precision
         run_app(port, settings, model, device, max_new_tokens)
         return
     out = check_out_file(out, "page.html", text)
@@ -91,7 +98,7 @@ def explore(
         from kvpress_moe.model.loading import load_model
 
         settings = {"compression_ratio": ratio, "experts": parse_experts(experts), "budget": budget, "router": router}
-        press = make_press(settings)
+        press = make_press({**settings, "precision": menu})
         step("loading the model", total=1)
         loaded, tokenizer = load_model(model, device)
         press.post_init_from_model(loaded)

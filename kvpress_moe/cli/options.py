@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import stat
 import sys
 from importlib.resources import files
@@ -16,7 +15,6 @@ import typer
 from kvpress_moe.errors import SettingError
 from kvpress_moe.files import file_to_write
 
-BITS = (2, 3, 4, 5, 6, 8, 16)  # those of kvpress_moe.codes, which cannot be imported without torch
 Ratio = Annotated[
     float, typer.Option(help="Share of the KV pairs to remove, in [0, 1). With --precision: share of the bytes.")
 ]
@@ -103,28 +101,6 @@ def check_settings(ratio: float, budget: str | None, router: str | None, max_new
             "None takes the routers that ship for the model, else untrained ones.",
         )
     check_number("max_new_tokens", max_new_tokens, 1, remedy="The default is 32.")
-
-
-def parse_precision(text: str | None) -> str | list[tuple[int, int]] | None:
-    """
-    ``"k8v4,k4v2"`` -> ``[(8, 4), (4, 2)]``. ``"mixed"`` and ``None`` stay as they are.
-
-    Raises
-    ------
-    SettingError
-    """
-    if text is None or text == "mixed":
-        return text
-    found = [re.fullmatch(r"k(\d+)v(\d+)", name.strip(), re.IGNORECASE) for name in text.split(",")]
-    menu = [(int(match[1]), int(match[2])) for match in found if match is not None]
-    if len(menu) < len(found) or not all(bits in BITS for pair in menu for bits in pair) or len(set(menu)) < len(menu):
-        raise SettingError(
-            "precision",
-            text,
-            f"mixed, or names such as k8v4, separated by commas, with bits of {', '.join(map(str, BITS))}",
-            "For example --precision mixed.",
-        )
-    return menu
 
 
 def check_number(field: str, value: float | None, low: float, high: float = math.inf, remedy: str = "") -> None:

@@ -64,18 +64,11 @@ def make_press(settings: Mapping[str, Any]) -> RecordingPress:
         If a setting is wrong, or if the ratio is 0: then no pair is scored.
     """
     press = RecordingPress(**settings)
-    if press.precision is not None:
-        raise SettingError(
-            "precision",
-            press.precision,
-            "None: the page's slider is a share of the pairs",
-            "kvpress-moe ask --precision mixed shows which strategies the pairs get.",
-        )
     if not press.compression_ratio:
         raise SettingError(
             "ratio",
             press.compression_ratio,
-            "a number in (0, 1), the share of pairs to remove",
+            "a number in (0, 1), the share of pairs (with a precision: of bytes) to remove",
             "At 0 no pair is scored. The slider of the page goes down to 0.",
         )
     return press

@@ -8,7 +8,15 @@ import json
 from importlib.resources import files
 from typing import Any
 
-PROGRAM = ("unpack.js", "budget.js", "view.js", "text.js", "panels.js", "main.js")  # each file uses the ones before it
+PROGRAM = (
+    "unpack.js",
+    "budget.js",
+    "view.js",
+    "bytes.js",
+    "text.js",
+    "panels.js",
+    "main.js",
+)  # each file uses the ones before it
 STYLE = ("colours.css", "page.css")
 
 

@@ -9,9 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kvpress_moe.explore.recording_press import LayerRecord
+from kvpress_moe.cache.tier import TABLE_BYTES
+from kvpress_moe.explore.recording_press import LayerRecord, Strategies
+from kvpress_moe.press.packing import N_SINK, SINKS_SHARE
 
-FORMAT = 1
+FORMAT = 2
 
 
 def arrays(records: Mapping[int, LayerRecord]) -> dict[str, Any]:
@@ -44,6 +46,47 @@ def arrays(records: Mapping[int, LayerRecord]) -> dict[str, Any]:
         "move_scale": scale.tolist(),
         "mass": packed(mass.to(torch.bfloat16).view(torch.int16)),
     }
+
+
+def strategies(records: Mapping[int, LayerRecord]) -> dict[str, Any] | None:
+    """
+    Which strategy the pairs get, for every budget. None if the press has no precision.
+
+    Returns
+    -------
+    dict or None
+        - ``menu``: names of the M precisions, such as ``K8V4``, in the order of their bytes;
+        - ``nbytes`` (M): bytes of a pair; ``pair_bytes``: as the model wrote it;
+        - ``table_bytes``: bytes of a head that are no pairs; ``n_whole``, ``whole_share``: see
+          :meth:`kvpress_moe.press.packing.Menu.whole`; 0 if the menu has no whole pairs;
+        - ``prices`` (M, L, H, S), uint16, little-endian in base64: logarithm of the switch prices in equal steps.
+          65535: at every price; 0: at no price.
+    """
+    found = [record.strategies for record in records.values()]
+    if not all(found):
+        return None
+    menu = cast(Strategies, found[0]).menu
+    prices = torch.stack([cast(Strategies, one).prices for one in found], dim=1)
+    return {
+        "menu": [str(precision) for precision in menu.precisions],
+        "nbytes": menu.nbytes[1:].tolist(),
+        "pair_bytes": menu.pair_bytes,
+        "table_bytes": TABLE_BYTES * len(menu.precisions),
+        "n_whole": N_SINK if menu.has_whole else 0,
+        "whole_share": SINKS_SHARE,
+        "prices": packed(as_steps(prices).to(torch.uint16)),
+    }
+
+
+def as_steps(prices: Tensor) -> Tensor:
+    """Positive prices as whole numbers from 1 to 65534, evenly spaced by their logarithm. Infinity becomes 65535."""
+    usual = prices[(prices > 0) & prices.isfinite()].log()
+    if not usual.numel():
+        return torch.where(prices == torch.inf, 65535, 0)
+    low, high = usual.min(), usual.max()
+    steps = 1 + ((prices.clamp(min=1e-38).log() - low) / (high - low).clamp(min=1e-6) * 65533).round()
+    steps = steps.clamp(1, 65534).masked_fill(prices <= 0, 0)
+    return steps.masked_fill(prices == torch.inf, 65535)
 
 
 def as_levels(weights: Tensor) -> Tensor:
@@ -92,5 +135,6 @@ def payload(
         "bound_to_ratio": list(bound_to_ratio),
         "about": dict(about),
         "answers": [dict(answer) for answer in answers],
+        "strategies": strategies(records),
         **arrays(records),
     }

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from kvpress_moe.budget.cross_layer import Observation
+from kvpress_moe.budget.switch_prices import switch_prices
 from kvpress_moe.experts.expert import Expert
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.experts.mixing import rank_within_head
 from kvpress_moe.press.moe_router_press import MoERouterPress
+from kvpress_moe.press.packing import Menu, PackedPart
 from kvpress_moe.routers import Routing
 
 
@@ -35,6 +37,8 @@ class LayerRecord:
         Attention that the prompt's last queries pay to each pair, as in the hit rates.
     kept : Tensor, shape (H, S), bool
         The pairs that stayed.
+    strategies : Strategies or None
+        With a precision: which strategy each pair got, and which it would get with other budgets.
     """
 
     weights: Tensor
@@ -42,6 +46,26 @@ class LayerRecord:
     moves: Tensor
     mass: Tensor | None = None
     kept: Tensor | None = None
+    strategies: Strategies | None = None
+
+
+@dataclass
+class Strategies:
+    """
+    The strategies of one layer's pairs.
+
+    Attributes
+    ----------
+    menu : Menu
+    chosen : Tensor, shape (H, S), uint8
+        0: evicted; m: stored with the m-th precision of the menu.
+    prices : Tensor, shape (M, H, S), float32
+        See :func:`kvpress_moe.budget.switch_prices.switch_prices`; M precisions.
+    """
+
+    menu: Menu
+    chosen: Tensor
+    prices: Tensor
 
 
 class RememberingExpert(Expert):
@@ -115,3 +139,8 @@ class RecordingPress(MoERouterPress):
         super().record(layer_idx, observation, kept)
         self.records[layer_idx].mass = observation.mass[0].float().cpu()
         self.records[layer_idx].kept = kept[0].cpu()
+
+    def record_strategies(self, layer_idx: int, menu: Menu, part: PackedPart) -> None:
+        super().record_strategies(layer_idx, menu, part)
+        prices = switch_prices(part.costs[:, 0], menu.nbytes.to(part.costs.device)).cpu()
+        self.records[layer_idx].strategies = Strategies(menu, part.strategies[0].cpu(), prices)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from kvpress_moe.codes.precision_names import parse_precision
 from kvpress_moe.errors import BusyError, SettingError
 from kvpress_moe.experts.kvpress_scorers import KVPRESS_EXPERTS
 from kvpress_moe.experts.registry import EXPERT_SETS, NAMED_EXPERTS, parse_experts
@@ -49,7 +50,8 @@ def make_app(runner: JobRunner, defaults: Mapping[str, Any]) -> Starlette:
     ----------
     runner : JobRunner
     defaults : mapping
-        What the form shows at first: ``text``, ``question``, ``ratio``, ``experts``, ``budget``, ``router``.
+        What the form shows at first: ``text``, ``question``, ``ratio``, ``experts``, ``budget``, ``router``,
+        ``precision``.
     """
     form, form_policy = form_page(runner, defaults)
 
@@ -125,9 +127,12 @@ def parse(body: bytes | bytearray) -> tuple[str, list[str], list[dict[str, Any]]
                 "experts": parse_experts(str(setting["experts"]).strip() or None),
                 "budget": str(setting["budget"]) or None,
                 "router": str(setting["router"]).strip() or None,
+                "precision": parse_precision(str(setting["precision"]).strip() or None),
             }
             for setting in settings
         ]
+    except SettingError:
+        raise
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise SettingError(
             "request", f"{type(error).__name__}: {error}", "text, question and settings as JSON", "Use the form."

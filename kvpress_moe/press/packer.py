@@ -13,7 +13,7 @@ from kvpress_moe.codes.precision import WHOLE, Precision, menu_of
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.press.exclusive_use import is_in_use
 from kvpress_moe.press.feedback import Feedback
-from kvpress_moe.press.packing import Menu, cost_of_strategies, key_basis, pack_shared, positions_of
+from kvpress_moe.press.packing import Menu, PackedPart, cost_of_strategies, key_basis, pack_shared, positions_of
 from kvpress_moe.press.session import Session
 from kvpress_moe.routers import Routers
 
@@ -45,6 +45,10 @@ class Packer:
     def _keeps_everything(self) -> bool:
         """Whether no pair has to change: the whole cache fits into the budget, as the model wrote it."""
         return self.compression_ratio == 0 and (self.precision is None or Precision(WHOLE, WHOLE) in self.menu)
+
+    def record_strategies(self, layer_idx: int, menu: Menu, part: PackedPart) -> None:
+        """Note which strategies the pairs of a layer got."""
+        self._feedback.stats.add_strategies(layer_idx, menu.precisions, menu.nbytes, part.strategies, part.costs)
 
     def _pack(
         self,
@@ -84,7 +88,5 @@ class Packer:
         ):
             for part in parts:
                 self.record(layer_idx, part.observation, part.strategies > 0)
-                self._feedback.stats.add_strategies(
-                    layer_idx, menu.precisions, menu.nbytes, part.strategies, part.costs
-                )
+                self.record_strategies(layer_idx, menu, part)
         return call.keys, call.values  # kvpress's hook stores them in the old layer object, which is no longer in use

@@ -27,7 +27,7 @@ from kvpress_moe.press.input_checks import check_can_turn_ragged, check_still_th
 from kvpress_moe.routers import Routers
 
 N_SINK = 4  # first tokens, whose pairs stay as the model wrote them; nearly every query attends to them
-_SINKS_SHARE = 0.25  # of a head's bytes that they may take
+SINKS_SHARE = 0.25  # of a head's bytes that they may take
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,12 @@ class Menu:
 
     def whole(self, budget: int) -> int:
         """Number of first tokens whose pairs stay as the model wrote them, with ``budget`` bytes for a head."""
-        allowed = self.precisions[-1] == Precision(WHOLE, WHOLE)
-        return N_SINK if allowed and N_SINK * self.pair_bytes <= _SINKS_SHARE * budget else 0
+        return N_SINK if self.has_whole and N_SINK * self.pair_bytes <= SINKS_SHARE * budget else 0
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether pairs may stay as the model wrote them."""
+        return self.precisions[-1] == Precision(WHOLE, WHOLE)
 
 
 def key_basis(call: LayerCall, layer_idx: int, routers: Routers | None, positions: Tensor) -> KeyBasis | None:

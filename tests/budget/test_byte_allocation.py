@@ -7,6 +7,7 @@ import torch
 
 from kvpress_moe.budget.byte_allocation import allocate_bytes
 from kvpress_moe.budget.shared_bytes import SharedBytes, decide_strategies, strategy_costs
+from kvpress_moe.budget.switch_prices import switch_prices
 
 NBYTES = torch.tensor([0, 40, 56, 88, 136, 256])
 
@@ -108,3 +109,17 @@ def test_the_budget_holds_where_rounding_makes_a_lower_price_take_fewer_bytes():
         budget = torch.randint(0, 60 * 256, (1000,), generator=generator)
         chosen = allocate_bytes(weights * losses, NBYTES, budget)
         assert (NBYTES[chosen.long()].sum(1) <= budget).all()
+
+
+def test_switch_prices_tell_the_strategy_at_every_price():
+    costs = torch.rand(6, 400).sort(0, descending=True).values ** 3
+    costs[0, :5] = torch.inf  # these are never evicted
+    costs[:-1, 5:8] = torch.inf  # these get the last strategy
+    costs[2, 8:20] = costs[1, 8:20]  # a dearer strategy that gains nothing
+    nbytes = torch.tensor([0, 3, 10, 12, 30, 31])
+    prices = switch_prices(costs, nbytes)
+    assert bool((prices[1:] <= prices[:-1]).all())
+    assert bool((prices[0, :8] == torch.inf).all() & (prices[:, 5:8] == torch.inf).all())
+    for price in (1e-4, 1e-3, 0.01, 0.05, 0.2):
+        total = costs + price * nbytes[:, None].float()
+        assert torch.equal((prices >= price).sum(0), total.argmin(0))

@@ -4,8 +4,6 @@ The Triton kernel of packed layers, against attention over the decoded pairs, an
 Without a GPU it runs in Triton's interpreter, as in test_triton_backend.py.
 """
 
-# ruff: noqa: E402
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -52,12 +50,8 @@ def made(menu, head_dim, n_new, q_len, dtype, with_basis, n_tokens=70):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_basis", [True, False], ids=["transformed", "rotated"])
-@pytest.mark.parametrize(
-    ("head_dim", "n_new", "q_len", "cap"), [(64, 1, 1, None), (80, 20, 3, 1.5), (40, 7, 7, None)]
-)
-def test_the_kernel_attends_to_what_the_codes_decode_to(
-    small_tiles, with_basis, head_dim, n_new, q_len, cap, dtype
-):
+@pytest.mark.parametrize(("head_dim", "n_new", "q_len", "cap"), [(64, 1, 1, None), (80, 20, 3, 1.5), (40, 7, 7, None)])
+def test_the_kernel_attends_to_what_the_codes_decode_to(small_tiles, with_basis, head_dim, n_new, q_len, cap, dtype):
     menu = MIXED_TRANSFORMED if with_basis else MIXED
     query, layer = made(menu, head_dim, n_new, q_len, dtype, with_basis)
     with torch.no_grad():

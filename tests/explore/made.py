@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.budget.shared_bytes import strategy_costs
+from kvpress_moe.budget.switch_prices import switch_prices
+from kvpress_moe.codes.precision import MIXED
 from kvpress_moe.explore import PrefilledText, prefill_text
 from kvpress_moe.explore.payload import payload
-from kvpress_moe.explore.recording_press import LayerRecord
+from kvpress_moe.explore.recording_press import LayerRecord, Strategies
+from kvpress_moe.press.packing import Menu
 from kvpress_moe.routers import RouterConfig, Routers
 
 TEXT = "The crane lifts twelve tons. A cutter went aground in the fog.\n" * 6
@@ -35,8 +39,17 @@ def calibrated_routers(model: PreTrainedModel, top_k: int = 3) -> Routers:
     return routers
 
 
-def synthetic(n_layers: int, n_heads: int, n_tokens: int, n_experts: int = 5) -> dict:
-    """A page's data of any size, drawn at random."""
+def drawn_strategies(log_weights: torch.Tensor) -> Strategies:
+    """Strategies of pairs whose losses fall by a factor of 4 with every bit."""
+    menu = Menu.of(MIXED, 64, 2, None)
+    losses = torch.tensor([4.0 ** -(p.key_bits + p.value_bits) for p in menu.precisions]).clamp(min=1e-9)
+    costs = strategy_costs(log_weights, losses[:, None, None].expand(-1, *log_weights.shape))
+    prices = switch_prices(costs, menu.nbytes)
+    return Strategies(menu, torch.zeros(log_weights.shape, dtype=torch.uint8), prices)
+
+
+def synthetic(n_layers: int, n_heads: int, n_tokens: int, n_experts: int = 5, precise: bool = False) -> dict:
+    """A page's data of any size, drawn at random; with ``precise`` also the strategies of pairs."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -48,6 +61,7 @@ def synthetic(n_layers: int, n_heads: int, n_tokens: int, n_experts: int = 5) ->
             scores=draw(n_heads, n_tokens) + layer / 10,
             moves=draw(n_heads, n_experts, n_tokens),
             mass=draw(n_heads, n_tokens).exp(),
+            strategies=drawn_strategies(draw(n_heads, n_tokens) + layer / 10) if precise else None,
         )
         for layer in range(n_layers)
     }

@@ -50,6 +50,7 @@ def test_wrong_use_is_refused_before_any_work(tmp_path, monkeypatch):
         ([*out, "--ratio", "0"], "ratio: got 0.0"),
         ([*out, "--ratio", "1"], "compression_ratio: got 1.0"),
         ([*out, "--budget", "heads"], "budget: got"),
+        ([*out, "--precision", "few"], "precision: got"),
         ([*out, "--experts", "nobody"], "experts: got"),
     ):
         assert re.match(text, str(explore(*arguments).exception))

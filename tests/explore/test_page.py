@@ -116,6 +116,70 @@ def test_after_moving_the_slider_the_page_shows_what_a_press_with_that_ratio_kee
             assert (tab.text("#removed"), tab.text("#total")) == (f"{100 * ratio:.0f} %", total)
 
 
+#: The strategy of each pair, shape (U, S).
+CHOSEN = """({ view } = explorer) => Array.from({ length: view.record.U }, (_, u) =>
+    Array.from(view.chosen.subarray(u * view.record.S, (u + 1) * view.record.S)))"""
+
+
+@pytest.mark.parametrize("router", ["untrained", "calibrated"])
+def test_with_a_precision_the_slider_is_a_share_of_bytes_and_shows_the_strategies_of_a_press(
+    opened, llama, read_text, router
+):
+    """Prices are rounded for the page. So a few pairs of nearly the same price may change places."""
+
+    def press(ratio, scope):
+        trained = {"router": calibrated_routers(llama, 2), "experts": ["learned", "knorm", "tova"]}
+        settings = {"compression_ratio": ratio, "budget": scope, "precision": "mixed"}
+        return make_press(settings | (trained if router == "calibrated" else {}))
+
+    tab = opened(explore(read_text, press(0.5, "uniform"), still))
+    assert tab.text("#of-what") == "bytes removed"
+    whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in read_text.prefill.cache.layers)
+    for scope in SCOPES:
+        tab.page.select_option("#scope", scope)
+        for ratio in (0.25, 0.75, 0.9, 0.97):
+            tab.page.evaluate(SLIDE, [ratio])
+            expected = press(ratio, scope)
+            cache = read_text.prefill.compress(expected)
+            wanted = torch.cat([record.strategies.chosen for record in expected.records.values()]).long()
+            chosen = torch.tensor(tab.page.evaluate(f"({CHOSEN})()"))
+            assert (chosen != wanted).float().mean() < 0.01, (scope, ratio)
+            n_bytes = int(tab.text("#bytes").split(" of ")[0].replace(",", ""))
+            assert n_bytes <= whole * (1 - ratio)
+            step = 2 * 8 * 4 * (len(chosen) if scope == "uniform" else 2)  # of pairs, in each group
+            assert abs(n_bytes - sum(layer.nbytes for layer in cache.layers)) <= step + 4 * 7 * len(chosen)
+
+
+def test_colours_and_details_are_those_of_the_precision(opened, llama, read_text):
+    press = make_press({"compression_ratio": 0.8, "budget": "uniform", "precision": "mixed"})
+    tab = opened(explore(read_text, press, still))
+    record, menu = press.records[1], press.records[1].strategies.menu
+    tab.page.select_option("#layer", "1")
+    tab.page.select_option("#head", "0")
+    chosen = record.strategies.chosen[0]
+    classes = tab.page.evaluate("[...document.querySelectorAll('.chunk span')].map((span) => span.className)")
+    for strategy, name in zip(chosen.tolist(), classes, strict=True):
+        assert re.match(f"k8 e{strategy - 1}" if strategy else "k0", name)
+    names = [str(precision) for precision in menu.precisions]
+    shown = [text.split(" ")[0] for text in tab.page.locator("#legend li:visible").all_inner_texts()]
+    assert shown == names
+    for position in (0, int((chosen == 0).nonzero()[0])):
+        tab.page.locator(".chunk span").nth(position).click()
+        expected = names[chosen[position] - 1] if chosen[position] else "evicted"
+        assert re.search(rf"precision\s+{expected}", tab.text("#details"))
+    tab.page.select_option("#head", "-1")
+    assert re.search(r"precision\s+\w+ in \d", tab.text("#details"))
+    tab.page.select_option("#colouring", "weight")
+    assert tab.page.locator("#legend li:visible").count() == len(press.expert_strategies)
+
+
+def test_without_a_precision_the_page_speaks_of_pairs(opened):
+    tab = opened(synthetic(1, 2, 50))
+    assert tab.text("#of-what") == "pairs removed"
+    assert tab.page.locator(".precision:visible").count() == 0
+    assert tab.page.locator("#colouring option[value=strategy]").count() == 0
+
+
 def percents(tab, table):
     return [[float(cell) for cell in row] for row in tab.table(table)]
 
@@ -295,8 +359,9 @@ CONTRASTS = """() => {
 }"""
 
 
-def test_8k_tokens_of_30_layers_paint_within_two_seconds_and_follow_the_slider_within_100_ms(opened):
-    tab = opened(synthetic(30, 3, 8192))
+@pytest.mark.parametrize("precise", [False, True], ids=["pairs", "bytes"])
+def test_8k_tokens_of_30_layers_paint_within_two_seconds_and_follow_the_slider_within_100_ms(opened, precise):
+    tab = opened(synthetic(30, 3, 8192, precise=precise))
     tab.page.evaluate(DRAWN)
     entry = "(name) => performance.getEntriesByName(name)[0].startTime"
     painted = [tab.page.evaluate(entry, name) for name in ("first-contentful-paint", "explorer-drawn")]

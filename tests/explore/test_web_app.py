@@ -20,7 +20,7 @@ from tests.explore.test_command import explore
 
 ADDRESS = "http://127.0.0.1:8720"
 DEFAULTS = {"text": TEXT, "question": "</script>", "ratio": 0.5, "experts": None, "budget": None, "router": None}
-SETTING = {"ratio": "0.5", "experts": "", "budget": "", "router": ""}
+SETTING = {"ratio": "0.5", "experts": "", "budget": "", "router": "", "precision": ""}
 
 
 class Patient(JobRunner):
@@ -117,6 +117,7 @@ def test_an_unforeseen_failure_is_told_and_frees_the_model(client, runner, monke
         ({"ratio": "0"}, TEXT, "ratio: got 0.0"),
         ({"ratio": "much"}, TEXT, "request: got"),
         ({"budget": "heads"}, TEXT, "budget: got"),
+        ({"precision": "few"}, TEXT, "precision: got 'few'"),
     ],
 )
 def test_wrong_input_is_refused_with_the_reason(client, runner, changes, text, error):

@@ -1,12 +1,14 @@
 // Puts the parts together, and redraws what changes with a choice.
 
 const record = unpack(JSON.parse(find("payload").textContent));
-const view = new View(record);
+const view = record.strategies ? new ByteView(record) : new View(record);
+const precise = Boolean(record.strategies);
 const controls = { ratio: find("ratio"), scope: find("scope"), layer: find("layer"), head: find("head"), colouring: find("colouring") };
 const SAYS = {
   weight: "Colour and underline: the expert with the largest weight",
   lift: "Colour and underline: the expert whose weight is most above its own average in the layer",
   move: "Colour and underline: the expert that moved the score furthest from the head's mean, up or down",
+  strategy: "Colour and underline: the precision that most of the chosen heads store the pair with. K4V2: 4 bits for keys and 2 for values",
 };
 
 function options(select, texts) {
@@ -24,10 +26,16 @@ asAnswered();
 
 const facts = { model: record.about.model, tokens: grouped(record.S), layers: record.about.layers, "heads of a layer": record.H,
   routers: record.about.routers, experts: record.about.experts, "a head keeps at least": `${percent(record.budget.min_share)} of the mean` };
+document.querySelectorAll(".precision").forEach((element) => { element.hidden = !precise; });
+if (precise) controls.colouring.value = "strategy";
+else controls.colouring.querySelector("[value=strategy]").remove();
+find("of-what").textContent = precise ? "bytes removed" : "pairs removed";
+
 find("about").append(...Object.entries(facts).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]));
 
-const legend = record.experts.map((name, e) => make("li", {}, make("span", { className: `swatch k8 e${e % 8}` }, name), make("small", {})));
-find("legend").append(...legend);
+const entry = (name, e) => make("li", {}, make("span", { className: `swatch k8 e${e % 8}` }, name), make("small", {}));
+const legend = record.experts.map(entry), menu = precise ? record.strategies.menu.map(entry) : [];
+find("legend").append(...legend, ...menu);
 answers(find("answers"), record);
 find("bound").textContent = `Judged at ${exact(record.budget.ratio)} removed: at another ratio, ${record.bound_to_ratio.join(" and ")} would give the pairs other scores than shown.`;
 
@@ -43,7 +51,7 @@ const rows = record.layers;
 const means = view.usage(), most = Math.max(...means.flat());
 const usage = new HeatMap(find("usage"), "Mean weight of each expert, %", record.experts, ["all", ...rows], (row) => pickLayer(row - 1, -1), most);
 const hits = new HeatMap(find("hits"), "Hit rate of each expert, %", record.experts, ["all", ...rows], (row) => pickLayer(row - 1, -1));
-const shares = new HeatMap(find("shares"), "Pairs that each head keeps, %", Array.from({ length: record.H }, (_, h) => `head ${h}`), rows, pickLayer);
+const shares = new HeatMap(find("shares"), precise ? "Bytes of each head, % of its full cache" : "Pairs that each head keeps, %", Array.from({ length: record.H }, (_, h) => `head ${h}`), rows, pickLayer);
 usage.set(0, record.experts.map((_, e) => means.reduce((sum, row) => sum + row[e], 0) / record.L));
 means.forEach((row, l) => usage.set(l + 1, row));
 find("same-hits").hidden = !view.everybody;
@@ -66,13 +74,20 @@ function redraw(choice) {
   places.set(keepers, n);
   const kept = view.units.reduce((sum, u) => sum + view.counts[u], 0), all = view.counts.reduce((sum, count) => sum + count, 0);
   find("removed").textContent = exact(view.ratio);
-  controls.ratio.setAttribute("aria-valuetext", `${exact(view.ratio)} removed`);
+  controls.ratio.setAttribute("aria-valuetext", `${exact(view.ratio)} of the ${precise ? "bytes" : "pairs"} removed`);
+  if (precise) {
+    const bytes = view.bytes.reduce((sum, one) => sum + one, 0), full = U * S * record.strategies.pair_bytes;
+    find("bytes").textContent = `${grouped(bytes)} of ${grouped(full)}, ${percent(bytes / full, 1)}`;
+    const [, ...found] = view.strategyShares();
+    menu.forEach((item, m) => { item.lastChild.textContent = ` ${percent(found[m])}`; });
+  }
   find("kept").textContent = `${grouped(kept)} of ${grouped(n * S)} pairs`;
   find("kept-share").textContent = percent(kept / (n * S), 1);
   find("total").textContent = `${grouped(all)} of ${grouped(U * S)} pairs`;
   find("hit").textContent = percent(view.hitRates(view.layers).all, 1);
   for (let l = 0; l < L; l++) {
-    shares.set(l, Array.from(view.counts.subarray(l * H, (l + 1) * H), (count) => count / S));
+    const [of, whole] = precise ? [view.bytes, S * record.strategies.pair_bytes] : [view.counts, S];
+    shares.set(l, Array.from(of.subarray(l * H, (l + 1) * H), (amount) => amount / whole));
     hits.set(l + 1, view.hitRates([l]).experts);
   }
   hits.set(0, view.hitRates([...Array(L).keys()]).experts);
@@ -80,9 +95,14 @@ function redraw(choice) {
     [usage, hits].forEach((map) => map.mark((view.layer ?? -1) + 1));
     shares.mark(view.layer ?? -1);
     find("says").textContent = SAYS[view.colouring];
-    const votes = Array(record.E).fill(0);
-    for (const judge of view.judges) votes[judge]++;
-    legend.forEach((item, e) => { item.lastChild.textContent = ` ${percent(votes[e] / S)}`; });
+    const byPrecision = view.colouring === "strategy";
+    legend.forEach((item) => { item.hidden = byPrecision; });
+    menu.forEach((item) => { item.hidden = !byPrecision; });
+    if (!byPrecision) {
+      const votes = Array(record.E).fill(0);
+      for (const judge of view.judges) votes[judge]++;
+      legend.forEach((item, e) => { item.lastChild.textContent = ` ${percent(votes[e] / S)}`; });
+    }
   }
   const moved = view.ratio !== record.budget.ratio || view.scope !== record.budget.scope;
   find("moved").hidden = !moved;

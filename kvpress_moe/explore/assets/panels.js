@@ -87,15 +87,15 @@ class Places {
 
 // Everything about one token, for the chosen layers and heads.
 function details(host, view, position) {
-  const { record } = view, { H } = record;
+  const { record } = view, { H } = record, byPrecision = view.colouring === "strategy";
   const weights = view.weightsAt(position), moves = view.movesAt(position), judge = view.judges[position];
   const kept = view.keepersAt(position), reach = Math.max(...moves.map(Math.abs), 1e-9);
   const rows = record.experts.map((name, e) => {
     const weight = make("b", {}), move = make("b", { className: moves[e] < 0 ? "down" : "up" });
     weight.style.width = `${100 * weights[e]}%`;
     move.style.width = `${(50 * Math.abs(moves[e])) / reach}%`;
-    return make("tr", { className: e === judge ? "judge" : "" },
-      make("th", { scope: "row" }, make("span", { className: `swatch k8 e${e % 8}` }, name)),
+    return make("tr", { className: !byPrecision && e === judge ? "judge" : "" },
+      make("th", { scope: "row" }, make("span", { className: byPrecision ? "" : `swatch k8 e${e % 8}` }, name)),
       make("td", { className: "number" }, percent(weights[e], 1)), make("td", { className: "bar" }, weight),
       make("td", { className: "number" }, `${moves[e] < 0 ? "" : "+"}${signed(moves[e])}`),
       make("td", { className: "bar middle" }, move));
@@ -110,6 +110,7 @@ function details(host, view, position) {
     [several ? "mean place" : "place", `${view.placeAt(position).toFixed(several ? 1 : 0)} of ${record.S}`],
   ];
   if (view.layer !== null && view.head !== null) facts.splice(2, 0, ["in the layer", `${perLayer[view.layer]} of ${H} heads`]);
+  if (record.strategies) facts.splice(2, 0, ["precision", precisions(view, position)]);
   const strip = make("div", { className: "strip" }, ...perLayer.map((n, l) => {
     const cell = make("i", { title: `layer ${record.layers[l]}: ${n} of ${H} heads keep it` });
     cell.style.setProperty("--v", n / H);
@@ -118,7 +119,7 @@ function details(host, view, position) {
   }));
   strip.setAttribute("role", "img");
   strip.setAttribute("aria-label", `Heads that keep it, layer by layer: ${perLayer.join(", ")}`);
-  find("spoken").textContent = `${record.tokens[position]}, position ${position}, kept by ${facts[1][1]}; ${record.experts[judge]} ${percent(weights[judge])}`;
+  find("spoken").textContent = `${record.tokens[position]}, position ${position}, kept by ${facts[1][1]}; ${byPrecision ? precisions(view, position) : `${record.experts[judge]} ${percent(weights[judge])}`}`;
   host.replaceChildren(
     make("p", { className: "token" }, make("span", { className: `k8 e${judge % 8}` }, JSON.stringify(record.tokens[position]).slice(1, -1))),
     make("dl", {}, ...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])),
@@ -127,6 +128,13 @@ function details(host, view, position) {
         make("th", { scope: "col", colSpan: 2 }, "weight"), make("th", { scope: "col", colSpan: 2 }, "moved the score by"))),
       make("tbody", {}, ...rows)),
     make("p", { className: "label" }, "kept in the layers, first to last"), strip);
+}
+
+// "K4V4" for one head; "K4V4 in 12 heads, K2V2 in 3" for several.
+function precisions(view, position) {
+  const { menu } = view.record.strategies, counts = view.strategiesAt(position).map((n, m) => [n, m ? menu[m - 1] : "evicted"]);
+  const found = counts.filter(([n]) => n).sort((a, b) => b[0] - a[0]);
+  return view.units.length > 1 ? found.map(([n, name]) => `${name} in ${n}`).join(", ") : found[0][1];
 }
 
 function answers(host, record) {
@@ -138,7 +146,7 @@ function answers(host, record) {
       make("p", { dir: "auto" }, ...pieces.map(([text, shared]) => (shared ? text : make("mark", {}, text)))));
     host.append(make("article", {}, make("h3", { dir: "auto" }, question), make("div", { className: "pair" },
       side("full cache", about.full_mib, full),
-      side(`compressed, ${exact(budget.ratio)} removed`, about.compressed_mib, compressed)),
+      side(`compressed, ${exact(budget.ratio)} of the ${record.strategies ? "bytes" : "pairs"} removed`, about.compressed_mib, compressed)),
       make("p", { className: "note" }, same ? "Both answers are the same." : "Underlined: tokens that differ from the other answer.")));
   }
   if (!record.answers.length) host.append(make("p", { className: "note" }, "No question was asked."));

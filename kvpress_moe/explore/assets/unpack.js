@@ -25,6 +25,7 @@ function unpack(data) {
     weights: new Uint16Array(bytesOf(data.weights).buffer), // (L, S, E), in 1/65535
     moves: new Int8Array(bytesOf(data.moves).buffer), // (U, E, S), in 1/127 of the unit's scale
     moveScale: data.move_scale.flat(),
+    strategies: data.strategies && { ...data.strategies, prices: new Uint16Array(bytesOf(data.strategies.prices).buffer) }, // prices: (M, U, S)
     mass: fromBfloat16(new Uint16Array(bytesOf(data.mass).buffer)), // (U, S)
   };
 }

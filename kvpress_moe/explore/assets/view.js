@@ -19,7 +19,7 @@ class View {
     const heads = head === null ? [...Array(H).keys()] : [head];
     this.layers = layers;
     this.units = layers.flatMap((l) => heads.map((h) => l * H + h));
-    this.judges = { weight: () => this.byWeight(false), lift: () => this.byWeight(true), move: () => this.byMove() }[colouring]();
+    this.judges = { weight: () => this.byWeight(false), lift: () => this.byWeight(true), move: () => this.byMove(), strategy: () => null }[colouring]();
   }
 
   evict(ratio, scope) {
