@@ -26,8 +26,12 @@ from fuzz.mutations import (
 from kvpress_moe import MoERouterPress, RouterConfig, Routers, load_cache, load_routers, save_cache, save_routers
 from kvpress_moe.benchmark.records import COLUMNS, Records, read_header
 from kvpress_moe.benchmark.results import load
+from kvpress_moe.cache import PackedLayer
 from kvpress_moe.cache import saved_cache as cache_files
 from kvpress_moe.cache.ragged_layer import RaggedLayer
+from kvpress_moe.codes.key_transform import KeyTransform
+from kvpress_moe.codes.transform_files import FILE as TRANSFORMS
+from kvpress_moe.codes.transform_files import writer
 from kvpress_moe.model.fingerprint import model_fingerprint
 from tests.tiny import prefill, tiny_model, tokens
 
@@ -92,10 +96,17 @@ class RoutersTarget(Target):
             about = model_fingerprint(tiny_model("llama"))
             save_routers(Routers(config, about), self.directory, {"loss": 0.5}, dtype)
             seeds.append(self.read("routers.json", "routers.safetensors"))
+        shapes = (2, 8), (2, 8, 8), (2, 8)  # of two heads
+        writer({idx: KeyTransform(*(torch.randn(s).half() for s in shapes)) for idx in (0, 1)})(
+            self.directory / TRANSFORMS
+        )
+        seeds.append(seeds[0] | self.read(TRANSFORMS))
         return seeds
 
     def mutate(self, choices: Choices, files: Files) -> Files:
         which = choices.below(3)
+        if TRANSFORMS in files and choices.below(2):
+            return files | {TRANSFORMS: mutate_tensors(choices, files[TRANSFORMS])}
         if which != 1:
             files = files | {"routers.json": changed_json(choices, files["routers.json"])}
         if which != 0:
@@ -107,6 +118,8 @@ class RoutersTarget(Target):
         for name, tensor in routers.state_dict().items():
             assert tensor.dtype == torch.float32
             assert tensor.isfinite().all() or name.endswith("hit_rate"), name
+        for transform in (routers.key_transforms or {}).values():
+            assert transform.analysis.isfinite().all()
 
 
 class CachesTarget(Target):
@@ -119,6 +132,7 @@ class CachesTarget(Target):
         for press in (
             MoERouterPress(experts=["knorm"], budget="global"),
             MoERouterPress(experts=["knorm"], budget="uniform"),
+            MoERouterPress(experts=["knorm"], budget="global", precision="mixed"),
             None,
         ):
             cache = prefill(self.model, tokens(12), press)
@@ -141,13 +155,11 @@ class CachesTarget(Target):
         saved = load_cache(self.directory / "book.kv", self.model)
         assert len(saved.cache.layers) == 2
         for layer in saved.cache.layers:
-            pairs = sum(len(keys) for heads in layer.heads() for keys, _ in heads) if ragged(layer) else 1
-            assert pairs == (layer.flat_keys.shape[0] if ragged(layer) else 1)
+            if isinstance(layer, PackedLayer):
+                assert all(keys.isfinite().all() for heads in layer.heads() for keys, _ in heads)
+            elif isinstance(layer, RaggedLayer):
+                assert sum(len(keys) for heads in layer.heads() for keys, _ in heads) == len(layer.flat_keys)
             assert layer.get_seq_length() >= 0
-
-
-def ragged(layer: Any) -> bool:
-    return isinstance(layer, RaggedLayer)
 
 
 def signed(data: bytes) -> bytes:

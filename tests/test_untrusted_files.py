@@ -224,6 +224,19 @@ def test_a_forged_cache_with_the_right_digest_is_refused(targets, change):
     assert try_files(target, forge(target.seeds[0], lambda *_: None)).taken  # the digest itself is no defence
 
 
+def test_a_forged_file_of_an_old_version_is_refused(targets):
+    """Such files do not say how many tokens were read, so the shape tells it."""
+
+    def flat(header, tensors, body):
+        header["layers"][0] = {"kind": "shortened"}
+        for name in ("keys", "values"):
+            shape = tensors[f"0.{name}"]["shape"]
+            tensors[f"0.{name}"]["shape"] = [shape[0] * shape[1] * shape[2] * shape[3]]
+
+    target = targets["caches"]
+    assert not try_files(target, forge(target.seeds[1], flat)).taken
+
+
 def test_a_loaded_cache_does_not_change_with_its_file(targets):
     target = targets["caches"]
     target.put(target.seeds[0])

@@ -25,6 +25,8 @@ def from_transformers(bits: int, backend: str) -> Callable[[Tensor, Tensor], tup
     """
     Keys and values (1, H, S, D) after coding and decoding by transformers' QuantizedCache, with its default axes.
 
+    HQQ fills whole bytes with neighbouring tokens. The last tokens that fill none stay as they are.
+
     Raises
     ------
     SettingError
@@ -42,10 +44,13 @@ def from_transformers(bits: int, backend: str) -> Callable[[Tensor, Tensor], tup
             "methods", f"{backend}_{bits}", f"the package {package}", f"pip install {package}. It says: {error}"
         ) from error
 
+    together = 8 // bits if backend == "hqq" else 1  # otherwise its packing raises an error
+
     def coded(states: Tensor, which: int) -> Tensor:
         layer.keys = states  # HQQ reads device and type from it
-        decoded: Tensor = layer._dequantize(layer._quantize(states.contiguous(), which))
-        return decoded.view_as(states).to(states.dtype)
+        whole, rest = states.split((states.shape[2] // together * together, states.shape[2] % together), dim=2)
+        decoded: Tensor = layer._dequantize(layer._quantize(whole.contiguous(), which))
+        return torch.cat((decoded.view_as(whole).to(states.dtype), rest), dim=2)
 
     return lambda keys, values: (coded(keys, layer.axis_key), coded(values, layer.axis_value))
 

@@ -201,7 +201,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, router: str | Path | No
             )
         for layer_idx, (facts, attention) in enumerate(zip(header["layers"], attentions, strict=True)):
             if facts["kind"] == "shortened":  # files of version 0.1 do not say how many tokens were evicted
-                n_stored = tensors[f"{layer_idx}.keys"].shape[2]
+                _, _, n_stored, _ = tensors[f"{layer_idx}.keys"].shape
                 facts = {"n_read": n_tokens, "n_evicted": max(0, n_tokens - n_stored), **facts}
             per_pair = (config.num_key_value_heads, attention.head_dim)
             if facts["kind"] == "packed":
