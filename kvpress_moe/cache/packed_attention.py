@@ -76,9 +76,13 @@ def _attend(
     heads = torch.arange(first, first + n_heads, device=queries.device) % len(layer.lengths[0])
     logits = torch.full((*queries.shape[:2], longest), -torch.inf, device=queries.device)
     transformed = any(isinstance(tier.keys, TransformCodes) for tier in layer.tiers)
-    means = layer.basis.mean_logits(queries, heads) if layer.basis is not None and transformed else None
+    means = coefficients = None
+    if layer.basis is not None and transformed:
+        means = layer.basis.mean_logits(queries, heads)
+        coefficients = layer.basis.query_coefficients(queries, heads)
+    turned = queries @ rotation(queries.shape[-1], queries.device)
     for tier, at, offset in zip(layer.tiers, starts, offsets, strict=True):
-        asking, constants = _in_basis_of(tier, queries, heads, layer.basis)
+        asking, constants = _in_basis_of(tier, queries, turned, coefficients)
         for start, stop, parts in _blocks(at):
             block = _Block.of(tier.keys, start, stop)
             for head, here, there in parts:
@@ -131,14 +135,17 @@ class _Block:
         return cls(numbers, vectors.scale[start:stop].float(), vectors.zero[start:stop].float())
 
 
-def _in_basis_of(tier: Tier, queries: Tensor, heads: Tensor, basis: KeyBasis | None) -> tuple[Tensor, Tensor]:
-    """Queries (R, Q, D) in the basis of a tier's keys, and the constants (R, Q, 1) that belong to them."""
+def _in_basis_of(tier: Tier, queries: Tensor, turned: Tensor, coefficients: Tensor | None) -> tuple[Tensor, Tensor]:
+    """
+    Queries (R, Q, D) in the basis of a tier's keys, and the constants (R, Q, 1) that belong to them.
+
+    They are given as they are, turned as vector codes are, and as coefficients of transform codes.
+    """
     if isinstance(tier.keys, TransformCodes):
-        assert basis is not None
-        return basis.queries(queries, heads, tier.keys.bits)
+        assert coefficients is not None
+        return KeyBasis.for_codes(coefficients, tier.keys.bits)
     if tier.keys.kind == "whole":
         return queries, queries[..., :1]  # not used
-    turned = queries @ rotation(queries.shape[-1], queries.device)
     return turned, turned.sum(-1, keepdim=True)
 
 

@@ -78,7 +78,7 @@ def _attend(
     asked, planes = queries, 0
     if isinstance(keys, TransformCodes):
         assert basis is not None
-        asked, _ = basis.queries(queries, heads, keys.bits)
+        asked, _ = basis.for_codes(basis.query_coefficients(queries, heads), keys.bits)
         middle, positions, key_scales = middles(head_dim, keys.bits, device), keys.position, keys.gain
         key_layout = bit_layout(keys.groups, device)
         n_positions = basis.n_positions

@@ -107,9 +107,14 @@ class KeyBasis:
         means = self.rotary.turn(self.transform.mean[head], codes.positions(start, stop), self.n_positions)
         return coefficients @ used + means
 
-    def queries(self, queries: Tensor, heads: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    def query_coefficients(self, queries: Tensor, heads: Tensor) -> Tensor:
+        """Queries (R, Q, D) of some heads (R,) in the basis of the coefficients: (R, Q, D), float32."""
+        return queries @ self.transform.synthesis[heads].float().mT
+
+    @staticmethod
+    def for_codes(coefficients: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """
-        What queries (R, Q, D) of some heads (R,) become, so that codes need not be decoded.
+        What the coefficients (R, Q, D) of queries become, so that codes need not be decoded.
 
         A logit is the gain of the key times the sum of two things: the product of the new query with the numbers of the
         code, and a constant of the query. To it comes the part of the mean, see :meth:`mean_logits`.
@@ -119,9 +124,10 @@ class KeyBasis:
         queries : Tensor, shape (R, Q, n)
         constants : Tensor, shape (R, Q, 1)
         """
-        transformed = queries @ self._scaled(bits)[heads].mT
-        middle = middles(queries.shape[-1], bits, queries.device)
-        return transformed, -(transformed @ middle)[..., None]
+        head_dim, device = coefficients.shape[-1], coefficients.device
+        of_bits = steps(head_dim, bits, device)
+        scaled = coefficients[..., : len(of_bits)] * of_bits
+        return scaled, -(scaled @ middles(head_dim, bits, device))[..., None]
 
     def mean_logits(self, queries: Tensor, heads: Tensor) -> Tensor:
         """Products of queries (R, Q, D) with their head's mean at every position: (R, Q, n_positions), float32."""

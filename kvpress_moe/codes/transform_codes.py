@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from kvpress_moe.codes.bit_packing import Groups, pack, packed_size, unpack
+from kvpress_moe.codes.exact import lasting
 from kvpress_moe.errors import NotFiniteError, UnsupportedInputError
 
 TRANSFORM_BITS = (2, 3, 4, 6)
@@ -88,15 +90,20 @@ def profile(head_dim: int, bits: int) -> Groups:
     return tuple((count, number) for count, number in groups if count and number)
 
 
+@cache
 def steps(head_dim: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
     """Step of each coefficient that has bits, float32."""
-    return torch.cat([torch.full((count,), _STEPS[number]) for count, number in profile(head_dim, bits)]).to(device)
+    with lasting():
+        of_groups = [torch.full((count,), _STEPS[number]) for count, number in profile(head_dim, bits)]
+        return torch.cat(of_groups).to(device)
 
 
+@cache
 def middles(head_dim: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
     """The number that stands for 0, for each coefficient that has bits, float32."""
-    groups = profile(head_dim, bits)
-    return torch.cat([torch.full((count,), 2 ** (number - 1) - 0.5) for count, number in groups]).to(device)
+    with lasting():
+        of_groups = [torch.full((count,), 2 ** (number - 1) - 0.5) for count, number in profile(head_dim, bits)]
+        return torch.cat(of_groups).to(device)
 
 
 def position_bytes(n_positions: int) -> int:

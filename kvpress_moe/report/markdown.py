@@ -245,12 +245,12 @@ def tables(results: Results, reference: str) -> list[Table]:
         ),
         versus(results, reference),
         *([quantised(results, reference)] if results.fixed else []),
-        versus_best_of_task(results, reference),
+        *([versus_best_of_task(results, reference)] if any(best_single(results, r) for r in results.ratios) else []),
         skills(results),
         costs(results),
     ]
     for ratio in results.ratios:
-        found.append(per_task(results, "kl", "KL by task", ".3f", ratio))
+        found.append(per_task(results, "kl", "KL by task", ".4f" if results.header.get("by_bytes") else ".3f", ratio))
         found.append(per_task(results, "score", "Score by task", ".2f", ratio))
     return found
 

@@ -130,5 +130,7 @@ def test_a_run_by_bytes_is_reported_by_bytes(llama, chat_tokenizer, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     assert "0.28 of the bytes" in text
     assert "## Quantised caches" in text
+    assert "share of bytes removed" in text
+    assert "pairs evicted" not in text
     assert "nan" not in text.split("## Task score")[0]
     assert json.loads((tmp_path / "run.json").read_text())["by_bytes"] is True

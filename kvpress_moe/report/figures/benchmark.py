@@ -20,7 +20,8 @@ from kvpress_moe.report.figures.style import NORMAL, SMALL, Plot, heat_map, labe
 def draw(results: Results, reference: str, out: Path) -> list[tuple[str, str]]:
     """Draw all plots. Returns their (title, file name)."""
     scores = over_ratio(results, "score", shown(results, reference), by_task=True)
-    title = "Task score over the share of pairs evicted; grey: all other methods"
+    removed = "bytes removed" if results.header.get("by_bytes") else "pairs evicted"
+    title = f"Task score over the share of {removed}; grey: all other methods"
     drawn = [_save(scores, out, "score.png", title), _heat_map(results, out)]
     if results.header.get("by_bytes"):
         title = "KL to the full cache over the share of a 16-bit cache's bytes; both scales are logarithmic"

@@ -11,7 +11,7 @@ from matplotlib.ticker import NullFormatter
 
 from kvpress_moe.benchmark.results import Results, best_of_ours, load, mean_over_tasks, ranked
 from kvpress_moe.errors import SettingError
-from kvpress_moe.report.figures.style import COLOURS, MARKERS, NORMAL, REFERENCE, SMALL, Plot, label
+from kvpress_moe.report.figures.style import COLOURS, MARKERS, NORMAL, REFERENCE, SMALL, Plot, label, spaced
 
 
 def over_bytes(records: Results | str | Path | Sequence[str | Path], methods: Sequence[str] | None = None) -> Figure:
@@ -67,8 +67,8 @@ def over_bytes(records: Results | str | Path | Sequence[str | Path], methods: Se
         axis.annotate(label(method), (share, kl), xytext=(4, 3), textcoords="offset points", fontsize=SMALL)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    ticks = [1 - ratio for ratio in records.ratios]
-    axis.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks], fontsize=SMALL)
+    ticks = sorted(1 - ratio for ratio in records.ratios)
+    axis.set_xticks(ticks, spaced([f"{tick:.4g}" for tick in ticks], np.log(ticks), 0.15), fontsize=SMALL)
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(axis="y", labelsize=SMALL)
     axis.set_xlabel("share of a 16-bit cache's bytes", fontsize=NORMAL)

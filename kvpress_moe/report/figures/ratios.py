@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from kvpress_moe.benchmark.results import Estimate, Results, best_of_ours, best_single, load, mean_over_tasks, ranked
 from kvpress_moe.errors import SettingError
-from kvpress_moe.report.figures.style import COLOURS, MARKERS, NORMAL, OTHERS, REFERENCE, SMALL, Plot, label
+from kvpress_moe.report.figures.style import COLOURS, MARKERS, NORMAL, OTHERS, REFERENCE, SMALL, Plot, label, spaced
 
 #: The metrics that can be drawn, and their labels.
 METRICS = {
@@ -73,7 +73,7 @@ def over_ratio(
         if by_task:
             axis.set_title(label(tasks[0]), fontsize=NORMAL)
     for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest panel of each column
-        axis.set_xlabel("pairs evicted", fontsize=SMALL)
+        axis.set_xlabel("bytes removed" if records.header.get("by_bytes") else "pairs evicted", fontsize=SMALL)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -123,7 +123,8 @@ def _panel(axis: Axes, results: Results, metric: str, named: Sequence[str], task
         axis.set_yscale("log")
     if metric in _SHARES:
         axis.set_ylim(-0.05, 1.05)
-    axis.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios], fontsize=SMALL)
+    apart = (ratios[-1] - ratios[0]) / 8
+    axis.set_xticks(ratios, spaced([f"{ratio:.0%}" for ratio in ratios], ratios, apart), fontsize=SMALL)
     axis.tick_params(axis="y", labelsize=SMALL)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -120,3 +120,13 @@ def line_axis(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axis.tick_params(labelsize=SMALL)
     axis.spines[["top", "right"]].set_visible(False)
     return figure, axis
+
+
+def spaced(labels: Sequence[str], places: Sequence[float], apart: float) -> list[str]:
+    """Labels of ticks in order, empty where one would touch the label before it."""
+    found: list[str] = []
+    last = -np.inf
+    for text, place in zip(labels, places, strict=True):
+        found.append(text if place - last >= apart else "")
+        last = place if found[-1] else last
+    return found
