@@ -32,6 +32,7 @@ from kvpress_moe.cache.packed_triton_kernels import attend_codes
 from kvpress_moe.cache.triton_backend import blocks_for
 from kvpress_moe.cache.triton_kernels import attend_tiles, merge_tiles
 from kvpress_moe.codes.bit_layout import bit_layout
+from kvpress_moe.codes.precision import WHOLE
 from kvpress_moe.codes.transform_codes import profile
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # most that a program gets, by compute capability
@@ -45,7 +46,7 @@ TYPES = {
     "scaling": "fp32",
     "cap": "fp32",
     "mean_logits": "*fp32",
-    "middles": "*fp32",
+    "constants": "*fp32",
     "positions": "*i16",
     **dict.fromkeys(("keys", "values"), "*u8"),
     **dict.fromkeys(("key_scales", "key_zeros", "value_scales", "value_zeros"), "*fp16"),
@@ -69,6 +70,8 @@ def compiled(kernel: Any, dtype: str, constants: dict[str, Any], capability: int
     """Compile a kernel for one kind of GPU. Pointers, strides and tiles are multiples of 16, as in real caches."""
     names = kernel.arg_names
     types = TYPES | dict.fromkeys(TENSORS, f"*{dtype}")
+    if constants.get("KEY_PLANES") == 0:
+        types |= dict.fromkeys(("keys", "values"), f"*{dtype}")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or name in (*STRIDES, "tile_size")]
     source = ASTSource(
@@ -117,16 +120,18 @@ def variants(dtype: str, head_dim: int, kinds: list[str]) -> list[tuple[str, Any
         for transformed, key_bits, value_bits in ("packed" in kinds) * (
             (False, 8, 4),
             (False, 3, 3),
+            (False, 16, 16),
             (True, 2, 2),
             (True, 4, 4),
         ):
-            kind = "transformed" if transformed else "rotated"
+            kind = "transformed" if transformed else "whole" if key_bits == WHOLE else "rotated"
             name = f"{what}, K{key_bits}V{value_bits} {kind}"
             groups = profile(head_dim, key_bits) if transformed else ((head_dim, key_bits),)
+            cpu, whole = torch.device("cpu"), key_bits == WHOLE
             codes = {
                 "CHANNELS": sum(channels for channels, _ in groups),
-                "KEY_PLANES": len(bit_layout(groups, torch.device("cpu"))),
-                "VALUE_PLANES": len(bit_layout(((head_dim, value_bits),), torch.device("cpu"))),
+                "KEY_PLANES": 0 if whole else len(bit_layout(groups, cpu)),
+                "VALUE_PLANES": 0 if whole else len(bit_layout(((head_dim, value_bits),), cpu)),
                 "MEANS": transformed,
                 "BLOCK_C": max(16, triton.next_power_of_2(sum(channels for channels, _ in groups))),
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def from_transformers(bits: int, backend: str) -> Callable[[Tensor, Tensor], tup
     """
     Keys and values (1, H, S, D) after coding and decoding by transformers' QuantizedCache, with its default axes.
 
-    HQQ fills whole bytes with neighbouring tokens. The last tokens that fill none stay as they are.
+    HQQ fills whole bytes with numbers of different groups. The last tokens whose groups fill none stay as they are.
 
     Raises
     ------
@@ -44,10 +45,11 @@ def from_transformers(bits: int, backend: str) -> Callable[[Tensor, Tensor], tup
             "methods", f"{backend}_{bits}", f"the package {package}", f"pip install {package}. It says: {error}"
         ) from error
 
-    together = 8 // bits if backend == "hqq" else 1  # otherwise its packing raises an error
-
     def coded(states: Tensor, which: int) -> Tensor:
         layer.keys = states  # HQQ reads device and type from it
+        together = 8 // bits * GROUP // gcd(GROUP, states.shape[-1]) if backend == "hqq" else 1
+        if states.shape[2] < together:
+            return states
         whole, rest = states.split((states.shape[2] // together * together, states.shape[2] % together), dim=2)
         decoded: Tensor = layer._dequantize(layer._quantize(whole.contiguous(), which))
         return torch.cat((decoded.view_as(whole).to(states.dtype), rest), dim=2)

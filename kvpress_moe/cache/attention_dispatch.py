@@ -33,8 +33,9 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
     Parameters
     ----------
     attention : {"torch", "triton"} or callable
-        ``"torch"``, the default, is plain PyTorch on any device. ``"triton"`` is two kernels for CUDA devices, see
-        :mod:`kvpress_moe.cache.triton_backend`. In float32 and float16 the kernels pass their tests in Triton's
+        ``"torch"``, the default, is plain PyTorch on any device. ``"triton"`` is kernels for CUDA devices, see
+        :mod:`kvpress_moe.cache.triton_backend` and, for packed layers,
+        :mod:`kvpress_moe.cache.packed_triton_backend`. In float32 and float16 the kernels pass their tests in Triton's
         interpreter. In these types and in bfloat16 they compile for compute capabilities 8.0 to 9.0. But they have not
         run on a GPU, so they are not the default. A callable is a function of your own, with the signature of
         :func:`kvpress_moe.cache.torch_backend.torch_attention`. There is no fallback: if the chosen function cannot

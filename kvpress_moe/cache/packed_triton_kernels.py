@@ -23,14 +23,14 @@ def read_numbers(packed, layout, pairs, there, channels, n_channels, n_pairs, PL
     return numbers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "first_row", "end_row", "n_positions"])  # one compiled kernel serves all
 def attend_codes(
     asked,  # (B·H, G·Q, C): scaled queries in the basis of the keys
+    constants,  # (B·H, G·Q), float32: the part of a logit that does not depend on numbers
     mean_logits,  # (B·H, rows, n_positions), float32, of the rows from first_row on; only with MEANS
     keys,  # (key bytes, N), uint8; or (N, D), whole
     key_scales,  # (N,)
     key_zeros,  # (N,); only without MEANS
-    middles,  # (C,), float32; only with MEANS
     positions,  # (N,), int16 (which stands for 0 to 65,535) or int32; only with MEANS
     key_layout,
     values,  # (value bytes, N), uint8; or (N, D), whole
@@ -75,6 +75,7 @@ def attend_codes(
 
     at = (head * n_rows + rows[:, None]) * CHANNELS + channels[None, :]
     query = tl.load(asked + at, mask=in_query & (channels < CHANNELS)[None, :], other=0.0)
+    constant = tl.load(constants + head * n_rows + rows, mask=rows < end_row, other=0.0)
     mean_row = mean_logits + (head * (end_row - first_row) + rows[:, None] - first_row) * n_positions
 
     highest = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
@@ -87,18 +88,17 @@ def attend_codes(
             key_at = pairs[None, :].to(tl.int64) * CHANNELS + channels[:, None]
             key = tl.load(keys + key_at, mask=there[None, :] & (channels < CHANNELS)[:, None], other=0.0)
         else:
-            numbers = read_numbers(
+            key = read_numbers(
                 keys, key_layout, pairs[None, :], there[None, :], channels[:, None], CHANNELS, n_pairs, KEY_PLANES
-            ).to(tl.float32)
+            ).to(query.dtype)
+        logits = tl.dot(query, key, input_precision="ieee")
+        if KEY_PLANES > 0:
             scale = tl.load(key_scales + pairs, mask=there, other=0.0).to(tl.float32)
             if MEANS:
-                middle = tl.load(middles + channels, mask=channels < CHANNELS, other=0.0)
-                key = (numbers - middle[:, None]) * scale[None, :]
+                logits = (logits + constant[:, None]) * scale[None, :]
             else:
                 zero = tl.load(key_zeros + pairs, mask=there, other=0.0).to(tl.float32)
-                key = numbers * scale[None, :] + zero[None, :]
-            key = key.to(query.dtype)
-        logits = tl.dot(query, key, input_precision="ieee")
+                logits = logits * scale[None, :] + constant[:, None] * zero[None, :]
         if MEANS:
             position = tl.load(positions + pairs, mask=there, other=0).to(tl.int32)
             if positions.dtype.element_ty == tl.int16:

@@ -19,7 +19,7 @@ def parse_precision(text: str | None) -> str | list[tuple[int, int]] | None:
     """
     if text is None or text == "mixed":
         return text
-    found = [re.fullmatch(r"k(\d+)v(\d+)", name.strip(), re.IGNORECASE) for name in text.split(",")]
+    found = [re.fullmatch(r"k([0-9]{1,2})v([0-9]{1,2})", name.strip(), re.IGNORECASE) for name in text.split(",")]
     menu = [(int(match[1]), int(match[2])) for match in found if match is not None]
     if (
         len(menu) < len(found)

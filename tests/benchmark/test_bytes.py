@@ -108,13 +108,18 @@ def test_kivi_is_what_its_recipe_says():
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTISED if name.startswith("quanto")])
-def test_quantised_caches_of_transformers_lose_what_their_bits_allow(name):
-    pytest.importorskip("optimum.quanto")
-    states = torch.randn(2, 1, 2, 64, 64)
+@pytest.mark.parametrize("name", [name for name in QUANTISED if not name.startswith("kivi")])
+@pytest.mark.parametrize(("n_heads", "n_tokens", "head_dim"), [(2, 64, 64), (3, 67, 64), (1, 6, 96), (1, 1, 96)])
+def test_quantised_caches_of_transformers_lose_what_their_bits_allow(name, n_heads, n_tokens, head_dim):
+    """HQQ packs numbers of different groups into a byte; tokens that do not fill one stay as they are."""
+    pytest.importorskip("optimum.quanto" if name.startswith("quanto") else "hqq")
+    if name.startswith("quanto") and n_tokens * n_heads * head_dim % 64:
+        pytest.skip("quanto needs whole groups")
+    states = torch.randn(2, 1, n_heads, n_tokens, head_dim)
     keys, values = QUANTISED[name][1]()(*states)
     error = (keys - states[0]).square().mean()
-    assert 0 < error < {"quanto_4": 0.02, "quanto_2": 0.3}[name]
+    assert 0 <= error < {"2": 0.3, "4": 0.02, "8": 1e-4}[name[-1]]
+    assert error > 0 or n_tokens < 64
     assert values.shape == keys.shape
 
 

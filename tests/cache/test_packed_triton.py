@@ -13,7 +13,6 @@ pytest.importorskip("triton")
 import kvpress_moe.cache.packed_triton_backend as packed_triton_module
 from kvpress_moe import UnsupportedInputError, use_ragged_attention
 from kvpress_moe.cache import PackedLayer, triton_backend
-from kvpress_moe.cache.attention_dispatch import PACKED
 from kvpress_moe.cache.packed_triton_backend import packed_triton_attention
 from kvpress_moe.cache.tiling import PackedTiling
 from kvpress_moe.cache.torch_backend import torch_attention
@@ -21,9 +20,10 @@ from kvpress_moe.codes.bit_layout import bit_layout
 from kvpress_moe.codes.bit_packing import PLANES, pack
 from kvpress_moe.codes.precision import MIXED, MIXED_TRANSFORMED, Precision
 from kvpress_moe.codes.transform_codes import TRANSFORM_BITS, profile
+from kvpress_moe.codes.vector_codes import BITS
 from kvpress_moe.model.transformers_api import with_cache
 from tests.cache.test_packed_layer import decoded, press_of
-from tests.cache.test_triton_backend import CLOSE, DEVICE, DTYPES, ON_GPU
+from tests.cache.test_triton_backend import CLOSE, DEVICE, DTYPES
 from tests.codes.test_codes import basis_of, keys_like
 from tests.tiny import prefill, tiny_model, tokens
 
@@ -62,23 +62,36 @@ def test_the_kernel_attends_to_what_the_codes_decode_to(small_tiles, with_basis,
     assert_close(got.float(), wanted, atol=close, rtol=close)
 
 
-def decoded_in_float32(layer):
+def decoded_in_float32(layer, dtype=None):
+    given = layer.new_keys
+    if dtype is not None:  # decode without the rounding of the model's type
+        layer.new_keys = given.to(dtype)
     ragged = decoded(layer)
+    layer.new_keys = given
+    ragged.new_keys = given
     for name in ("flat_keys", "flat_values", "new_keys", "new_values"):
         setattr(ragged, name, getattr(ragged, name).float())
     return ragged
 
 
-@pytest.mark.parametrize("bits", sorted(PLANES))
-def test_every_number_of_bits_is_read_by_the_kernel(small_tiles, bits):
-    """One precision alone; 1 bit is no precision, but a part of transform codes of 3 bits."""
-    with_basis = bits in TRANSFORM_BITS
-    allowed = bits if bits in (2, 3, 4, 5, 6, 8) else 3
-    query, layer = made([Precision(allowed, allowed)], 48, 2, 1, torch.float32, with_basis)
+@pytest.mark.parametrize("with_basis", [True, False], ids=["transformed", "rotated"])
+@pytest.mark.parametrize("bits", BITS)
+def test_every_number_of_bits_is_read_by_the_kernel(small_tiles, bits, with_basis):
+    query, layer = made([Precision(bits, bits)], 48, 2, 1, torch.float32, with_basis)
     with torch.no_grad():
         got = packed_triton_attention(query, layer, 0.2)
         wanted = torch_attention(query, decoded(layer), 0.2)
     assert_close(got, wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_a_key_far_out_does_not_overflow_in_half_precision(small_tiles):
+    """Its coefficient over the step is more than float16 holds; the decoded key is not."""
+    query, layer = made([Precision(6, 4)], 64, 1, 1, torch.float16, True)
+    layer.tiers[0].keys.gain[3] = 2000.0
+    with torch.no_grad():
+        got = packed_triton_attention(query * 1e-3, layer, 0.01)
+        wanted = torch_attention((query * 1e-3).float(), decoded_in_float32(layer, dtype=torch.float32), 0.01)
+    assert_close(got.float(), wanted, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -132,11 +145,17 @@ def test_tiles_of_all_tiers_hold_every_pair_once_and_have_places_of_their_own():
 
 
 @pytest.mark.parametrize("with_basis", [True, False])
-def test_a_model_answers_alike_through_the_kernel(small_tiles, with_basis):
+def test_a_model_answers_alike_through_the_kernel(small_tiles, with_basis, monkeypatch):
     model = tiny_model("llama", head_dim=64).to(DEVICE)
     press = press_of(model, with_basis, experts=["learned", "keydiff", "cur"])
     cache = prefill(model, tokens(90, 2).to(DEVICE), press)
-    logits = []
+    logits, calls = [], []
+
+    def counted(*args):
+        calls.append(args)
+        return packed_triton_attention(*args)
+
+    monkeypatch.setattr("kvpress_moe.cache.packed_triton_backend.packed_triton_attention", counted)
     for attention in ("torch", "triton"):
         before = use_ragged_attention(attention)
         try:
@@ -148,6 +167,7 @@ def test_a_model_answers_alike_through_the_kernel(small_tiles, with_basis):
         finally:
             use_ragged_attention(before)
     assert_close(*logits, atol=1e-4, rtol=1e-4)
+    assert len(calls) == len(cache.layers)
 
 
 def test_what_the_kernel_cannot_serve_is_refused():
@@ -156,5 +176,3 @@ def test_what_the_kernel_cannot_serve_is_refused():
         packed_triton_attention(query.half(), layer, 0.1)
     with pytest.raises(UnsupportedInputError, match="require a gradient"):
         packed_triton_attention(query.requires_grad_(), layer, 0.1)
-    assert ON_GPU or DEVICE == "cpu"
-    assert PACKED or use_ragged_attention("torch")

@@ -453,7 +453,7 @@ def test_help_is_no_error(monkeypatch, capsys):
     assert "Usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", ["best", "k7v4", "k8v4,k8v4", "8,4", ""])
+@pytest.mark.parametrize("wrong", ["best", "k7v4", "k8v4,k8v4", "8,4", "", "k٤v4", f"k{'8' * 5000}v4"])
 def test_a_wrong_precision_is_refused_before_anything_is_loaded(wrong, text_file, tmp_path, nothing_is_loaded):
     for command in (["ask"], ["compress", text_file, "--out", tmp_path / "x.kv"]):
         refused(run(*command, "--precision", wrong), "precision: got .*, expected mixed, or names such as k8v4")

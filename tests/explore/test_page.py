@@ -10,8 +10,10 @@ from kvpress.utils import compute_n_kept
 
 from kvpress_moe.budget.allocation import share
 from kvpress_moe.budget.eviction import best
+from kvpress_moe.budget.shared_bytes import decide_strategies, strategy_costs
 from kvpress_moe.explore import explore, make_press, page
-from tests.explore.made import TEXT, calibrated_routers, reading, still, synthetic
+from kvpress_moe.explore.payload import as_steps
+from tests.explore.made import TEXT, calibrated_routers, drawn_strategies, reading, still, synthetic
 
 pytestmark = pytest.mark.browser
 
@@ -167,10 +169,59 @@ def test_colours_and_details_are_those_of_the_precision(opened, llama, read_text
         tab.page.locator(".chunk span").nth(position).click()
         expected = names[chosen[position] - 1] if chosen[position] else "evicted"
         assert re.search(rf"precision\s+{expected}", tab.text("#details"))
+        shown_as = tab.page.locator("#details .token span").get_attribute("class")
+        assert shown_as.startswith("k8" if chosen[position] else "k0")
     tab.page.select_option("#head", "-1")
-    assert re.search(r"precision\s+\w+ in \d", tab.text("#details"))
+    assert re.search(r"precision\s+\w+ in \d heads?", tab.text("#details"))
     tab.page.select_option("#colouring", "weight")
     assert tab.page.locator("#legend li:visible").count() == len(press.expert_strategies)
+
+
+RULE_OF_BYTES = """([strategies, U, S, H, minShare, scores, cases]) => {
+    const prices = new Uint16Array(strategies.prices), record = { strategies: { ...strategies, prices }, U, S, H };
+    const ranking = new Ranking(new Float32Array(scores), U, S);
+    const rule = new ByteRule({ ...record, budget: { min_share: minShare } }, ranking);
+    return cases.map(([ratio, scope]) => Array.from(rule.choose(ratio, scope)));
+}"""
+
+
+def test_a_head_whose_pairs_are_worth_nothing_keeps_its_minimum_of_bytes_in_the_browser_too(opened):
+    """The first tokens, which stay whole, are a part of the minimum."""
+    n_layers, n_heads, n_tokens, min_share = 3, 2, 400, 0.2
+    scores = torch.randn(n_layers * n_heads, n_tokens, generator=torch.Generator().manual_seed(0))
+    scores[:2] -= 12
+    made = drawn_strategies(scores)
+    losses = torch.tensor([4.0 ** -(p.key_bits + p.value_bits) for p in made.menu.precisions]).clamp(min=1e-9)
+    costs = strategy_costs(scores[None], losses[:, None, None, None].expand(-1, 1, *scores.shape))
+    steps_of = as_steps(made.prices).flatten().tolist()
+    given = {"menu": [str(p) for p in made.menu.precisions], "nbytes": made.menu.nbytes[1:].tolist(), "n_whole": 4}
+    given |= {"pair_bytes": 256, "table_bytes": 4 * len(losses), "whole_share": 0.25, "prices": steps_of}
+    cases = [(ratio, scope) for ratio in (0.5, 0.75, 0.9, 0.97) for scope in SCOPES]
+    tab = opened(synthetic(1, 1, 10))
+    found = tab.page.evaluate(
+        RULE_OF_BYTES, [given, len(scores), n_tokens, n_heads, min_share, scores.flatten().tolist(), cases]
+    )
+    for (ratio, scope), chosen in zip(cases, found, strict=True):
+        budget = made.menu.budget(n_tokens, 1 - ratio)
+        floor = made.menu.floor(budget, 1 if scope == "uniform" else compute_n_kept(n_tokens, ratio) * min_share)
+        parts = costs.clone().split({"layer": n_heads}.get(scope, len(scores)), dim=2)
+        wanted = torch.cat(
+            [
+                decide_strategies(part, made.menu.nbytes, budget, scope == "uniform", floor, made.menu.whole(budget))
+                for part in parts
+            ],
+            dim=1,
+        )[0]
+        chosen = torch.tensor(chosen).view(wanted.shape)
+        assert (chosen != wanted).float().mean() < 0.005, (ratio, scope)
+        assert torch.equal((chosen > 0).sum(-1)[:2], (wanted > 0).sum(-1)[:2]), (ratio, scope)
+
+
+def test_at_ratio_0_with_a_precision_all_pairs_are_whole_as_the_press_leaves_them(opened):
+    tab = opened(synthetic(2, 2, 60, precise=True))
+    tab.page.evaluate(SLIDE, [0])
+    assert tab.page.evaluate("explorer.view.chosen.every((strategy) => strategy === explorer.view.rule.M)")
+    assert tab.text("#bytes").endswith("100.0 %")
 
 
 def test_without_a_precision_the_page_speaks_of_pairs(opened):

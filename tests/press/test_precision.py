@@ -9,7 +9,9 @@ from transformers import DynamicCache, StaticCache
 
 from kvpress_moe import MoERouterPress
 from kvpress_moe.cache import PackedLayer
-from kvpress_moe.codes.precision import Precision
+from kvpress_moe.codes.precision import WHOLE, Precision
+from kvpress_moe.codes.precision_names import ALLOWED, parse_precision
+from kvpress_moe.codes.vector_codes import BITS
 from kvpress_moe.errors import NotFiniteError, SettingError, UnsupportedInputError
 from kvpress_moe.model.transformers_api import with_cache
 from tests.tiny import calibrated_routers, decoder, prefill, tiny_model, tokens
@@ -227,3 +229,9 @@ def test_an_iterator_of_precisions_is_read_once():
 def test_copies_of_a_cache_share_the_key_transforms(llama):
     cache = prefill(llama, tokens(80), press(llama, router=transformed(llama)))
     assert copy.deepcopy(cache).layers[0].basis.transform is cache.layers[0].basis.transform
+
+
+def test_the_command_line_knows_the_bits_that_the_press_knows():
+    """Its module imports no PyTorch, so it has a list of its own."""
+    assert (*BITS, WHOLE) == ALLOWED
+    assert parse_precision("k8v4, K16V16") == [(8, 4), (16, 16)]

@@ -8,7 +8,7 @@ const SAYS = {
   weight: "Colour and underline: the expert with the largest weight",
   lift: "Colour and underline: the expert whose weight is most above its own average in the layer",
   move: "Colour and underline: the expert that moved the score furthest from the head's mean, up or down",
-  strategy: "Colour and underline: the precision that most of the chosen heads store the pair with. K4V2: 4 bits for keys and 2 for values",
+  strategy: "Colour and underline: the most frequent precision among the chosen heads that keep the token. K4V2: 4 bits for keys and 2 for values",
 };
 
 function options(select, texts) {

@@ -121,7 +121,7 @@ function details(host, view, position) {
   strip.setAttribute("aria-label", `Heads that keep it, layer by layer: ${perLayer.join(", ")}`);
   find("spoken").textContent = `${record.tokens[position]}, position ${position}, kept by ${facts[1][1]}; ${byPrecision ? precisions(view, position) : `${record.experts[judge]} ${percent(weights[judge])}`}`;
   host.replaceChildren(
-    make("p", { className: "token" }, make("span", { className: `k8 e${judge % 8}` }, JSON.stringify(record.tokens[position]).slice(1, -1))),
+    make("p", { className: "token" }, make("span", { className: `${byPrecision && !kept ? "k0" : "k8"} e${judge % 8}` }, JSON.stringify(record.tokens[position]).slice(1, -1))),
     make("dl", {}, ...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])),
     make("table", { className: "experts" },
       make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "expert"),
@@ -134,7 +134,7 @@ function details(host, view, position) {
 function precisions(view, position) {
   const { menu } = view.record.strategies, counts = view.strategiesAt(position).map((n, m) => [n, m ? menu[m - 1] : "evicted"]);
   const found = counts.filter(([n]) => n).sort((a, b) => b[0] - a[0]);
-  return view.units.length > 1 ? found.map(([n, name]) => `${name} in ${n}`).join(", ") : found[0][1];
+  return view.units.length > 1 ? found.map(([n, name], i) => `${name} in ${n}${i ? "" : n > 1 ? " heads" : " head"}`).join(", ") : found[0][1];
 }
 
 function answers(host, record) {
