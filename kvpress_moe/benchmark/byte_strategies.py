@@ -112,7 +112,11 @@ RDKV_MENU = tuple(Precision(bits, bits) for bits in (2, 4, 8, 16))
 
 def rdkv_costs(call: LayerCall, menu: Menu) -> Tensor:
     """
-    Costs by RDKV (arXiv 2605.08317), as its abstract describes it; its code is not published.
+    Costs in the manner of RDKV (arXiv 2605.08317): one rate-distortion problem for eviction and quantisation.
+
+    This is an implementation of our own, with this package's codes. The authors' code (github.com/Junkai1860/RDKV)
+    differs in three things: bits of keys belong to channels instead of tokens, the attention is averaged over 5
+    neighbouring tokens, and the loss of each number of bits is calibrated by layer.
 
     A pair weighs what its distortion does to the attention's output: the attention that the latest queries pay, times
     the squared norm of its value. Of the attention the square root is taken: of the powers 2, 1 and 0.5 it was the best
