@@ -28,7 +28,7 @@ from kvpress_moe.routers.resolve import shipped_routers
 
 NONE = "no press"
 TRAINED = "MoERouter (trained)"  # if the package has routers for the model
-MIXED = "MoERouter (trained, mixed)"  # the same, with a precision for each pair
+MIXED = "MoERouter (mixed)"  # the same, with a precision for each pair
 ROUTING = "its router and gate alone"
 #: Name -> function that makes the press for a compression ratio; first ours, then those of kvpress.
 OURS: dict[str, Callable[[float], BasePress]] = {
