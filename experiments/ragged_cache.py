@@ -27,6 +27,7 @@ from kvpress import AdaKVPress, ExpectedAttentionPress
 from experiments.ragged_candidates import flash_attention, flex_attention, forget
 from kvpress_moe import MoERouterPress, load_model
 from kvpress_moe.benchmark.random_models import RANDOM_MODELS
+from kvpress_moe.benchmark.speed import can_compile
 from kvpress_moe.cache.attention_dispatch import RaggedAttention, use_ragged_attention
 from kvpress_moe.cache.prefill import Prefill, cache_bytes
 from kvpress_moe.model.transformers_api import crop, with_cache
@@ -37,6 +38,7 @@ PRECISIONS = {"K8V4": [(8, 4)], "K4V4": [(4, 4)], "mixed": "mixed"}
 PROSE = "The harbour master writes a report every year, and this is the part about ships, cranes, fish, ice and fog. "
 ATTENTIONS: dict[str, str | RaggedAttention] = {
     "torch": "torch",
+    "compiled": "compiled",
     "triton": "triton",
     "flash": flash_attention,
     "flex": flex_attention,
@@ -88,7 +90,9 @@ def ways_of(model, ids, attentions: list[str]) -> dict[str, Way]:
     of_16_bits = 1 - SHARE * 2 / prefill.cache.layers[0].keys.element_size()  # SHARE is of a 16-bit cache
     for name, precision in PRECISIONS.items():
         press = MoERouterPress(of_16_bits, experts=["expected_attention"], budget="global", precision=precision)
-        ways[f"packed, {name}"] = Way(prefill.compress(press), nothing)
+        cache = prefill.compress(press)
+        for attention in ("torch", *["compiled"] * can_compile(model.device)):
+            ways[f"packed, {name}{'' if attention == 'torch' else ', compiled'}"] = Way(cache, nothing, attention)
     masking = prefill.compress(AdaKVPress(ExpectedAttentionPress(RATIO)))
     ways["AdaKV, masked"] = Way(masking, [attention.masked_key_indices for attention in attention_layers(model)])
     return ways
@@ -205,7 +209,7 @@ def main() -> None:
     parser.add_argument("--attentions", nargs="+", choices=list(ATTENTIONS), help="default: torch; on a GPU all")
     arguments = parser.parse_args()
     on_gpu = arguments.device.startswith("cuda")
-    attentions = arguments.attentions or (list(ATTENTIONS) if on_gpu else ["torch"])
+    attentions = arguments.attentions or ([name for name in ATTENTIONS if name != "compiled"] if on_gpu else ["torch"])
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
     rows = []
     print("| model | tokens | cache | MiB | share of full | ms per token (min–max) | to uniform | logits differ by |")

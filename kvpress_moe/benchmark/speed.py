@@ -18,6 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.kvzip_scores import ReplayScores
+from kvpress_moe.cache.attention_dispatch import use_ragged_attention
+from kvpress_moe.cache.compiled_products import library
 from kvpress_moe.cache.prefill import cache_bytes
 from kvpress_moe.errors import SettingError
 from kvpress_moe.model.kvpress_host import teach_kvpress
@@ -47,7 +49,12 @@ THEIRS: dict[str, Callable[[float], BasePress]] = {
 }
 KVZIP = "KVzip"
 PACKED_SHARE = 0.25  # of the bytes of a 16-bit cache
-PACKED = {"25 % of 16 bits, K8V4": [(8, 4)], "25 % of 16 bits, mixed": "mixed"}
+#: Name -> precision and the attention that decodes it, see :func:`kvpress_moe.cache.use_ragged_attention`.
+PACKED: dict[str, tuple[Any, str]] = {
+    f"25 % of 16 bits, {name}{suffix}": (precision, attention)
+    for attention, suffix in (("torch", ""), ("compiled", ", compiled"))
+    for name, precision in (("K8V4", [(8, 4)]), ("mixed", "mixed"))
+}
 DECODED = {"full": 0.0, "50 %": 0.5, "25 %": 0.75}  # what is left of the cache -> compression ratio
 
 
@@ -219,17 +226,35 @@ def decode_rows(
 ) -> list[Row]:
     """Decode ``n_new`` tokens from each cache in turn, round after round. Afterwards the caches are as before."""
     caches = {left: read_prompt(model, input_ids, make(ratio) if ratio else None) for left, ratio in DECODED.items()}
-    for name, precision in PACKED.items():
-        press = MoERouterPress(1 - PACKED_SHARE * 2 / model.dtype.itemsize, precision=precision)
-        caches[name] = read_prompt(model, input_ids, press)
+    attentions = dict.fromkeys(caches, "torch")
+    packed: dict[str, Any] = {}  # caches of one precision are the same
+    for name, (precision, attention) in PACKED.items():
+        if attention == "compiled" and not can_compile(model.device):
+            continue
+        if str(precision) not in packed:
+            press = MoERouterPress(1 - PACKED_SHARE * 2 / model.dtype.itemsize, precision=precision)
+            packed[str(precision)] = read_prompt(model, input_ids, press)
+        caches[name], attentions[name] = packed[str(precision)], attention
     times: dict[str, list[float]] = {left: [] for left in caches}
     for round_number in range(rounds + 1):
         for left, cache in caches.items():
-            spent = seconds(model.device, partial(decode, model, cache, input_ids, n_new))
+            before = use_ragged_attention(attentions[left])
+            try:
+                spent = seconds(model.device, partial(decode, model, cache, input_ids, n_new))
+            finally:
+                use_ragged_attention(before)
             if round_number:
                 times[left].append(spent / n_new)
     base = statistics.median(times["full"])
     return [_row("decode", left, input_ids, times[left], base, cache_bytes(caches[left])) for left in caches]
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether attention over packed layers can be compiled: on a CPU, with a C compiler."""
+    try:
+        return device.type == "cpu" and bool(library())
+    except SettingError:
+        return False
 
 
 @torch.no_grad()

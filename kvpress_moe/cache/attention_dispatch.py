@@ -32,8 +32,10 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
 
     Parameters
     ----------
-    attention : {"torch", "triton"} or callable
-        ``"torch"``, the default, is plain PyTorch on any device. ``"triton"`` is kernels for CUDA devices, see
+    attention : {"torch", "compiled", "triton"} or callable
+        ``"torch"``, the default, is plain PyTorch on any device. ``"compiled"`` is for packed layers on a CPU: a small
+        C library, which the machine's C compiler builds on the first call, in about a second; see
+        :mod:`kvpress_moe.cache.compiled_products`. ``"triton"`` is kernels for CUDA devices, see
         :mod:`kvpress_moe.cache.triton_backend` and, for packed layers,
         :mod:`kvpress_moe.cache.packed_triton_backend`. In float32 and float16 the kernels pass their tests in Triton's
         interpreter. In these types and in bfloat16 they compile for compute capabilities 8.0 to 9.0. But they have not
@@ -49,7 +51,7 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
     Raises
     ------
     SettingError
-        If the name is unknown, or Triton is not installed.
+        If the name is unknown, Triton is not installed, or the C library cannot be built.
     """
     global _in_use
     if attention == "torch":
@@ -57,7 +59,7 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
     elif attention == "triton":
         try:
             from kvpress_moe.cache.packed_triton_backend import packed_triton_attention
-            from kvpress_moe.cache.triton_backend import triton_attention as attention
+            from kvpress_moe.cache.triton_backend import triton_attention
         except ImportError as error:
             raise SettingError(
                 "attention",
@@ -65,9 +67,18 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
                 "the package triton, 3.6 or later",
                 f"On Linux: pip install 'kvpress-moe[triton]'. Importing it says: {error}",
             ) from error
-        PACKED[attention] = packed_triton_attention
+        PACKED[triton_attention] = packed_triton_attention
+        attention = triton_attention
+    elif attention == "compiled":
+        from kvpress_moe.cache.compiled_products import compiled_attention, compiled_packed_attention, library
+
+        library()  # built now, not at the first token
+        PACKED[compiled_attention] = compiled_packed_attention
+        attention = compiled_attention
     if not callable(attention):
-        raise SettingError("attention", attention, "'torch', 'triton' or a function", "Leave it at 'torch'.")
+        raise SettingError(
+            "attention", attention, "'torch', 'compiled', 'triton' or a function", "Leave it at 'torch'."
+        )
     before, _in_use = _in_use, attention
     return before
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +27,116 @@ LOGITS_AT_ONCE = 2**21  # limit of the logits in memory: 8 MiB, and a few tempor
 Part = tuple[int, slice, slice]  # head, its place in a block, its place among the head's pairs of the tier
 
 
-def packed_attention(query: Tensor, layer: PackedPairs, scaling: float, cap: float | None = None) -> Tensor:
+class Products(Protocol):
+    """How codes of one tier are multiplied, without decoded pairs as a result. All tensors are float32."""
+
+    def key_logits(
+        self,
+        keys: Vectors,
+        starts: Sequence[int],
+        asked: Tensor,
+        constants: Tensor,
+        means: Tensor | None,
+        offsets: Sequence[int],
+        logits: Tensor,
+    ) -> None:
+        """
+        Write the logits of R neighbouring heads.
+
+        Parameters
+        ----------
+        keys : VectorCodes, TransformCodes or WholeVectors
+            Of a tier.
+        starts : sequence of R + 1 int
+            Where the pairs of the heads start in the tier, and where the last one ends.
+        asked, constants : Tensor, shape (R, Q, C), (R, Q)
+            Queries in the basis of the keys, and what belongs to them.
+        means : Tensor or None, shape (R, Q, n_positions)
+            Products of the queries with the means of transform codes.
+        offsets : sequence of R int
+            Where the logits of each head's pairs start in ``logits``.
+        logits : Tensor, shape (R, Q, n)
+        """
+
+    def value_sums(
+        self,
+        values: Vectors,
+        starts: Sequence[int],
+        weights: Tensor,
+        offsets: Sequence[int],
+        whole: Tensor,
+        rotated: Tensor,
+        zeros: Tensor,
+    ) -> None:
+        """
+        Add the weighted values of R neighbouring heads.
+
+        Parameters
+        ----------
+        values : VectorCodes or WholeVectors
+            Of a tier.
+        starts, offsets : sequence of int
+            As for :meth:`key_logits`.
+        weights : Tensor, shape (R, Q, n + T)
+            Attention weights of pairs and later tokens.
+        whole, rotated, zeros : Tensor, shape (R, Q, D), (R, Q, D), (R, Q)
+            Sums of whole values; of coded ones, which are rotated; and of their zeros.
+        """
+
+
+class TorchProducts:
+    """See :class:`Products`. In plain PyTorch: blocks of pairs are unpacked, then multiplied head by head."""
+
+    def key_logits(
+        self,
+        keys: Vectors,
+        starts: Sequence[int],
+        asked: Tensor,
+        constants: Tensor,
+        means: Tensor | None,
+        offsets: Sequence[int],
+        logits: Tensor,
+    ) -> None:
+        for start, stop, parts in _blocks(starts):
+            block = _Block.of(keys, start, stop)
+            for head, here, there in parts:
+                place = logits[head, :, offsets[head] + there.start : offsets[head] + there.stop]
+                torch.mm(asked[head], block.numbers[:, here], out=place)
+                if block.scale is None:
+                    continue
+                if block.zero is not None:  # scale * (query · numbers) + zero * (sum of the query)
+                    place.mul_(block.scale[here]).addr_(constants[head], block.zero[here])
+                elif means is not None and block.positions is not None:
+                    place.add_(constants[head, :, None]).mul_(block.scale[here])
+                    place += means[head].index_select(-1, block.positions[here])
+
+    def value_sums(
+        self,
+        values: Vectors,
+        starts: Sequence[int],
+        weights: Tensor,
+        offsets: Sequence[int],
+        whole: Tensor,
+        rotated: Tensor,
+        zeros: Tensor,
+    ) -> None:
+        for start, stop, parts in _blocks(starts):
+            block = _Block.of(values, start, stop)
+            for head, here, there in parts:
+                place = weights[head, :, offsets[head] + there.start : offsets[head] + there.stop]
+                if block.scale is None or block.zero is None:
+                    whole[head].addmm_(place, block.numbers[:, here].T)
+                else:
+                    rotated[head].addmm_(place * block.scale[here], block.numbers[:, here].T)
+                    zeros[head].addmv_(place, block.zero[here])
+
+
+TORCH = TorchProducts()
+
+
+def packed_attention(
+    query: Tensor, layer: PackedPairs, scaling: float, cap: float | None = None, products: Products = TORCH
+) -> Tensor:
     """
     Attention of the newest tokens over a packed layer. Each sees all kept pairs, and the later tokens up to itself.
 
@@ -34,7 +144,7 @@ def packed_attention(query: Tensor, layer: PackedPairs, scaling: float, cap: flo
     apply to logits and weights, which are fewer than the channels of the pairs. Everything is computed in float32. If
     a gradient is needed, the layer is decoded as a whole.
 
-    Parameters, result: as :func:`kvpress_moe.cache.torch_backend.torch_attention`.
+    Parameters, result: as :func:`kvpress_moe.cache.torch_backend.torch_attention`. ``products`` multiplies codes.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, layer.new_keys, layer.new_values)):
         return torch_attention(query, layer, scaling, cap)
@@ -54,7 +164,14 @@ def packed_attention(query: Tensor, layer: PackedPairs, scaling: float, cap: flo
         for row in range(0, grouped.shape[1], n_rows):
             rows = slice(row, row + n_rows)
             output[heads, rows] = _attend(
-                grouped[heads, rows].float(), new_logits[heads, rows], new_values[heads], layer, own, first, cap
+                grouped[heads, rows].float(),
+                new_logits[heads, rows],
+                new_values[heads],
+                layer,
+                own,
+                first,
+                cap,
+                products,
             )
     return output.to(query.dtype).view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
 
@@ -67,6 +184,7 @@ def _attend(
     starts: list[list[int]],
     first: int,
     cap: float | None,
+    products: Products,
 ) -> Tensor:
     """The output (R, Q, D), float32, of R neighbouring heads from ``first`` on, whose pairs start at ``starts``."""
     n_heads = len(queries)
@@ -82,36 +200,17 @@ def _attend(
         coefficients = layer.basis.query_coefficients(queries, heads)
     turned = queries @ rotation(queries.shape[-1], queries.device)
     for tier, at, offset in zip(layer.tiers, starts, offsets, strict=True):
-        asking, constants = _in_basis_of(tier, queries, turned, coefficients)
-        for start, stop, parts in _blocks(at):
-            block = _Block.of(tier.keys, start, stop)
-            for head, here, there in parts:
-                place = logits[head, :, offset[head] + there.start : offset[head] + there.stop]
-                torch.mm(asking[head], block.numbers[:, here], out=place)
-                if block.scale is None:
-                    continue
-                if block.zero is not None:  # scale * (query · numbers) + zero * (sum of the query)
-                    place.mul_(block.scale[here]).addr_(constants[head, :, 0], block.zero[here])
-                elif means is not None and block.positions is not None:
-                    place.add_(constants[head]).mul_(block.scale[here])
-                    place += means[head].index_select(-1, block.positions[here])
+        asked, constants = _in_basis_of(tier, queries, turned, coefficients)
+        products.key_logits(tier.keys, at, asked, constants, means, offset, logits)
     del means
     if cap is not None:
         logits = torch.where(logits == -torch.inf, logits, apply_softcap(logits, cap))
     weights = torch.cat((logits, new_logits), dim=-1).softmax(dim=-1)
     del logits
-    rotated, zeros = torch.zeros_like(queries), torch.zeros_like(queries[..., 0])
+    rotated, zeros = queries.new_zeros(queries.shape), queries.new_zeros(queries.shape[:2])
     whole = weights[..., longest:] @ new_values.float()
     for tier, at, offset in zip(layer.tiers, starts, offsets, strict=True):
-        for start, stop, parts in _blocks(at):
-            block = _Block.of(tier.values, start, stop)
-            for head, here, there in parts:
-                place = weights[head, :, offset[head] + there.start : offset[head] + there.stop]
-                if block.scale is None or block.zero is None:
-                    whole[head].addmm_(place, block.numbers[:, here].T)
-                else:
-                    rotated[head].addmm_(place * block.scale[here], block.numbers[:, here].T)
-                    zeros[head].addmv_(place, block.zero[here])
+        products.value_sums(tier.values, at, weights, offset, whole, rotated, zeros)
     turn = rotation(queries.shape[-1], queries.device)
     return whole + (rotated + zeros[..., None]) @ turn.T
 
@@ -137,23 +236,24 @@ class _Block:
 
 def _in_basis_of(tier: Tier, queries: Tensor, turned: Tensor, coefficients: Tensor | None) -> tuple[Tensor, Tensor]:
     """
-    Queries (R, Q, D) in the basis of a tier's keys, and the constants (R, Q, 1) that belong to them.
+    Queries (R, Q, C) in the basis of a tier's keys, and the constants (R, Q) that belong to them.
 
     They are given as they are, turned as vector codes are, and as coefficients of transform codes.
     """
     if isinstance(tier.keys, TransformCodes):
         assert coefficients is not None
-        return KeyBasis.for_codes(coefficients, tier.keys.bits)
+        scaled, constants = KeyBasis.for_codes(coefficients, tier.keys.bits)
+        return scaled, constants[..., 0]
     if tier.keys.kind == "whole":
-        return queries, queries[..., :1]  # not used
-    return turned, turned.sum(-1, keepdim=True)
+        return queries, queries[..., 0]  # not used
+    return turned, turned.sum(-1)
 
 
 def _lengths(starts: list[int]) -> list[int]:
     return [end - start for start, end in pairwise(starts)]
 
 
-def _blocks(starts: list[int]) -> Iterator[tuple[int, int, list[Part]]]:
+def _blocks(starts: Sequence[int]) -> Iterator[tuple[int, int, list[Part]]]:
     """Blocks of at most ``BLOCK`` neighbouring pairs of some heads: where a block starts and ends, and its parts."""
     for start in range(starts[0], starts[-1], BLOCK):
         stop = min(start + BLOCK, starts[-1])

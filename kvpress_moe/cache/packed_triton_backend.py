@@ -55,7 +55,8 @@ def packed_triton_attention(query: Tensor, layer: PackedPairs, scaling: float, c
     turn = rotation(head_dim, query.device)
     transformed = any(isinstance(tier.keys, TransformCodes) for tier in layer.tiers)
     basis = layer.basis if transformed else None
-    asked = _Asked(queries, queries @ turn, basis and basis.query_coefficients(queries, heads))
+    coefficients = None if basis is None else basis.query_coefficients(queries, heads)
+    asked = _Asked(queries, queries @ turn, coefficients)
     at_once = work.n_rows if basis is None else max(1, MEANS_AT_ONCE // (len(queries) * basis.n_positions))
     for first in range(0, work.n_rows, at_once):
         rows = range(first, min(first + at_once, work.n_rows))

@@ -226,7 +226,7 @@ def test_a_function_of_ones_own_is_what_models_call(llama):
 @pytest.mark.parametrize("wrong", ["flash", "Triton", None, 3])
 def test_an_unknown_attention_is_refused_and_nothing_changes(wrong):
     before = use_ragged_attention("torch")
-    with pytest.raises(SettingError, match="attention: got .*expected 'torch', 'triton' or a function"):
+    with pytest.raises(SettingError, match="attention: got .*expected 'torch', 'compiled', 'triton' or a function"):
         use_ragged_attention(wrong)
     assert use_ragged_attention(before) is torch_attention
 

@@ -68,7 +68,9 @@ def over_bytes(records: Results | str | Path | Sequence[str | Path], methods: Se
     axis.set_xscale("log")
     axis.set_yscale("log")
     ticks = sorted(1 - ratio for ratio in records.ratios)
-    axis.set_xticks(ticks, spaced([f"{tick:.4g}" for tick in ticks], np.log(ticks), 0.15), fontsize=SMALL)
+    axis.set_xticks(
+        ticks, spaced([f"{tick:.4g}" for tick in ticks], [float(np.log(tick)) for tick in ticks], 0.15), fontsize=SMALL
+    )
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(axis="y", labelsize=SMALL)
     axis.set_xlabel("share of a 16-bit cache's bytes", fontsize=NORMAL)

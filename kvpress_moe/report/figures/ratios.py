@@ -124,7 +124,7 @@ def _panel(axis: Axes, results: Results, metric: str, named: Sequence[str], task
     if metric in _SHARES:
         axis.set_ylim(-0.05, 1.05)
     apart = (ratios[-1] - ratios[0]) / 8
-    axis.set_xticks(ratios, spaced([f"{ratio:.0%}" for ratio in ratios], ratios, apart), fontsize=SMALL)
+    axis.set_xticks(ratios, spaced([f"{ratio:.0%}" for ratio in ratios], ratios.tolist(), apart), fontsize=SMALL)
     axis.tick_params(axis="y", labelsize=SMALL)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -1,0 +1,137 @@
+/* Products of queries with codes, and sums of coded values, without decoding a whole block to memory.
+   Built and called by compiled_products.py. Codes lie channel by channel: see codes/bit_packing.py. */
+#include <stdint.h>
+#include <stdlib.h>
+
+#define BLOCK 256 /* pairs whose numbers are in the processor's first cache */
+#define ROWS 8    /* queries whose sums are there at the same time */
+
+/* A plane: width in bits, its first byte, its bytes, and where its channels are in the table. */
+typedef struct { int32_t width, first, size, channels; } Plane;
+
+static void numbers(const uint8_t *bytes, int shift, int mask, int n, float *found) {
+    for (int j = 0; j < n; j++) found[j] = (float)((bytes[j] >> shift) & mask);
+}
+
+/* Tasks are parts of heads, at most `most` pairs each. Returns their number; fills head, first and end of each. */
+static int64_t tasks_of(int n_heads, const int64_t *starts, int64_t most, int64_t *tasks) {
+    int64_t count = 0;
+    for (int head = 0; head < n_heads; head++)
+        for (int64_t first = starts[head]; first < starts[head + 1]; first += most, count++)
+            if (tasks) {
+                tasks[3 * count] = head;
+                tasks[3 * count + 1] = first;
+                tasks[3 * count + 2] = first + most < starts[head + 1] ? first + most : starts[head + 1];
+            }
+    return count;
+}
+
+/* logits (heads, rows, longest): those of pair i of a head stand at offsets[head] + i.
+   With means: (product + constant) * scale + mean at the pair's position. Else: product * scale + constant * zero. */
+int key_logits(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane *planes, const int32_t *channels,
+               const float *weights, int n_heads, const int64_t *starts, const int64_t *offsets, const float *asked,
+               int rows, int n_channels, const float *constants, const float *scale, const float *zero,
+               const int64_t *positions, const float *means, int64_t n_positions, float *logits, int64_t longest) {
+    int64_t n_tasks = tasks_of(n_heads, starts, BLOCK, NULL);
+    int64_t *tasks = malloc(sizeof(int64_t) * 3 * (n_tasks ? n_tasks : 1));
+    if (!tasks) return 1;
+    tasks_of(n_heads, starts, BLOCK, tasks);
+#pragma omp parallel for schedule(static)
+    for (int64_t task = 0; task < n_tasks; task++) {
+        int64_t head = tasks[3 * task], first = tasks[3 * task + 1];
+        int n = (int)(tasks[3 * task + 2] - first);
+        float sums[ROWS][BLOCK], found[BLOCK];
+        for (int row = 0; row < rows; row += ROWS) {
+            int some = rows - row < ROWS ? rows - row : ROWS;
+            const float *query = asked + (head * rows + row) * n_channels;
+            for (int q = 0; q < some; q++)
+                for (int j = 0; j < n; j++) sums[q][j] = 0;
+            for (int p = 0; p < n_planes; p++) {
+                Plane plane = planes[p];
+                for (int part = 0; part < 8 / plane.width; part++)
+                    for (int byte = 0; byte < plane.size; byte++) {
+                        int at = plane.channels + part * plane.size + byte;
+                        numbers(packed + (plane.first + byte) * n_pairs + first, part * plane.width,
+                                (1 << plane.width) - 1, n, found);
+                        for (int q = 0; q < some; q++) {
+                            float factor = query[q * n_channels + channels[at]] * weights[at];
+                            float *sum = sums[q];
+                            for (int j = 0; j < n; j++) sum[j] += factor * found[j];
+                        }
+                    }
+            }
+            for (int q = 0; q < some; q++) {
+                float constant = constants[head * rows + row + q];
+                float *out = logits + (head * rows + row + q) * longest + offsets[head] + first - starts[head];
+                if (means) {
+                    const float *mean = means + (head * rows + row + q) * n_positions;
+                    for (int j = 0; j < n; j++)
+                        out[j] = (sums[q][j] + constant) * scale[first + j] + mean[positions[first + j]];
+                } else {
+                    for (int j = 0; j < n; j++)
+                        out[j] = sums[q][j] * scale[first + j] + constant * zero[first + j];
+                }
+            }
+        }
+    }
+    free(tasks);
+    return 0;
+}
+
+/* Adds to sums (heads, rows, channels): share * scale * number, and to zeros (heads, rows): share * zero, over all
+   pairs. shares (heads, rows, stride) stand as the logits do. Parts are added in a fixed order. */
+int value_sums(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane *planes, const int32_t *channels,
+               const float *weights, int n_heads, const int64_t *starts, const int64_t *offsets, const float *shares,
+               int64_t stride, int rows, int n_channels, const float *scale, const float *zero, float *sums,
+               float *zeros) {
+    int64_t most = 8 * BLOCK, n_tasks = tasks_of(n_heads, starts, most, NULL), width = n_channels + 1;
+    int64_t *tasks = malloc(sizeof(int64_t) * 3 * (n_tasks ? n_tasks : 1));
+    float *parts = calloc((n_tasks ? n_tasks : 1) * rows * width, sizeof(float));
+    if (!tasks || !parts) { free(tasks); free(parts); return 1; }
+    tasks_of(n_heads, starts, most, tasks);
+#pragma omp parallel for schedule(static)
+    for (int64_t task = 0; task < n_tasks; task++) {
+        int64_t head = tasks[3 * task];
+        float scaled[ROWS][BLOCK], found[BLOCK];
+        for (int64_t first = tasks[3 * task + 1]; first < tasks[3 * task + 2]; first += BLOCK) {
+            int n = tasks[3 * task + 2] - first < BLOCK ? (int)(tasks[3 * task + 2] - first) : BLOCK;
+            for (int row = 0; row < rows; row += ROWS) {
+                int some = rows - row < ROWS ? rows - row : ROWS;
+                float *part_of = parts + (task * rows + row) * width;
+                for (int q = 0; q < some; q++) {
+                    const float *share = shares + (head * rows + row + q) * stride + offsets[head] + first - starts[head];
+                    float total = 0;
+                    for (int j = 0; j < n; j++) {
+                        scaled[q][j] = share[j] * scale[first + j];
+                        total += share[j] * zero[first + j];
+                    }
+                    part_of[q * width + n_channels] += total;
+                }
+                for (int p = 0; p < n_planes; p++) {
+                    Plane plane = planes[p];
+                    for (int part = 0; part < 8 / plane.width; part++)
+                        for (int byte = 0; byte < plane.size; byte++) {
+                            int at = plane.channels + part * plane.size + byte;
+                            numbers(packed + (plane.first + byte) * n_pairs + first, part * plane.width,
+                                    (1 << plane.width) - 1, n, found);
+                            for (int q = 0; q < some; q++) {
+                                float total = 0;
+                                for (int j = 0; j < n; j++) total += scaled[q][j] * found[j];
+                                part_of[q * width + channels[at]] += weights[at] * total;
+                            }
+                        }
+                }
+            }
+        }
+    }
+    for (int64_t task = 0; task < n_tasks; task++)
+        for (int row = 0; row < rows; row++) {
+            const float *part_of = parts + (task * rows + row) * width;
+            int64_t at = tasks[3 * task] * rows + row;
+            for (int c = 0; c < n_channels; c++) sums[at * n_channels + c] += part_of[c];
+            zeros[at] += part_of[n_channels];
+        }
+    free(tasks);
+    free(parts);
+    return 0;
+}
