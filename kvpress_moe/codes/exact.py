@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -15,7 +15,9 @@ def exact(device: torch.device | str = "cpu") -> Iterator[None]:
 
     Autocast would round what is to be coded, and it cannot join float16 tensors on a CPU.
     """
-    with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+    kind = torch.device(device).type
+    autocast = torch.is_autocast_enabled(kind)  # some kinds of devices have none, and refuse to have it disabled
+    with torch.no_grad(), torch.autocast(kind, enabled=False) if autocast else nullcontext():
         yield
 
 

@@ -17,8 +17,12 @@ def ways():
 
 def test_bytes_are_counted_and_ragged_ones_are_those_of_the_uniform_cache(ways):
     rows = {row["cache"]: row for row in rows_of("tiny", 200, ways) if "failed" not in row}
-    assert set(rows) == {"full", "uniform", "ragged, layer, torch", "ragged, global, torch", "AdaKV, masked"}
+    packed = {name for name in rows if name.startswith("packed")}
+    assert packed >= {"packed, K8V4", "packed, K4V4", "packed, mixed"}
+    assert set(rows) - packed == {"full", "uniform", "ragged, layer, torch", "ragged, global, torch", "AdaKV, masked"}
     pair = 2 * 64 * 4
+    for name in packed:  # a quarter of a 16-bit cache
+        assert rows[name]["share_of_full_bytes"] <= 0.125
     assert rows["full"]["mib"] * 2**20 == 2 * 2 * 200 * pair
     for name in ("uniform", "ragged, layer, torch", "ragged, global, torch"):
         assert rows[name]["share_of_full_bytes"] == 0.25
