@@ -9,8 +9,18 @@
 /* A plane: width in bits, its first byte, its bytes, and where its channels are in the table. */
 typedef struct { int32_t width, first, size, channels; } Plane;
 
-static void numbers(const uint8_t *bytes, int shift, int mask, int n, float *found) {
-    for (int j = 0; j < n; j++) found[j] = (float)((bytes[j] >> shift) & mask);
+/* Numbers of four channels of a plane, and where these stand in the table of channels: four at a time, so that sums are
+   loaded and stored less often. The channels of a plane are a multiple of four in every code. */
+static void four_channels(const uint8_t *packed, int64_t n_pairs, Plane plane, int step, int64_t first, int n,
+                          float found[4][BLOCK], int at[4]) {
+    int parts = 8 / plane.width, mask = (1 << plane.width) - 1;
+    for (int k = 0; k < 4; k++) {
+        int number = 4 * step + k, part = number % parts, byte = number / parts;
+        const uint8_t *bytes = packed + (plane.first + byte) * n_pairs + first;
+        int shift = part * plane.width;
+        at[k] = plane.channels + part * plane.size + byte;
+        for (int j = 0; j < n; j++) found[k][j] = (float)((bytes[j] >> shift) & mask);
+    }
 }
 
 /* Tasks are parts of heads, at most `most` pairs each. Returns their number; fills head, first and end of each. */
@@ -40,26 +50,25 @@ int key_logits(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane
     for (int64_t task = 0; task < n_tasks; task++) {
         int64_t head = tasks[3 * task], first = tasks[3 * task + 1];
         int n = (int)(tasks[3 * task + 2] - first);
-        float sums[ROWS][BLOCK], found[BLOCK];
+        float sums[ROWS][BLOCK], found[4][BLOCK];
+        int at[4];
         for (int row = 0; row < rows; row += ROWS) {
             int some = rows - row < ROWS ? rows - row : ROWS;
             const float *query = asked + (head * rows + row) * n_channels;
             for (int q = 0; q < some; q++)
                 for (int j = 0; j < n; j++) sums[q][j] = 0;
-            for (int p = 0; p < n_planes; p++) {
-                Plane plane = planes[p];
-                for (int part = 0; part < 8 / plane.width; part++)
-                    for (int byte = 0; byte < plane.size; byte++) {
-                        int at = plane.channels + part * plane.size + byte;
-                        numbers(packed + (plane.first + byte) * n_pairs + first, part * plane.width,
-                                (1 << plane.width) - 1, n, found);
-                        for (int q = 0; q < some; q++) {
-                            float factor = query[q * n_channels + channels[at]] * weights[at];
-                            float *sum = sums[q];
-                            for (int j = 0; j < n; j++) sum[j] += factor * found[j];
-                        }
+            for (int p = 0; p < n_planes; p++)
+                for (int step = 0; step < 2 * planes[p].size / planes[p].width; step++) {
+                    four_channels(packed, n_pairs, planes[p], step, first, n, found, at);
+                    for (int q = 0; q < some; q++) {
+                        float *sum = sums[q], factors[4];
+                        for (int k = 0; k < 4; k++)
+                            factors[k] = query[q * n_channels + channels[at[k]]] * weights[at[k]];
+                        for (int j = 0; j < n; j++)
+                            sum[j] += factors[0] * found[0][j] + factors[1] * found[1][j] + factors[2] * found[2][j]
+                                      + factors[3] * found[3][j];
                     }
-            }
+                }
             for (int q = 0; q < some; q++) {
                 float constant = constants[head * rows + row + q];
                 float *out = logits + (head * rows + row + q) * longest + offsets[head] + first - starts[head];
@@ -92,7 +101,8 @@ int value_sums(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane
 #pragma omp parallel for schedule(static)
     for (int64_t task = 0; task < n_tasks; task++) {
         int64_t head = tasks[3 * task];
-        float scaled[ROWS][BLOCK], found[BLOCK];
+        float scaled[ROWS][BLOCK], found[4][BLOCK];
+        int at[4];
         for (int64_t first = tasks[3 * task + 1]; first < tasks[3 * task + 2]; first += BLOCK) {
             int n = tasks[3 * task + 2] - first < BLOCK ? (int)(tasks[3 * task + 2] - first) : BLOCK;
             for (int row = 0; row < rows; row += ROWS) {
@@ -107,20 +117,22 @@ int value_sums(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane
                     }
                     part_of[q * width + n_channels] += total;
                 }
-                for (int p = 0; p < n_planes; p++) {
-                    Plane plane = planes[p];
-                    for (int part = 0; part < 8 / plane.width; part++)
-                        for (int byte = 0; byte < plane.size; byte++) {
-                            int at = plane.channels + part * plane.size + byte;
-                            numbers(packed + (plane.first + byte) * n_pairs + first, part * plane.width,
-                                    (1 << plane.width) - 1, n, found);
-                            for (int q = 0; q < some; q++) {
-                                float total = 0;
-                                for (int j = 0; j < n; j++) total += scaled[q][j] * found[j];
-                                part_of[q * width + channels[at]] += weights[at] * total;
+                for (int p = 0; p < n_planes; p++)
+                    for (int step = 0; step < 2 * planes[p].size / planes[p].width; step++) {
+                        four_channels(packed, n_pairs, planes[p], step, first, n, found, at);
+                        for (int q = 0; q < some; q++) {
+                            float totals[4] = {0, 0, 0, 0};
+                            const float *share = scaled[q];
+                            for (int j = 0; j < n; j++) {
+                                totals[0] += share[j] * found[0][j];
+                                totals[1] += share[j] * found[1][j];
+                                totals[2] += share[j] * found[2][j];
+                                totals[3] += share[j] * found[3][j];
                             }
+                            for (int k = 0; k < 4; k++)
+                                part_of[q * width + channels[at[k]]] += weights[at[k]] * totals[k];
                         }
-                }
+                    }
             }
         }
     }
