@@ -91,8 +91,9 @@ class Rotary:
         of_cos = (first * v_first + second * v_second)[..., None, :]  # (R, Q, 1, F)
         of_sin = (second * v_first - first * v_second)[..., None, :]
         by_step = (of_cos * cos + of_sin * sin) @ fine_cos.T + (of_sin * cos - of_cos * sin) @ fine_sin.T
-        product: Tensor = by_step.flatten(2)[..., :n_positions]  # (R, Q, steps, STEP) before
-        return product + (fixed * v_fixed).sum(-1, keepdim=True)
+        product: Tensor = by_step.flatten(2)[..., :n_positions].contiguous()  # (R, Q, steps, STEP) before
+        product += (fixed * v_fixed).sum(-1, keepdim=True)
+        return product
 
 
 @lru_cache(maxsize=16)
