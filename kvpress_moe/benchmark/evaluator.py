@@ -31,7 +31,10 @@ class Evaluator:
         from kvpress_moe.model.support import UNKNOWN_NORMS, check_model
 
         self.plan = plan
-        self.methods: dict[str, Method] = find_methods(plan.methods) | find_methods(["full"])
+        chosen = find_methods(plan.methods)
+        if not plan.by_bytes:  # ratios are shares of the pairs, of which codes keep more
+            chosen = {name: method for name, method in chosen.items() if method.precision is None}
+        self.methods: dict[str, Method] = chosen | find_methods(["full"])
         self.model, self.tokenizer = loaded or load_model(plan.model, plan.device)
         check_model(self.model)
         if isinstance(self.model, UNKNOWN_NORMS):

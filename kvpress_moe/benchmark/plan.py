@@ -75,7 +75,14 @@ class Plan:
         for length in self.lengths:
             if length < 64:
                 raise SettingError("lengths", length, "at least 64 tokens", "")
-        find_methods(self.methods)
+        coded = [name for name, method in find_methods(self.methods).items() if method.precision is not None]
+        if coded and self.methods is not None and not self.by_bytes:
+            raise SettingError(
+                "methods",
+                ", ".join(coded),
+                "methods whose pairs stay whole, because --ratios are shares of the pairs",
+                "Compare codes with --bytes, for example --bytes 0.25,0.1.",
+            )
         if self.hub is None:
             from kvpress_moe.benchmark.tasks import find_tasks
 

@@ -191,7 +191,7 @@ def library() -> ctypes.CDLL:
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        raise _not_built("there is none")
+        raise _not_built("No compiler was found under the names cc, gcc and clang. Install one.")
     source = files("kvpress_moe.cache").joinpath("code_products.c").read_text(encoding="utf-8")
     try:
         target = subprocess.run(  # names the compiler, and what -march=native means on this processor
@@ -203,9 +203,9 @@ def library() -> ctypes.CDLL:
             _build(compiler, source, path)
         loaded = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
-        raise _not_built(f"{compiler} says: {' '.join(str(error.stderr).split())[:300]}") from error
+        raise _not_built(f"{compiler} says: {' '.join(str(error.stderr).split())[:300]}.") from error
     except OSError as error:
-        raise _not_built(str(error)) from error
+        raise _not_built(f"{error}. Name another cache directory with KVPRESS_MOE_CACHE.") from error
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     of_code: list[Any] = [pointer, count, number, pointer, pointer, pointer, number, pointer, pointer]
     loaded.key_logits.argtypes = [
@@ -229,5 +229,5 @@ def _build(compiler: str, source: str, path: Path) -> None:
 
 def _not_built(reason: str) -> SettingError:
     return SettingError(
-        "attention", "compiled", "a C compiler and a cache directory that can be written", f"{reason}. Use 'torch'."
+        "attention", "compiled", "a C compiler and a cache directory that can be written", f"{reason} Or use 'torch'."
     )

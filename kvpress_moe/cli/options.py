@@ -16,7 +16,11 @@ from kvpress_moe.errors import SettingError
 from kvpress_moe.files import file_to_write
 
 Ratio = Annotated[
-    float, typer.Option(help="Share of the KV pairs to remove, in [0, 1). With --precision: share of the bytes.")
+    float,
+    typer.Option(
+        help="Share of the KV pairs to remove, in [0, 1). With --precision: share of the bytes of the cache in the "
+        "model's own type."
+    ),
 ]
 Experts = Annotated[
     str | None,
@@ -113,7 +117,7 @@ def check_number(field: str, value: float | None, low: float, high: float = math
 def check_between(field: str, value: float) -> None:
     """Raise SettingError unless a share is between 0 and 1, without both ends."""
     if not 0 < value < 1:
-        raise SettingError(field, value, "a number between 0 and 1", f"For example --{dashed(field)} 0.75.")
+        raise SettingError(field, value, "a number between 0 and 1", f"For example --{dashed(field)} 0.25.")
 
 
 def dashed(field: str) -> str:

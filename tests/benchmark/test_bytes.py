@@ -139,3 +139,12 @@ def test_a_run_by_bytes_is_reported_by_bytes(llama, chat_tokenizer, tmp_path):
     assert "pairs evicted" not in text
     assert "nan" not in text.split("## Task score")[0]
     assert json.loads((tmp_path / "run.json").read_text())["by_bytes"] is True
+
+
+def test_ratios_are_shares_of_pairs_so_codes_are_refused_with_them_and_left_out_by_default(llama, chat_tokenizer):
+    plan = replace(PLAN, by_bytes=False, methods=("knorm", "moe_mixed"))
+    with pytest.raises(SettingError, match="methods: got 'moe_mixed', expected methods whose pairs stay.*--bytes"):
+        plan.check()
+    evaluator = Evaluator(replace(plan, methods=None), (llama, chat_tokenizer))
+    assert not any(method.precision for method in evaluator.methods.values())
+    assert "moe_mixed" in Evaluator(replace(PLAN, methods=None), (llama, chat_tokenizer)).methods
