@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpress_moe.cache.packed_attention import Products, TorchProducts, packed_attention
+from kvpress_moe.cache.packed_attention import TORCH, Products, packed_attention
 from kvpress_moe.cache.packed_pairs import PackedPairs
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.cache.tier import Vectors
@@ -57,12 +57,11 @@ def compiled_packed_attention(query: Tensor, layer: PackedPairs, scaling: float,
             "use_ragged_attention('torch')."
         )
     n_rows = query.shape[1] // layer.new_keys.shape[1] * query.shape[2]
-    products: Products = CompiledProducts() if n_rows <= FEW_QUERIES else TorchProducts()
-    return packed_attention(query, layer, scaling, cap, products)
+    return packed_attention(query, layer, scaling, cap, COMPILED if n_rows <= FEW_QUERIES else TORCH)
 
 
-class CompiledProducts(TorchProducts):
-    """See :class:`kvpress_moe.cache.packed_attention.Products`. Whole vectors are left to PyTorch."""
+class CompiledProducts(Products):
+    """The same with the C library. Whole vectors are left to PyTorch."""
 
     def key_logits(
         self,
@@ -132,6 +131,9 @@ class CompiledProducts(TorchProducts):
         if failed:
             raise MemoryError("attention over codes: no memory for partial sums.")
         return None
+
+
+COMPILED = CompiledProducts()
 
 
 class _Code:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +26,12 @@ LOGITS_AT_ONCE = 2**21  # limit of the logits in memory: 8 MiB, and a few tempor
 Part = tuple[int, slice, slice]  # head, its place in a block, its place among the head's pairs of the tier
 
 
-class Products(Protocol):
-    """How codes of one tier are multiplied, without decoded pairs as a result. All tensors are float32."""
+class Products:
+    """
+    How codes of one tier are multiplied: in plain PyTorch. Blocks of pairs are unpacked, then multiplied head by head.
+
+    All tensors are float32. Results go into tensors that all tiers share, so that none has to be copied.
+    """
 
     def key_logits(
         self,
@@ -57,6 +60,18 @@ class Products(Protocol):
             Where the logits of each head's pairs start in ``logits``.
         logits : Tensor, shape (R, Q, n)
         """
+        for start, stop, parts in _blocks(starts):
+            block = _Block.of(keys, start, stop)
+            for head, here, there in parts:
+                place = logits[head, :, offsets[head] + there.start : offsets[head] + there.stop]
+                torch.mm(asked[head], block.numbers[:, here], out=place)
+                if block.scale is None:
+                    continue
+                if block.zero is not None:  # scale * (query · numbers) + zero * (sum of the query)
+                    place.mul_(block.scale[here]).addr_(constants[head], block.zero[here])
+                elif means is not None and block.positions is not None:
+                    place.add_(constants[head, :, None]).mul_(block.scale[here])
+                    place += means[head].index_select(-1, block.positions[here])
 
     def value_sums(
         self,
@@ -82,44 +97,6 @@ class Products(Protocol):
         whole, rotated, zeros : Tensor, shape (R, Q, D), (R, Q, D), (R, Q)
             Sums of whole values; of coded ones, which are rotated; and of their zeros.
         """
-
-
-class TorchProducts:
-    """See :class:`Products`. In plain PyTorch: blocks of pairs are unpacked, then multiplied head by head."""
-
-    def key_logits(
-        self,
-        keys: Vectors,
-        starts: Sequence[int],
-        asked: Tensor,
-        constants: Tensor,
-        means: Tensor | None,
-        offsets: Sequence[int],
-        logits: Tensor,
-    ) -> None:
-        for start, stop, parts in _blocks(starts):
-            block = _Block.of(keys, start, stop)
-            for head, here, there in parts:
-                place = logits[head, :, offsets[head] + there.start : offsets[head] + there.stop]
-                torch.mm(asked[head], block.numbers[:, here], out=place)
-                if block.scale is None:
-                    continue
-                if block.zero is not None:  # scale * (query · numbers) + zero * (sum of the query)
-                    place.mul_(block.scale[here]).addr_(constants[head], block.zero[here])
-                elif means is not None and block.positions is not None:
-                    place.add_(constants[head, :, None]).mul_(block.scale[here])
-                    place += means[head].index_select(-1, block.positions[here])
-
-    def value_sums(
-        self,
-        values: Vectors,
-        starts: Sequence[int],
-        weights: Tensor,
-        offsets: Sequence[int],
-        whole: Tensor,
-        rotated: Tensor,
-        zeros: Tensor,
-    ) -> None:
         for start, stop, parts in _blocks(starts):
             block = _Block.of(values, start, stop)
             for head, here, there in parts:
@@ -131,7 +108,7 @@ class TorchProducts:
                     zeros[head].addmv_(place, block.zero[here])
 
 
-TORCH = TorchProducts()
+TORCH = Products()
 
 
 def packed_attention(

@@ -27,7 +27,7 @@ class ByteRule {
   histogram(first, last) {
     const name = `${first} ${last}`;
     if (!this.histograms.has(name)) {
-      const added = new Uint32Array(65536), { S, rows, steps } = this;
+      const added = new Float64Array(65536), { S, rows, steps } = this;
       rows.forEach((row, m) => {
         for (let i = first * S, to = last * S; i < to; i++) added[row[i]] += steps[m];
       });
