@@ -91,7 +91,7 @@ QUANTISED: dict[str, tuple[float, Callable[[], Code]]] = {
     **{f"kivi_{bits}": (quantised_share(bits, KIVI_GROUP), partial(_kivi, bits)) for bits in (2, 4)},
     **{
         f"{backend}_{bits}": (quantised_share(bits, GROUP), partial(from_transformers, bits, backend))
-        for backend, several in (("quanto", (2, 4)), ("hqq", (2, 4, 8)))
+        for backend, several in (("quanto", (2, 4)), ("hqq", (1, 2, 4, 8)))
         for bits in several
     },
 }

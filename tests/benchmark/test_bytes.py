@@ -118,7 +118,7 @@ def test_quantised_caches_of_transformers_lose_what_their_bits_allow(name, n_hea
     states = torch.randn(2, 1, n_heads, n_tokens, head_dim)
     keys, values = QUANTISED[name][1]()(*states)
     error = (keys - states[0]).square().mean()
-    assert 0 <= error < {"2": 0.3, "4": 0.02, "8": 1e-4}[name[-1]]
+    assert 0 <= error < {"1": 4, "2": 0.3, "4": 0.02, "8": 1e-4}[name[-1]]
     assert error > 0 or n_tokens < 64
     assert values.shape == keys.shape
 
