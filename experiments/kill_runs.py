@@ -31,7 +31,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: sums in another order would give other routers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-TRAIN = "train --samples 20 --length 512 --tasks kv_list,prose --experts learned,keydiff,cur --epochs 12"
+TRAIN = "train --samples 20 --study 0 --length 512 --tasks kv_list,prose --experts learned,keydiff,cur --epochs 12"
 NEEDED = (
     "kvpress_moe.benchmark.multi_pass",
     "kvpress_moe.benchmark.runner",

@@ -87,11 +87,11 @@ class CostTaker:
             basis, menu = None, Menu.of(RDKV_MENU, call.keys.shape[-1], ELEMENT_SIZE, None)
             costs = rdkv_costs(call, menu)
         else:
-            scores = self.press.mix(call, self.press.route(call))
+            routing = self.press.route(call)
+            scores = self.press.mix(call, routing)
             basis = key_basis(call, call.layer_idx, self.press.routers, positions)
             menu = Menu.of(self.press.menu, call.keys.shape[-1], ELEMENT_SIZE, basis)
-            calibrated = bool(self.press.routers.config.num_heads)
-            costs = cost_of_strategies(call, scores, calibrated, menu, basis, positions)
+            costs = cost_of_strategies(call, routing, scores, menu, basis, positions)
         sinks, recent = self._protected
         costs[0, ..., :sinks] = torch.inf
         costs[0, ..., max(0, costs.shape[-1] - recent) :] = torch.inf

@@ -10,7 +10,7 @@ from kvpress_moe.benchmark.methods import Method, find_methods, touches_windows
 from kvpress_moe.benchmark.plan import Cell, Plan
 from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
 from kvpress_moe.benchmark.records import COLUMNS
-from kvpress_moe.benchmark.tasks import TASKS, Sample, make_sample
+from kvpress_moe.benchmark.tasks import Sample, find_tasks, make_sample
 from kvpress_moe.errors import SettingError, UnsupportedModelError
 
 
@@ -87,7 +87,7 @@ class Evaluator:
             make_sample(task, self.count_tokens, length, index, plan.seed, plan.split)
             for index in range(plan.limit)
             for length in plan.lengths
-            for task in plan.tasks or TASKS
+            for task in find_tasks(plan.tasks or None)
         ]
 
     def prompt(self, sample: Sample) -> Prompt:

@@ -53,7 +53,7 @@ class Method:
         Whether the press needs its own prefill, because it changes the prefill or processes the prompt again.
     eager : bool
         Whether that prefill needs eager attention.
-    precision : Precision, "mixed", "rdkv" or None
+    precision : Precision, "own", "rdkv" or None
         How kept pairs are stored: as they are, all with one precision, by the press's own rule, or by RDKV's.
     fixed_share : float or None
         Share of a 16-bit cache's bytes that the method always takes.
@@ -141,7 +141,7 @@ def _ours() -> Iterator[Method]:
     for budget in BUDGETS:  # the routers that ship with the package for this model
         yield _scored(f"moe_trained_{budget}", MoERouterPress, "ours", budget, "moe_trained")
     yield Method(
-        "moe_mixed", "ours", lambda protect: MoERouterPress(precision="mixed"), "global", "moe_mixed", precision="mixed"
+        "moe_mixed", "ours", lambda protect: MoERouterPress(precision="mixed"), "global", "moe_mixed", precision="own"
     )
     yield _wrapped("adakv_uniform_mix", kvpress.AdaKVPress, mixture, "ours")
     yield _wrapped("chunkkv_uniform_mix", kvpress.ChunkKVPress, mixture, "ours")
@@ -223,6 +223,8 @@ def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-p
     if isinstance(press, MoERouterPress):
         calibrated = press.router is not None  # its scope when it has seen the model
         budget = cast(Budget, press.budget or ("global" if calibrated else "uniform"))
+        if press.precision is not None:
+            return Method(name, "ours", lambda protect: make(), budget, name, precision="own")
         return Method(name, "ours", lambda protect: protect(make()), budget, name)
     if isinstance(press, ScorerPress):
         plain = type(press).compress is ScorerPress.compress

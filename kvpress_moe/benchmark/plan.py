@@ -22,7 +22,7 @@ class Plan:
     model : str or None
         As in :func:`kvpress_moe.model.loading.load_model`.
     methods, tasks : tuple of str or None
-        ``None``: all methods but the slow ones; all tasks.
+        ``None``: all methods but the slow ones; the 14 tasks of ``CORE``. ``("all",)``: every task.
     ratios, lengths : tuple
         Compression ratios; context lengths in tokens.
     limit : int

@@ -17,7 +17,7 @@ from kvpress_moe.budget.eviction import best
 
 #: The cost of a loss d for a pair with score s is ``(exp(s) * d) ** POWER``.
 POWER = 0.85
-_HIGHEST = 80.0  # log weights are cut off here, so that no cost is infinite
+HIGHEST = 80.0  # log weights are cut off here, so that no cost is infinite
 
 
 def strategy_costs(log_weights: Tensor, losses: Tensor) -> Tensor:
@@ -35,12 +35,17 @@ def strategy_costs(log_weights: Tensor, losses: Tensor) -> Tensor:
     -------
     Tensor, shape (M, B, H, S), bfloat16
     """
-    weights = (POWER * log_weights.float().clamp(max=_HIGHEST)).exp()
+    weights = (POWER * log_weights.float().clamp(max=HIGHEST)).exp()
     costs = torch.empty(len(losses) + 1, *weights.shape, dtype=torch.bfloat16, device=weights.device)
     costs[0] = weights
     for cost, loss in zip(costs[1:], losses, strict=True):
         cost.copy_(weights * loss**POWER)
     return costs
+
+
+def as_costs(log_costs: Tensor) -> Tensor:
+    """Costs in bfloat16 from their logarithms. They are never infinite."""
+    return log_costs.clamp(max=HIGHEST).exp().to(torch.bfloat16)
 
 
 def decide_strategies(costs: Tensor, nbytes: Tensor, budget: int, each_head: bool, floor: int, whole: int) -> Tensor:

@@ -48,7 +48,9 @@ def bench(
         list[str] | None,
         typer.Option(help="One more method: a name, or [name=]module:Class(argument=1). Can be repeated."),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Names, separated by commas. Default: all.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Names, separated by commas, or all. Default: the first 14 of --list.")
+    ] = None,
     ratios: Annotated[
         str, typer.Option(help="Shares of the KV pairs to remove, separated by commas.")
     ] = "0.5,0.75,0.9",
@@ -168,8 +170,9 @@ def default_names() -> tuple[str, ...]:
 def show_all(console: Any) -> None:
     """Print all methods and tasks."""
     from kvpress_moe.benchmark.methods import SLOW, registered
-    from kvpress_moe.benchmark.tasks import TASKS
+    from kvpress_moe.benchmark.tasks import CORE, TASKS
 
     for name, found in registered().items():
         console.print(f"{name:36} {found.group}{'  (slow: by name only)' if name in SLOW else ''}", markup=False)
-    console.print("\ntasks: " + ", ".join(TASKS), markup=False)
+    console.print("\ntasks: " + ", ".join(CORE), markup=False)
+    console.print("\nmore tasks, by name only: " + ", ".join(list(TASKS)[len(CORE) :]), markup=False)

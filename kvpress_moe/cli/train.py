@@ -34,10 +34,13 @@ def train(
         str | None, typer.Option(help="Names, separated by commas. 'learned' is a part of the router.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts per token (all).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Training prompts (48).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Training prompts of the tasks (54).")] = None,
+    study: Annotated[
+        int | None, typer.Option(help="Training prompts that the model makes itself: texts, questions, answers (42).")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Longest context, in tokens (1024).")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Kinds of prompts. Default: all but variable_tracking and code.")
+        str | None, typer.Option(help="Kinds of prompts, or all. Default: those that are not held out.")
     ] = None,
     teacher: Annotated[
         str | None,
@@ -64,6 +67,10 @@ def train(
     replay_weight: Annotated[
         float | None, typer.Option(help="Weight of repetitions in end-to-end tuning (1); answers have weight 1.")
     ] = None,
+    coded_share: Annotated[
+        float | None,
+        typer.Option(help="Share of the prompts whose budget counts bytes in that tuning (0.5); others evict only."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of prompts and training (0).")] = None,
     shards: Annotated[
         Path | None,
@@ -85,6 +92,8 @@ def train(
     check_number("length", length, 256)
     check_number("seed", seed, 0, 2**63 - 1)
     check_number("end_to_end", end_to_end, 0)
+    check_number("study", study, 0)
+    check_number("coded_share", coded_share, 0, 1)
     check_number("value_weight", value_weight, 0, 1)
     weights = {"aux_loss_weight": aux_loss_weight, "budget_weight": budget_weight, "replay_weight": replay_weight}
     for field, weight in weights.items():
@@ -100,6 +109,7 @@ def train(
         "experts": split_names("experts", experts),
         "top_k": top_k,
         "samples": samples,
+        "study": study,
         "length": length,
         "tasks": split_names("tasks", tasks),
         "teacher": teacher,
@@ -111,6 +121,7 @@ def train(
         "budget_weight": budget_weight,
         "end_to_end": end_to_end,
         "replay_weight": replay_weight,
+        "coded_share": coded_share,
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,35 @@ from kvpress_moe.codes.vector_codes import relative_error
 # B = batch, H = KV heads, S = tokens of the prompt, D = head dim, M = precisions of a menu
 
 
+@dataclass(frozen=True)
+class Distortion:
+    """
+    Expected loss of each pair, keys and values apart.
+
+    Attributes
+    ----------
+    keys : mapping of int -> Tensor, each (B, H, S), float32
+        By the number of bits: mean squared error of the pair's attention logit.
+    values : mapping of int -> Tensor, each (B, H, S), float32
+        By the number of bits: squared error of the value, over its squared norm.
+    """
+
+    keys: Mapping[int, Tensor]
+    values: Mapping[int, Tensor]
+
+    def total(self, menu: Sequence[Precision], like: Tensor) -> Tensor:
+        """
+        Loss of each pair with each precision, of its key plus of its value: (M, B, H, S), float32.
+
+        1 is the loss of a pair that is evicted. What stays as the model wrote it loses nothing. ``like`` has the
+        shape (B, H, S).
+        """
+        nothing = torch.zeros_like(like, dtype=torch.float32)
+        return torch.stack(
+            [self.keys.get(one.key_bits, nothing) + self.values.get(one.value_bits, nothing) for one in menu]
+        )
+
+
 def distortions(
     keys: Tensor,
     values: Tensor,
@@ -24,13 +54,12 @@ def distortions(
     query_power: Tensor,
     basis: KeyBasis | None = None,
     positions: Tensor | None = None,
-) -> Tensor:
+) -> Distortion:
     """
-    Expected loss of each pair with each precision; 1 is the loss of a pair that is evicted.
+    Expected loss of each pair with each number of bits that a menu has.
 
-    The loss is the mean squared error of the pair's attention logit, plus the squared error of its value over the
-    value's squared norm. The error of rotated vectors follows from their range, because rounding errors are nearly
-    uniform within a step. The error of transform codes is measured.
+    The error of rotated vectors follows from their range, because rounding errors are nearly uniform within a step. The
+    error of transform codes is measured.
 
     Parameters
     ----------
@@ -44,29 +73,21 @@ def distortions(
         With a basis, keys of few bits are transform codes.
     positions : Tensor, shape (B or 1, S), int64, optional
         Positions of the keys. Needed with a basis.
-
-    Returns
-    -------
-    Tensor, shape (M, B, H, S), float32
     """
-    head_dim = keys.shape[-1]
-    value_range = _squared_range(values)
-    value_loss = value_range * head_dim / values.float().square().sum(-1).clamp(min=1e-12)
     key_bits = {precision.key_bits for precision in menu} - {WHOLE}
+    value_bits = {precision.value_bits for precision in menu} - {WHOLE}
     of_transform = key_bits & set(TRANSFORM_BITS) if basis is not None else set()
-    losses: dict[int, Tensor] = {}
+    of_keys: dict[int, Tensor] = {}
+    of_values: dict[int, Tensor] = {}
+    if value_bits:
+        loss = _squared_range(values) * values.shape[-1] / values.float().square().sum(-1).clamp(min=1e-12)
+        of_values = {bits: loss * relative_error(bits) for bits in sorted(value_bits)}
     if key_bits - of_transform:
-        key_loss = _squared_range(keys) * (scaling**2 * query_power[:, None].to(keys.device))
-        losses |= {bits: key_loss * relative_error(bits) for bits in key_bits - of_transform}
+        loss = _squared_range(keys) * (scaling**2 * query_power[:, None].to(keys.device))
+        of_keys = {bits: loss * relative_error(bits) for bits in sorted(key_bits - of_transform)}
     if of_transform and basis is not None and positions is not None:
-        losses |= _of_transform(basis, basis.coefficients(keys, positions), sorted(of_transform), scaling)
-    found = torch.empty(len(menu), *keys.shape[:3], device=keys.device)
-    for loss, precision in zip(found, menu, strict=True):
-        bits = precision.value_bits
-        loss.copy_(losses[precision.key_bits] if precision.key_bits in losses else torch.zeros_like(value_loss))
-        if bits != WHOLE:
-            loss += value_loss * relative_error(bits)
-    return found
+        of_keys |= _of_transform(basis, basis.coefficients(keys, positions), sorted(of_transform), scaling)
+    return Distortion(of_keys, of_values)
 
 
 def _squared_range(vectors: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         check_all_finite(rows, routed, scores, observed)
         n_kept = [self.n_kept(row, routing) for row, routing in zip(rows, routed, strict=True)]
         if self.precision is not None:
-            return self._pack(call, rows, scores, observed, n_kept)
+            return self._pack(call, rows, routed, scores, observed, n_kept)
         if self._session.turns_ragged(self):
             return self._evict_shared(call, scores, observed, n_kept)
         return self._evict(call, routed[0], scores[0], observed[0], n_kept[0])
@@ -254,7 +254,7 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         weights = self._memory.align(call, output.weights)
         active = active_experts(call, weights, output.logits)
         self._feedback.add_routing(call.layer_idx, output)
-        return Routing(router, weights, tuple(active))
+        return Routing(router, weights, tuple(active), output.worths)
 
     @torch.no_grad()
     def mix(self, call: LayerCall, routing: Routing) -> Tensor:

@@ -15,7 +15,7 @@ from kvpress_moe.press.exclusive_use import is_in_use
 from kvpress_moe.press.feedback import Feedback
 from kvpress_moe.press.packing import Menu, PackedPart, cost_of_strategies, key_basis, pack_shared, positions_of
 from kvpress_moe.press.session import Session
-from kvpress_moe.routers import Routers
+from kvpress_moe.routers import Routers, Routing
 
 
 class Packer:
@@ -54,6 +54,7 @@ class Packer:
         self,
         call: LayerCall,
         rows: Sequence[LayerCall],
+        routed: Sequence[Routing],
         scores: Sequence[Tensor],
         observed: Sequence[Observation],
         n_kept: Sequence[int],
@@ -63,11 +64,10 @@ class Packer:
         positions = positions_of(call, starts)
         basis = key_basis(call, call.layer_idx, self._routers, positions)
         menu = Menu.of(self.menu, call.keys.shape[-1], call.keys.element_size(), basis)
-        calibrated = self._routers is not None and bool(self._routers.config.num_heads)
         costs, budgets, floors, wholes = [], [], [], []
-        for number, (row, score, kept) in enumerate(zip(rows, scores, n_kept, strict=True)):
+        for number, (row, routing, score, kept) in enumerate(zip(rows, routed, scores, n_kept, strict=True)):
             own = positions if starts is None else positions[min(number, len(positions) - 1)][None, starts[number] :]
-            costs.append(cost_of_strategies(row, score, calibrated, menu, basis, own))
+            costs.append(cost_of_strategies(row, routing, score, menu, basis, own))
             keep = kept / row.k_len if self.compression_ratio is None else 1 - self.compression_ratio
             budgets.append(menu.budget(row.k_len, keep))
             floors.append(menu.floor(budgets[-1], 1 if self.scope == "uniform" else kept * self.min_share))

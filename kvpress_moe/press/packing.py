@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpress_moe.budget.cross_layer import Observation
-from kvpress_moe.budget.shared_bytes import SharedBytes, strategy_costs
+from kvpress_moe.budget.shared_bytes import SharedBytes, as_costs, strategy_costs
 from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.cache.packed_layer import PackedLayer
 from kvpress_moe.cache.tier import TABLE_BYTES
@@ -24,7 +24,7 @@ from kvpress_moe.experts.layer_call import LayerCall, latest_queries
 from kvpress_moe.experts.mixing import rank_within_head
 from kvpress_moe.model.layers import first_to_compress, last_to_compress
 from kvpress_moe.press.input_checks import check_can_turn_ragged, check_still_there
-from kvpress_moe.routers import Routers
+from kvpress_moe.routers import Routers, Routing
 
 N_SINK = 4  # first tokens, whose pairs stay as the model wrote them; nearly every query attends to them
 SINKS_SHARE = 0.25  # of a head's bytes that they may take
@@ -114,8 +114,15 @@ def positions_of(call: LayerCall, text_starts: Sequence[int] | None) -> Tensor:
     return (counted - torch.tensor(text_starts, device=counted.device)[:, None]).clamp(min=0)
 
 
+def query_power(call: LayerCall) -> Tensor:
+    """Mean squared norm of the latest queries of each KV head, shape (H,), float32."""
+    queries = latest_queries(call, call.window).float().square().sum(-1)  # (B, num_heads, window)
+    power: Tensor = queries.unflatten(1, (call.keys.shape[1], -1)).mean((0, 2, 3))
+    return power
+
+
 def cost_of_strategies(
-    call: LayerCall, scores: Tensor, calibrated: bool, menu: Menu, basis: KeyBasis | None, positions: Tensor
+    call: LayerCall, routing: Routing, scores: Tensor, menu: Menu, basis: KeyBasis | None, positions: Tensor
 ) -> Tensor:
     """
     What each strategy costs for each pair, from its weight and its expected loss.
@@ -123,10 +130,11 @@ def cost_of_strategies(
     Parameters
     ----------
     call : LayerCall
+    routing : Routing
+        If its router was trained to choose strategies, the costs are those of its rule. If it is only calibrated, a
+        pair weighs ``exp(score)``; see :func:`kvpress_moe.budget.shared_bytes.strategy_costs`. Otherwise a pair with
+        rank r within its head weighs ``1 / (1 - r)``.
     scores : Tensor, shape (B, H, S)
-    calibrated : bool
-        Whether scores estimate log attention; a pair then weighs ``exp(score)``. Otherwise a pair with rank r within
-        its head weighs ``1 / (1 - r)``.
     menu : Menu
     basis : KeyBasis or None
     positions : Tensor, shape (B or 1, S)
@@ -136,17 +144,20 @@ def cost_of_strategies(
     Tensor, shape (M, B, H, S), bfloat16
     """
     with exact(call.keys.device):
-        return _costs(call, scores, calibrated, menu, basis, positions)
+        return _costs(call, routing, scores, menu, basis, positions)
 
 
 def _costs(
-    call: LayerCall, scores: Tensor, calibrated: bool, menu: Menu, basis: KeyBasis | None, positions: Tensor
+    call: LayerCall, routing: Routing, scores: Tensor, menu: Menu, basis: KeyBasis | None, positions: Tensor
 ) -> Tensor:
-    log_weights = scores if calibrated else -torch.log1p(-rank_within_head(scores.float()))
-    queries = latest_queries(call, call.window).float().square().sum(-1)  # (B, num_heads, window)
-    power = queries.unflatten(1, (call.keys.shape[1], -1)).mean((0, 2, 3))
-    losses = distortions(call.keys, call.values, menu.precisions, call.module.scaling, power, basis, positions)
-    return strategy_costs(log_weights, losses)
+    lost = distortions(
+        call.keys, call.values, menu.precisions, call.module.scaling, query_power(call), basis, positions
+    )
+    router, worths = routing.router, routing.worths
+    if router.rule is not None and worths is not None:
+        return as_costs(router.rule.log_costs(scores, worths, lost, menu.precisions))
+    log_weights = scores if router.calibration is not None else -torch.log1p(-rank_within_head(scores.float()))
+    return strategy_costs(log_weights, lost.total(menu.precisions, scores))
 
 
 def pack_shared(

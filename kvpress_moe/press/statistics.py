@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpress_moe.budget.shared_bytes import POWER
 from kvpress_moe.codes.precision import Precision
 
 
@@ -66,7 +65,7 @@ class RoutingStats:
         for number, name in enumerate(names):
             chosen = strategies == number
             weights = costs[0][chosen].double().clamp(min=torch.finfo(torch.float32).tiny)
-            lost = (costs[number][chosen].double() / weights) ** (1 / POWER)
+            lost = costs[number][chosen].double() / weights
             self.add(
                 layer_idx,
                 **{f"pairs {name}": chosen.sum(), f"bytes {name}": chosen.sum() * int(nbytes[number])},

@@ -12,6 +12,7 @@ from torch.nn.utils import skip_init
 from kvpress_moe.routers.calibration import Calibration
 from kvpress_moe.routers.gate import gate, load_balance
 from kvpress_moe.routers.learned_expert import LearnedExpert
+from kvpress_moe.routers.strategy_rule import StrategyRule
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class RouterOutput:
         Routing weights. They are zero for experts that were not chosen, and sum to 1 for every token.
     aux_loss : Tensor, scalar
         ``sum_e mean_prob_e * usage_share_e``, not yet scaled by ``aux_loss_weight``.
+    worths : Tensor, shape (2, B, H, S), float32, or None
+        What losses of keys and of values are worth, see :class:`kvpress_moe.routers.strategy_rule.StrategyRule`. None
+        if the router was not trained to choose strategies.
     """
 
     logits: Tensor
@@ -38,6 +42,7 @@ class RouterOutput:
     chosen: Tensor
     weights: Tensor
     aux_loss: Tensor
+    worths: Tensor | None = None
 
 
 class BaseMoERouter(nn.Module):
@@ -67,6 +72,9 @@ class BaseMoERouter(nn.Module):
         Width of the expert ``"learned"`` inside this router. 0: the router has no such expert.
     num_seen : int, default=0
         Number of ranks of other experts that the expert ``"learned"`` sees.
+    strategies : bool, default=False
+        Whether the router also judges compression strategies, see
+        :class:`kvpress_moe.routers.strategy_rule.StrategyRule`. Needs ``num_heads``.
     """
 
     def __init__(
@@ -79,6 +87,7 @@ class BaseMoERouter(nn.Module):
         num_heads: int = 0,
         learned: int = 0,
         num_seen: int = 0,
+        strategies: bool = False,
     ):
         super().__init__()
         # Not nn.Linear(...): its own initialisation would draw from the user's global generator.
@@ -91,12 +100,22 @@ class BaseMoERouter(nn.Module):
             nn.init.zeros_(parameter)
         self.calibration = Calibration(num_heads, num_experts) if num_heads else None
         self.learned = LearnedExpert(hidden_size, learned, num_heads, seed, num_seen) if learned else None
+        self.rule = StrategyRule(num_heads, bottleneck) if strategies else None
+
+    def features(self, hidden_states: Tensor) -> Tensor:
+        """What the router reads from hidden states (B, S, C): (B, S, bottleneck)."""
+        hidden_states = hidden_states.to(self.down.weight.dtype)
+        features: Tensor = self.dropout(F.silu(self.down(hidden_states)))
+        return features
+
+    def preferences(self, features: Tensor) -> Tensor:
+        """Preference for every expert, shape (B, S, E), float32, from :meth:`features`."""
+        preferences: Tensor = self.up(features).float()
+        return preferences
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Preference for every expert, shape (B, S, E), float32, from hidden states (B, S, C)."""
-        hidden_states = hidden_states.to(self.down.weight.dtype)
-        logits: Tensor = self.up(self.dropout(F.silu(self.down(hidden_states)))).float()
-        return logits
+        return self.preferences(self.features(hidden_states))
 
     def forward(self, hidden_states: Tensor, top_k: int, capacity_factor: float) -> RouterOutput:
         """
@@ -111,9 +130,11 @@ class BaseMoERouter(nn.Module):
         capacity_factor : float
             Limits the tokens per expert, see :func:`kvpress_moe.routers.gate.expert_capacity`.
         """
-        logits = self.logits(hidden_states)
+        features = self.features(hidden_states)
+        logits = self.preferences(features)
         decision = gate(logits, top_k, capacity_factor)
-        return RouterOutput(logits, *decision, aux_loss=load_balance(decision.probs, decision.chosen))
+        worths = None if self.rule is None else self.rule.worths(features)
+        return RouterOutput(logits, *decision, load_balance(decision.probs, decision.chosen), worths)
 
     @torch.no_grad()
     def observe(self, hit_rates: Tensor) -> None:

@@ -36,6 +36,8 @@ class RouterConfig:
         Whether the expert ``"learned"`` sees the ranks by the other experts.
     top_k : int, default=2
         Experts per token that the routers were trained with.
+    strategies : bool, default=False
+        Whether the routers were trained to choose compression strategies.
     """
 
     router_type: str
@@ -49,6 +51,7 @@ class RouterConfig:
     learned: int = 0
     learned_sees: bool = False
     top_k: int = 2
+    strategies: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -67,7 +70,8 @@ class RouterConfig:
         calibration = self.num_heads * (2 * self.num_experts + 1)
         inputs = self.hidden_size + 2 * self.num_seen
         learned = self.learned * (inputs + 1) + self.num_heads * (self.learned + 1) if self.learned else 0
-        return gate + feedback + calibration + learned
+        rule = 2 + 2 * self.num_heads * (1 + self.bottleneck) if self.strategies else 0
+        return gate + feedback + calibration + learned + rule
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"experts": list(self.experts)}
@@ -91,7 +95,7 @@ class RouterConfig:
             "experts": bool(config.experts) and all(map(is_text, config.experts)),
             **{name: is_whole(getattr(config, name), 1) for name in sizes},
             **{name: is_whole(getattr(config, name)) for name in ("num_heads", "learned")},
-            **{name: type(getattr(config, name)) is bool for name in ("trained", "learned_sees")},
+            **{name: type(getattr(config, name)) is bool for name in ("trained", "learned_sees", "strategies")},
             "dropout": is_number(config.dropout) and 0 <= config.dropout < 1,
             "top_k": is_whole(config.top_k, 1) and config.top_k <= config.num_experts,
         }
@@ -100,6 +104,6 @@ class RouterConfig:
                 raise ValueError(f"config: {name}: got {str(getattr(config, name))[:80]}")
         if bool(config.learned) != ("learned" in config.experts) and config.num_heads:
             raise ValueError("config: learned: expected a width if 'learned' is among the experts, else 0")
-        if config.learned and not config.num_heads:
-            raise ValueError("config: num_heads: got 0, expected the model's KV heads beside a learned expert")
+        if (config.learned or config.strategies) and not config.num_heads:
+            raise ValueError("config: num_heads: got 0, expected the model's KV heads beside what was trained for them")
         return config

@@ -41,11 +41,12 @@ class PiKVMoERouter(BaseMoERouter):
         num_heads: int = 0,
         learned: int = 0,
         num_seen: int = 0,
+        strategies: bool = False,
         cache_aware: bool = True,
         feedback_strength: float = 4.0,
         momentum: float = 0.9,
     ):
-        super().__init__(hidden_size, num_experts, dropout, bottleneck, seed, num_heads, learned, num_seen)
+        super().__init__(hidden_size, num_experts, dropout, bottleneck, seed, num_heads, learned, num_seen, strategies)
         self.cache_aware = cache_aware
         self.feedback_strength = feedback_strength
         self.momentum = momentum
@@ -53,9 +54,9 @@ class PiKVMoERouter(BaseMoERouter):
         nn.init.zeros_(self.adjust.weight)
         self.register_buffer("hit_rate", torch.full((num_experts,), torch.nan))
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        logits = super().logits(hidden_states)
-        return logits + self.feedback() if self.cache_aware else logits
+    def preferences(self, features: Tensor) -> Tensor:
+        preferences = super().preferences(features)
+        return preferences + self.feedback() if self.cache_aware else preferences
 
     def feedback(self) -> Tensor:
         """What the hit rates add to the logits, shape (E,). An unknown rate counts as equal to the mean."""

@@ -47,6 +47,7 @@ class Routers(nn.Module):
                 num_heads=config.num_heads,
                 learned=config.learned,
                 num_seen=config.num_seen,
+                strategies=config.strategies,
             )
             for layer_idx in range(config.num_layers)
         )

@@ -18,6 +18,7 @@ from kvpress_moe.experts.mixing import rank_within_head
 from kvpress_moe.model.hooks import hooked, prepared
 from kvpress_moe.model.layers import Attention, full_attention_layers, language_model
 from kvpress_moe.model.transformers_api import attention_arguments, with_cache
+from kvpress_moe.press.packing import query_power
 
 
 @torch.no_grad()
@@ -49,9 +50,10 @@ def capture(
           arXiv 2505.23416); minus infinity in the template's prefix (or ``<bos>``), which is not repeated;
         - ``answer`` (L, H, S): the same for the real question and answer;
         - ``writes`` (L, H, S): log of ‖W_O v‖, what the value adds to the residual stream (the largest over the head's
-          query heads), minus the log of the stream's norm in this layer (mean over all tokens).
+          query heads), minus the log of the stream's norm in this layer (mean over all tokens);
+        - ``power`` (L, H): log of the mean squared norm of the latest queries.
     """
-    hidden, ranks, writes, stream = [], [], [], []
+    hidden, ranks, writes, power, stream = [], [], [], [], []
     cache = DynamicCache()
 
     def record_stream(module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -64,6 +66,7 @@ def capture(
         call = LayerCall(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
         hidden.append(call.hidden_states[0].half())
         ranks.append(torch.stack([rank_within_head(expert.score(call, 0.5))[0].half() for expert in experts]))
+        power.append(query_power(call).log().half())
         writes.append((written_norm(module, layer.values)[0].float().log() - stream[-1]).half())
 
     presses = [expert.scorer for expert in experts if hasattr(expert.scorer, "post_init_from_model")]
@@ -80,6 +83,7 @@ def capture(
         "replay": replay[layers].log().half().cpu(),
         "answer": peak.log().half().cpu(),
         "writes": torch.stack(writes).cpu(),
+        "power": torch.stack(power).cpu(),
     }
 
 

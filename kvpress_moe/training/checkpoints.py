@@ -67,15 +67,20 @@ class FittedLayers:
 
     def save(self, layer_idx: int, router: nn.Module, losses: list[float]) -> None:
         """Save a layer's router and the loss of each epoch of its fit. The file is written completely or not at all."""
-        tensors = {name: tensor.contiguous() for name, tensor in router.state_dict().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in _fitted(router).items()}
         write_atomically(self.path(layer_idx), lambda path: save_file(tensors, path, {"losses": json.dumps(losses)}))
 
     def load(self, layer_idx: int, router: nn.Module) -> list[float]:
         """Load a fitted layer into a router. Returns the loss of each epoch of its fit."""
         with own_tensors(self.path(layer_idx)) as tensors:
-            router.load_state_dict({name: tensors.get_tensor(name) for name in router.state_dict()})
+            router.load_state_dict({name: tensors.get_tensor(name) for name in _fitted(router)}, strict=False)
             losses: list[float] = json.loads(tensors.metadata()["losses"])
         return losses
+
+
+def _fitted(router: nn.Module) -> dict[str, Any]:
+    """The weights that the layer-by-layer fit determines: all but those of the rule of strategies."""
+    return {name: tensor for name, tensor in router.state_dict().items() if not name.startswith("rule.")}
 
 
 def save_tuning_state(

@@ -12,10 +12,10 @@ from kvpress_moe.files import is_number, is_whole
 from kvpress_moe.training.losses import TEACHERS
 
 #: Kinds of tasks that training never sees, so that the benchmark can tell learning from memorising.
-HELD_OUT = ("variable_tracking", "code")
+HELD_OUT = ("variable_tracking", "code", "dialogue", "json_records", "comparing", "cloze")
 
 #: Fields of what comes after the layer-by-layer fit.
-_END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight", "transform_prompts")
+_END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight", "coded_share", "transform_prompts")
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,14 @@ class TrainingConfig:
     top_k : int
         Experts per token. The press must use the same number.
     samples : int
-        Number of prompts.
+        Number of prompts of the tasks.
+    study : int
+        Number of prompts that the model makes itself, see
+        :func:`kvpress_moe.training.study_prompts.study_prompts`.
     length : int
         Longest context, in tokens. The prompts have 8/8, 7/8, 6/8 and 5/8 of it in turn.
     tasks : tuple of str
-        Kinds of prompts: tasks of the benchmark. The prompts are of its train split.
+        Kinds of prompts: tasks of the benchmark, or ``all`` alone. The prompts are of its train split.
     teacher : {"replay", "answer", "both"}
         Whose attention is learned; see :func:`kvpress_moe.training.losses.target`.
     value_weight : float
@@ -55,13 +58,17 @@ class TrainingConfig:
         Epochs of :class:`kvpress_moe.training.end_to_end.EndToEnd` after the fit; 0: none.
     end_to_end_rate, replay_weight : float
         For that tuning: the highest learning rate, and the weight of repetitions. Answers have weight 1.
+    coded_share : float
+        Share of the prompts whose budget counts bytes in that tuning; the others evict pairs only. 0: the routers do
+        not learn to choose strategies.
     transform_prompts : int
         Number of prompts that key transforms are fitted to, at most ``samples``; 0: no key transforms.
     """
 
     experts: tuple[str, ...] = ("learned", "keydiff", "leverage", "cur", "tova")
     top_k: int = 5
-    samples: int = 48  # every kind at every length once
+    samples: int = 54  # every kind at three lengths
+    study: int = 42
     length: int = 1024
     tasks: tuple[str, ...] = tuple(task for task in TASKS if task not in HELD_OUT)
     teacher: str = "both"
@@ -80,6 +87,7 @@ class TrainingConfig:
     end_to_end: int = 3
     end_to_end_rate: float = 1e-3
     replay_weight: float = 1.0
+    coded_share: float = 0.5
     transform_prompts: int = 24
 
     def check(self) -> None:
@@ -98,6 +106,8 @@ class TrainingConfig:
         for field in ("samples", "epochs", "bottleneck", "learned_width"):
             if getattr(self, field) < 1:
                 raise SettingError(field, getattr(self, field), "at least 1", "")
+        if not is_whole(self.study):
+            raise SettingError("study", self.study, "a number of prompts, 0 or more", "0: only prompts of tasks.")
         if not is_whole(self.end_to_end):
             raise SettingError("end_to_end", self.end_to_end, "a number of epochs, 0 or more", "0 leaves it out.")
         if not is_whole(self.transform_prompts):
@@ -106,6 +116,8 @@ class TrainingConfig:
             value = getattr(self, field)
             if not (is_number(value) and value >= 0):
                 raise SettingError(field, value, "a finite number, 0 or more", "")
+        if not (is_number(self.coded_share) and 0 <= self.coded_share <= 1):
+            raise SettingError("coded_share", self.coded_share, "a number from 0 to 1", "0: pairs are evicted only.")
         if self.length < 256:
             raise SettingError("length", self.length, "at least 256 tokens", "")
 

@@ -14,22 +14,31 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.benchmark.byte_strategies import ELEMENT_SIZE
 from kvpress_moe.benchmark.cache_eval import step
+from kvpress_moe.budget.eviction import best
+from kvpress_moe.codes.precision import Precision
 from kvpress_moe.errors import NotFiniteError
-from kvpress_moe.model.layers import full_attention_layers
+from kvpress_moe.model.layers import full_attention_layers, language_model
+from kvpress_moe.press.packing import Menu
 from kvpress_moe.routers import Routers
 from kvpress_moe.routers.learned_expert import LearnedExpert
 from kvpress_moe.training.checkpoints import load_tuning_state, save_tuning_state
+from kvpress_moe.training.coded_pairs import CodedPairs, layer_basis
 from kvpress_moe.training.layerwise import fold_scaling, predict, unfold_scaling
 from kvpress_moe.training.prompt_cache import Pairs, as_cache, full_cache
 from kvpress_moe.training.soft_budget import soft_share
+from kvpress_moe.training.soft_bytes import draw_share, soft_strategies
 from kvpress_moe.training.soft_eviction import softly_evicted
 from kvpress_moe.training.tuning_samples import CapturedPrompt, TuningSample, question, repetition
 
-FORMAT = 1  # of saved states; a state of another format is not used
+FORMAT = 2  # of saved states; a state of another format is not used
 SINKS, RECENT, MIN_SHARE = 4, 16, 0.2  # the benchmark's protection and minimum
 KEPT = (0.07, 0.55)  # range of the share of pairs that a budget keeps, drawn evenly on a log scale
+BYTES = (0.03, 0.5)  # the same for the share of the bytes of a 16-bit cache
 TEMPERATURES = (0.5, 0.15)  # nats, at the start and at the end
+RULE_RATE = 10.0  # learning rate of a rule's few powers and worths, times that of the weights
+_CERTAIN = 1e-4  # nats; the square root of a divergence below has no steep gradient
 BATCH = 4  # prompts per step of the optimiser
 WARM_UP = 0.1  # share of the steps
 
@@ -40,10 +49,16 @@ class EndToEnd:
 
     For each prompt a budget is drawn, and the routers score all pairs of all layers. The frozen model then processes
     the question and the right answer over the cache. Log shares of
-    :func:`kvpress_moe.training.soft_budget.soft_share` are added to the attention logits. The loss is the KL divergence
-    of the next-token distributions from those of the full cache. Its gradient tells for every pair of every layer how
-    much the answer needs it, not how much attention it gets. The model is also asked to repeat a part of the context
-    (KVzip's question, arXiv 2505.23416), so that pairs which no training question needs keep their scores.
+    :func:`kvpress_moe.training.soft_budget.soft_share` are added to the attention logits. The loss is the square
+    root of the KL divergence of the next-token distributions from those of the full cache. (Small budgets have a
+    divergence a hundred times as large as that of large ones; under the root both count.) Its gradient tells for every
+    pair of every layer how much the answer needs it, not how much attention it gets. The model is also asked to repeat
+    a part of the context (KVzip's question, arXiv 2505.23416), so that pairs which no training question needs keep
+    their scores.
+
+    A part of the prompts gets a budget of bytes. The routers then also choose a strategy for each pair, with the
+    probabilities of :func:`kvpress_moe.training.soft_bytes.soft_strategies`. Keys and values become the mean of what
+    the codes leave of them. So the gradient also tells what a loss of a key or of a value is worth.
 
     A soft mask with a falling temperature is the method of Concrete and L0 gates (Louizos et al., arXiv 1712.01312).
     Learning whole budgets end to end is the method of LKV (arXiv 2605.06676).
@@ -61,6 +76,10 @@ class EndToEnd:
     top_k : int
     learned : int or None
         Index of the learned expert.
+    menu : sequence of Precision
+        What pairs may be stored with if bytes are the budget.
+    coded_share : float
+        Share of the prompts whose budget counts bytes.
     train_gate : bool
     aux_loss_weight, replay_weight : float
     epochs : int
@@ -80,6 +99,8 @@ class EndToEnd:
         *,
         top_k: int,
         learned: int | None,
+        menu: Sequence[Precision],
+        coded_share: float,
         train_gate: bool,
         aux_loss_weight: float,
         replay_weight: float,
@@ -90,6 +111,7 @@ class EndToEnd:
         self.model, self.tokenizer, self.routers = model, tokenizer, routers
         self.samples, self.read, self.epochs, self.seed = tuning_samples, read, epochs, seed
         self.top_k, self.learned = top_k, learned
+        self.precisions, self.coded_share, self.byte_shares = menu, coded_share, BYTES
         self.aux_loss_weight, self.replay_weight, self.learning_rate = aux_loss_weight, replay_weight, learning_rate
         self.layers = full_attention_layers(model)
         self.mean, self.std = self._scaling()
@@ -97,7 +119,12 @@ class EndToEnd:
         gates = {id(p) for router in tuned for linear in (router.up, router.down) for p in linear.parameters()}
         of_tuned = [parameter for router in tuned for parameter in router.parameters()]
         self.parameters = [p for p in of_tuned if train_gate or id(p) not in gates]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.9, 0.98))
+        few = {id(p) for router in tuned if router.rule is not None for p in (router.rule.powers, router.rule.worth)}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.parameters if id(p) not in few], "scale": 1.0},
+            {"params": [p for p in self.parameters if id(p) in few], "scale": RULE_RATE},
+        ]
+        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], learning_rate, (0.9, 0.98))
         self.optimizer.zero_grad()  # the layer-by-layer fit left the gradient of its last step
 
     @property
@@ -128,63 +155,111 @@ class EndToEnd:
                     continue
                 rng = random.Random(f"{self.seed} {epoch}")
                 order = rng.sample(range(len(self.samples)), len(self.samples))
-                seen: list[tuple[float, float]] = []
+                seen: list[dict[str, float]] = []
                 for start in range(0, len(order), BATCH):
                     batch = order[start : start + BATCH]
                     done = epoch * -(-len(order) // BATCH) + start // BATCH
                     for index in batch:
                         seen.append(self._learn(self.samples[index], done / self.n_steps, len(batch), rng))
-                        progress(epoch * len(order) + len(seen), total, sum(a for a, _ in seen) / len(seen))
+                        progress(epoch * len(order) + len(seen), total, _means(seen)["answer"])
                     self._step(done)
-                answer, repeated = (sum(column) / len(seen) for column in zip(*seen, strict=True))
-                history.append({"answer": round(answer, 4), "replay": round(repeated, 4)})
+                history.append({name: round(mean, 4) for name, mean in _means(seen).items()})
                 save_tuning_state(state, self.parameters, self.optimizer, history[-1])
         return history
 
-    def _learn(self, sample: TuningSample, part_done: float, n_batch: int, rng: random.Random) -> tuple[float, float]:
-        """Add the gradient of one prompt. Returns its divergences of answer and repetition."""
+    def _learn(self, sample: TuningSample, part_done: float, n_batch: int, rng: random.Random) -> dict[str, float]:
+        """Add the gradient of one prompt. Returns its divergences."""
         temperature = TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** part_done
-        kept_share = math.exp(rng.uniform(math.log(KEPT[0]), math.log(KEPT[1])))
-        scores, aux_loss = self.scores(self.read(sample.shard))
-        n_layers, _, n_tokens = scores.shape
-        protected = torch.zeros(n_tokens, dtype=torch.bool, device=scores.device)
-        protected[:SINKS] = protected[-RECENT:] = True
-        n_kept = max(compute_n_kept(n_tokens, 1 - kept_share), SINKS + RECENT + 1)
-        log_kept = soft_share(scores.flatten(0, 1), protected, n_kept, MIN_SHARE, temperature)
-        log_kept = log_kept.unflatten(0, (n_layers, -1))
         cache = full_cache(self.model, sample.prompt.context, sample.cache_path)
-        answer = self.divergence(cache, *question(sample.prompt), log_kept)
+        coded = rng.random() < self.coded_share
+        of_prompt = self.read(sample.shard)
+        scores, worths, aux_loss = self.judge(of_prompt)
+        if coded:
+            share = draw_share(*self.byte_shares, rng.random())
+            pairs, log_kept = self.code_softly(cache, scores, worths, of_prompt.power, share, temperature)
+        else:
+            share = draw_share(*KEPT, rng.random())
+            pairs, log_kept = cache, self.evict_softly(scores, share, temperature)
+        answer = self.divergence(cache, pairs, *question(sample.prompt), log_kept)
         repeated = torch.zeros(())
         if self.replay_weight:
             asked = repetition(sample.prompt, self.tokenizer, rng)
-            repeated = self.divergence(cache, *asked, log_kept)
-        loss = answer + self.replay_weight * repeated + self.aux_loss_weight * aux_loss
+            repeated = self.divergence(cache, pairs, *asked, log_kept)
+        loss = (answer + _CERTAIN).sqrt() + self.replay_weight * (repeated + _CERTAIN).sqrt()
+        loss = loss + self.aux_loss_weight * aux_loss
         if not bool(loss.isfinite()):
             raise NotFiniteError(
                 f"loss: got {loss.item()} for {sample.shard.stem}, expected a finite number. The model overflows in "
                 f"{self.model.dtype} (try bfloat16 or float32), or the learning rate is too high (end_to_end_rate)."
             )
         (loss / n_batch).backward()
-        return answer.item(), repeated.item()
+        names = ("coded_answer", "coded_replay") if coded else ("evicted_answer", "evicted_replay")
+        found = {"answer": answer.item(), "replay": repeated.item()}
+        return found | dict(zip(names, found.values(), strict=True))
 
-    def scores(self, captured: CapturedPrompt) -> tuple[Tensor, Tensor]:
-        """Scores (L, H, S) of a prompt's pairs, and the mean load-balancing loss."""
-        scored, balance = [], []
+    def judge(self, captured: CapturedPrompt) -> tuple[Tensor, list[Tensor | None], Tensor]:
+        """Scores (L, H, S) of a prompt's pairs, worths (2, 1, H, S) by layer, and the mean load-balancing loss."""
+        scored, worths, balance = [], [], []
         for number, layer_idx in enumerate(self.layers):
             hidden = (captured.hidden[number] - self.mean[number]) / self.std[number]
             router = self.routers.layers[layer_idx]
-            scores, aux_loss = predict(router, hidden, captured.ranks[number], self.top_k, self.learned)
+            scores, aux_loss, worth = predict(router, hidden, captured.ranks[number], self.top_k, self.learned)
             scored.append(scores.T)
+            worths.append(worth)
             balance.append(aux_loss)
-        return torch.stack(scored), torch.stack(balance).mean()
+        return torch.stack(scored), worths, torch.stack(balance).mean()
 
-    def divergence(self, cache: Pairs, tokens: Tensor, n_logits: int, log_kept: Tensor) -> Tensor:
-        """Mean KL divergence, in nats, that soft eviction causes at the last ``n_logits`` of the tokens (1, T)."""
+    def evict_softly(self, scores: Tensor, share: float, temperature: float) -> Tensor:
+        """Logarithms of how far each pair stays, (L, H, S), if a share of the pairs stays."""
+        n_tokens = scores.shape[2]
+        protected = torch.zeros(n_tokens, dtype=torch.bool, device=scores.device)
+        protected[:SINKS] = protected[-RECENT:] = True
+        n_kept = max(compute_n_kept(n_tokens, 1 - share), SINKS + RECENT + 1)
+        log_kept = soft_share(scores.flatten(0, 1), protected, n_kept, MIN_SHARE, temperature)
+        return log_kept.view_as(scores)
+
+    def code_softly(
+        self,
+        cache: Pairs,
+        scores: Tensor,
+        worths: Sequence[Tensor | None],
+        power: Tensor,
+        share: float,
+        temperature: float,
+    ) -> tuple[Pairs, Tensor]:
+        """
+        Pairs of all layers after a soft choice of strategies, and logarithms (L, H, S) of how far each of them stays.
+
+        ``share`` is the share of the bytes of a 16-bit cache.
+        """
+        n_tokens = scores.shape[2]
+        coded, costs = [], []
+        for number, (layer_idx, worth) in enumerate(zip(self.layers, worths, strict=True)):
+            keys, values = cache[layer_idx]
+            router, attention = self.routers.layers[layer_idx], language_model(self.model).layers[layer_idx].self_attn
+            basis = layer_basis(self.model, layer_idx, self.routers.key_transforms, n_tokens)
+            menu = Menu.of(self.precisions, keys.shape[-1], ELEMENT_SIZE, basis)
+            layer = CodedPairs.of(keys, values, menu.precisions, attention.scaling, power[number], basis)
+            costs.append(router.rule.log_costs(scores[number][None], worth, layer.distortion, menu.precisions)[:, 0])
+            coded.append(layer)
+        log_costs = torch.stack(costs, 1)  # (M + 1, L, H, S)
+        budget = menu.budget(n_tokens, share)
+        log_costs = forbid(log_costs, menu.whole(budget), menu.floor(budget, MIN_SHARE * share * n_tokens))
+        log_probs = soft_strategies(
+            log_costs.flatten(1), menu.nbytes, budget * log_costs[0, ..., 0].numel(), temperature
+        ).view_as(log_costs)
+        pairs = list(cache)
+        for number, (layer_idx, layer) in enumerate(zip(self.layers, coded, strict=True)):
+            pairs[layer_idx] = layer.mixed(*cache[layer_idx], log_probs[:, number], menu.precisions)
+        return pairs, log_probs[1:].logsumexp(0)
+
+    def divergence(self, cache: Pairs, pairs: Pairs, tokens: Tensor, n_logits: int, log_kept: Tensor) -> Tensor:
+        """Mean KL divergence, in nats, that softly compressed pairs cause at the last ``n_logits`` of tokens (1, T)."""
         n_read, tokens = cache[0][0].shape[2], tokens.to(self.model.device)
         with torch.no_grad():
             full = step(self.model, as_cache(cache), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
         with softly_evicted(self.model, self.layers, log_kept):
-            own = step(self.model, as_cache(cache), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
+            own = step(self.model, as_cache(pairs), tokens, n_read, None, n_logits)[0].float().log_softmax(-1)
         return (full.exp() * (full - own)).sum(-1).mean().cpu()
 
     def _step(self, done: int) -> None:
@@ -192,7 +267,7 @@ class EndToEnd:
         at = (done + 1) / (self.n_steps + 1)
         rate = at / WARM_UP if at < WARM_UP else 0.5 * (1 + math.cos(math.pi * (at - WARM_UP) / (1 - WARM_UP)))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * rate
+            group["lr"] = self.learning_rate * rate * group["scale"]
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -240,3 +315,24 @@ class EndToEnd:
         finally:
             for parameter, asked in zip(everything, before, strict=True):
                 parameter.requires_grad_(asked)
+
+
+def _means(seen: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each figure over the prompts that have it."""
+    names = dict.fromkeys(name for figures in seen for name in figures)
+    having = {name: [figures[name] for figures in seen if name in figures] for name in names}
+    return {name: sum(values) / len(values) for name, values in having.items()}
+
+
+def forbid(log_costs: Tensor, whole: int, floor: int) -> Tensor:
+    """
+    Costs (M, L, H, S) with infinity for what budgets and the benchmark never do.
+
+    The first ``whole`` tokens stay as the model wrote them. The first and the latest tokens are not evicted, nor are
+    the ``floor`` pairs of each head whose eviction costs most.
+    """
+    forbidden = torch.zeros_like(log_costs, dtype=torch.bool)
+    forbidden[:-1, ..., :whole] = True
+    forbidden[0, ..., :SINKS] = forbidden[0, ..., -RECENT:] = True
+    forbidden[0] |= best(log_costs[0].detach(), floor)
+    return log_costs.masked_fill(forbidden, torch.inf)

@@ -41,9 +41,9 @@ class LayerData:
 
 def predict(
     router: BaseMoERouter, hidden: Tensor, ranks: Tensor, top_k: int, learned: int | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """
-    Scores (N, H) of tokens, and the load-balancing loss.
+    Scores (N, H) of tokens, the load-balancing loss, and the worths (2, 1, H, N) of losses if the router knows them.
 
     Computed by :func:`kvpress_moe.experts.mixing.calibrated_scores`, as in the press. Tokens of many prompts are
     treated as one prompt.
@@ -59,7 +59,8 @@ def predict(
     """
     num_experts = ranks.shape[-1]
     calibration, expert = cast(Calibration, router.calibration), cast(LearnedExpert, router.learned)
-    decision = gate(router.logits(hidden[None]), top_k, capacity_factor=float(num_experts))
+    features = router.features(hidden[None])
+    decision = gate(router.preferences(features), top_k, capacity_factor=float(num_experts))
     ranked = [index for index in range(num_experts) if index != learned]
     of_ranked = ranks[..., ranked].permute(2, 1, 0)[None]  # (1, experts, H, N)
     scores = calibrated_scores(
@@ -71,7 +72,8 @@ def predict(
         learned,
         lambda: expert.importance(hidden[None], of_ranked),
     )
-    return scores[0].T, load_balance(decision.probs, decision.chosen)
+    worths = None if router.rule is None else router.rule.worths(features)
+    return scores[0].T, load_balance(decision.probs, decision.chosen), worths
 
 
 def fit_layer(
@@ -115,7 +117,7 @@ def fit_layer(
         for _ in range(epochs):
             total = 0.0
             for batch in torch.randperm(len(hidden), generator=generator).split(batch_size):
-                scores, aux_loss = predict(router, hidden[batch], data.ranks[batch], top_k, learned)
+                scores, aux_loss, _ = predict(router, hidden[batch], data.ranks[batch], top_k, learned)
                 weights = data.weights[batch]
                 error = (weights * (scores - data.targets[batch]).square()).sum() / weights.sum()
                 budget = budget_loss(scores, data.targets[batch], data.thresholds)

@@ -17,10 +17,10 @@ from kvpress_moe.errors import SettingError
 from kvpress_moe.files import is_text, read_json, write_atomically
 from kvpress_moe.training.checkpoints import own_tensors
 
-FORMAT = 2  # of shards
+FORMAT = 3  # of shards
 
 
-TENSORS = ("hidden", "ranks", "replay", "answer", "writes")  # see :func:`kvpress_moe.training.capture.capture`
+TENSORS = ("hidden", "ranks", "replay", "answer", "writes", "power")  # see :func:`kvpress_moe.training.capture.capture`
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
-from kvpress_moe.benchmark.tasks import make_sample
+from kvpress_moe.benchmark.tasks import find_tasks, make_sample
+from kvpress_moe.codes.precision import menu_of
 from kvpress_moe.errors import SettingError, UnsupportedModelError
 from kvpress_moe.experts.expert import Expert
 from kvpress_moe.experts.registry import make_expert
@@ -33,9 +34,12 @@ from kvpress_moe.training.layerwise import LayerData, fit_layer
 from kvpress_moe.training.losses import tail_weights, target
 from kvpress_moe.training.shards import FORMAT, Shards
 from kvpress_moe.training.soft_eviction import check_takes_masks
+from kvpress_moe.training.study_prompts import study_prompts
 from kvpress_moe.training.tuning_samples import CapturedPrompt, TuningSample
 
 KEPT_SHARES = (0.5, 0.25, 0.1)
+
+T = TypeVar("T")
 
 Aim = Callable[[dict[str, Tensor]], Tensor]  # a layer of a shard -> target of its pairs' scores, (H, S)
 
@@ -47,15 +51,43 @@ def prompts(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, limit: i
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
     made = []
+    tasks = find_tasks(config.tasks)
     for number in range(config.samples):
-        task = config.tasks[number % len(config.tasks)]
-        index = number // len(config.tasks)
+        task = tasks[number % len(tasks)]
+        index = number // len(tasks)
         length = config.length - (index % 4) * config.length // 8
         sample = make_sample(task, count_tokens, length, index, config.seed, "train")
         prompt = encode(sample, tokenizer)
         check_fits(prompt, sample, limit)
         made.append((sample.id, prompt))
     return made
+
+
+def made_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainingConfig,
+    shards: Path,
+    progress: Callable[..., Any] = lambda description, done, total, loss=None: None,
+    processes: Processes | None = None,
+) -> list[tuple[str, Prompt]]:
+    """The prompts of a config's tasks, and between them those that the model makes itself. They are kept in shards."""
+    processes = processes or Processes()
+    made = prompts(config, tokenizer, model.config.get_text_config(decoder=True).max_position_embeddings)
+    if not config.study:
+        return made
+    if processes.rank:
+        processes.wait()  # the first process writes the prompts, the others read them
+    studied = study_prompts(model, tokenizer, config.study, config.length, config.seed, shards, progress)
+    if not processes.rank:
+        processes.wait()
+    return interleave(made, studied)
+
+
+def interleave(first: Sequence[T], second: Sequence[T]) -> list[T]:
+    """Both lists in one, each evenly spread and in its own order."""
+    placed = [((number + 0.5) / len(each), item) for each in (first, second) for number, item in enumerate(each)]
+    return [item for _, item in sorted(placed, key=lambda at: at[0])]
 
 
 def check_has_weights(model: PreTrainedModel) -> None:
@@ -95,7 +127,7 @@ def train(
     Returns
     -------
     routers, metrics
-        The same in every process, but only the first one has the key transforms.
+        The same in every process.
 
     Raises
     ------
@@ -120,9 +152,8 @@ def train(
             raise SettingError("shards", None, "a directory that all processes share", "Add --shards DIRECTORY.")
         with tempfile.TemporaryDirectory() as temporary:
             return train(model, tokenizer, config, Path(temporary), progress)
-    limit = model.config.get_text_config(decoder=True).max_position_embeddings
     fill = Shards(shards)
-    made = prompts(config, tokenizer, limit)
+    made = made_prompts(model, tokenizer, config, shards, progress, processes)
     captured = fill.claim(model_fingerprint(model), config.heuristics, config.seed)
     experts: Sequence[Expert] = [make_expert(name) for name in captured]
     fill.fill(
@@ -134,14 +165,13 @@ def train(
     routers, metrics = fit_routers(
         model, config, fill, [fill.path(name) for name, _ in made], captured, progress, processes
     )
+    contexts = [prompt.context for _, prompt in made[: config.transform_prompts]]
+    if contexts:
+        routers.key_transforms = fit_key_transforms(model, contexts, partial(progress, "fitting key transforms"))
     if config.end_to_end:
         metrics["end_to_end"] = tune_routers(
             model, tokenizer, routers, config, fill, made, captured, progress, processes
         )
-    contexts = [prompt.context for _, prompt in made[: config.transform_prompts]]
-    if contexts and (processes.rank == 0):
-        routers.key_transforms = fit_key_transforms(model, contexts, partial(progress, "fitting key transforms"))
-    processes.wait()
     return routers, metrics
 
 
@@ -177,6 +207,7 @@ def fit_routers(
         learned=config.learned_width if learned is not None else 0,
         learned_sees=config.learned_sees,
         top_k=config.top_k,
+        strategies=config.end_to_end > 0 and config.coded_share > 0,
     )
     routers = Routers(router_config, model_fingerprint(model))
     columns = [captured.index(name) if name != "learned" else 0 for name in config.experts]
@@ -222,6 +253,18 @@ def about(config: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
     return {**made_by, "recipe": config, "prompts": [path.name for path in paths]}
 
 
+def reader(shards: Shards, config: TrainingConfig, captured: Sequence[str]) -> Callable[[Path], CapturedPrompt]:
+    """A function that reads what the routers of a config see of a prompt, from shards with these experts."""
+    columns = [captured.index(name) if name != "learned" else 0 for name in config.experts]
+
+    def read(path: Path) -> CapturedPrompt:
+        shard = shards.prompt(path)
+        ranks = shard["ranks"][:, columns].permute(0, 3, 2, 1).float().clamp(max=1 - 1e-4)  # (L, S, H, E)
+        return CapturedPrompt(shard["hidden"].float(), ranks, shard["power"].float().exp())
+
+    return read
+
+
 def tune_routers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -240,13 +283,6 @@ def tune_routers(
     """
     processes = processes or Processes()
     tuning_samples = [TuningSample(prompt, shards.path(name)) for name, prompt in made]
-    columns = [captured.index(name) if name != "learned" else 0 for name in config.experts]
-
-    def read(path: Path) -> CapturedPrompt:
-        shard = shards.prompt(path)
-        ranks = shard["ranks"][:, columns].permute(0, 3, 2, 1).float().clamp(max=1 - 1e-4)  # (L, S, H, E)
-        return CapturedPrompt(shard["hidden"].float(), ranks)
-
     told = about(asdict(config), [sample.shard for sample in tuning_samples])
     tuned = FittedLayers(shards.directory, {**told, "end_to_end": end_to_end.FORMAT})
 
@@ -256,9 +292,11 @@ def tune_routers(
             tokenizer,
             routers,
             tuning_samples,
-            read,
+            reader(shards, config, captured),
             top_k=config.top_k,
             learned=config.experts.index("learned") if "learned" in config.experts else None,
+            menu=menu_of("mixed", bool(routers.key_transforms)),
+            coded_share=config.coded_share,
             train_gate=config.gate,
             aux_loss_weight=config.aux_loss_weight,
             replay_weight=config.replay_weight,

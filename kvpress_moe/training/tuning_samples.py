@@ -47,10 +47,13 @@ class CapturedPrompt:
     hidden : Tensor, shape (L, S, C), float32
     ranks : Tensor, shape (L, S, H, E), float32
         One column for each expert of the config. The column of the learned expert is ignored.
+    power : Tensor, shape (L, H), float32
+        Mean squared norm of the latest queries.
     """
 
     hidden: Tensor
     ranks: Tensor
+    power: Tensor
 
 
 def question(prompt: Prompt) -> tuple[Tensor, int]:

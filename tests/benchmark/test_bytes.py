@@ -32,7 +32,7 @@ def mixed(model, **settings) -> Method:
     """``moe_mixed`` with calibrated routers of a tiny model."""
     routers = calibrated_routers(model)
     make = lambda protect: MoERouterPress(precision="mixed", router=routers, cache_aware=False)  # noqa: E731
-    return Method("mine", "ours", make, "global", "mine", precision="mixed", **settings)
+    return Method("mine", "ours", make, "global", "mine", precision="own", **settings)
 
 
 def test_the_benchmark_keeps_what_the_press_keeps(llama, monkeypatch):

@@ -214,7 +214,7 @@ def test_the_distortion_is_the_error_of_the_code(with_basis):
         queries = queries * basis.transform.deviation.float()[:, None] @ whitened
     power = queries.square().sum(-1).mean(-1)
     menu = [Precision(4, 3), Precision(8, 4), Precision(3, 4)]
-    losses = distortions(keys, values, menu, 0.125, power, basis, torch.arange(400)[None])
+    losses = distortions(keys, values, menu, 0.125, power, basis, torch.arange(400)[None]).total(menu, keys[..., 0])
     for precision, loss in zip(menu, losses, strict=True):
         if basis is not None and precision.key_bits in TRANSFORM_BITS:
             codes = [

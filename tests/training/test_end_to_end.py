@@ -10,27 +10,33 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from kvpress_moe.benchmark.cache_eval import read, stack
+from kvpress_moe import MoERouterPress
+from kvpress_moe.benchmark.cache_eval import evaluate_caches, evaluate_full_cache, read, stack
+from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.prompts import Prompt, encode
 from kvpress_moe.benchmark.selections import Kept, Selections
+from kvpress_moe.benchmark.shared_prefill import select_pairs
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.budget.allocation import share
+from kvpress_moe.codes.precision import menu_of
 from kvpress_moe.errors import CheckpointError, NotFiniteError, UnsupportedModelError
 from kvpress_moe.model.layers import full_attention_layers, language_model
 from kvpress_moe.training import end_to_end
 from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.end_to_end import EndToEnd
-from kvpress_moe.training.prompt_cache import as_cache
+from kvpress_moe.training.prompt_cache import as_cache, full_cache
+from kvpress_moe.training.shards import Shards
 from kvpress_moe.training.soft_budget import soft_share
 from kvpress_moe.training.soft_eviction import softly_evicted
-from kvpress_moe.training.trainer import train
-from kvpress_moe.training.tuning_samples import REPEATED, question, repetition
+from kvpress_moe.training.trainer import made_prompts, reader, train
+from kvpress_moe.training.tuning_samples import REPEATED, TuningSample, question, repetition
 from tests.tiny import FAMILIES, tiny_model
 
 CONFIG = TrainingConfig(
     experts=("learned", "keydiff"),
     top_k=2,
     samples=4,
+    study=0,
     length=300,
     tasks=("kv_list", "copy"),
     epochs=1,
@@ -142,8 +148,9 @@ def test_an_epoch_that_is_there_is_not_done_again(llama, chat_tokenizer, tmp_pat
     assert all(parameter.requires_grad for parameter in llama.parameters()), "a run that was interrupted left its mark"
     assert all(parameter.requires_grad for parameter in halted[0].routers.parameters())
     plain, _ = train(llama, chat_tokenizer, replace(CONFIG, end_to_end=0), tmp_path / "again")
-    for name, tensor in halted[0].routers.state_dict().items():  # taken along by five steps, not in another scaling
-        assert_close(tensor, plain.state_dict()[name], equal_nan=True, rtol=0.1, atol=0.05)
+    taken = halted[0].routers.state_dict()
+    for name, tensor in plain.state_dict().items():  # taken along by five steps, not in another scaling
+        assert_close(taken[name], tensor, equal_nan=True, rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("change", [{"gate": False}, {"experts": ("keydiff",), "top_k": 1}, {"top_k": 1}])
@@ -231,8 +238,8 @@ def test_the_gradient_is_that_of_a_threshold_which_holds_the_soft_budget():
 def test_without_steps_the_routers_are_those_that_were_fitted(llama, chat_tokenizer, tmp_path):
     plain, _ = train(llama, chat_tokenizer, replace(CONFIG, end_to_end=0), tmp_path)
     tuned, _ = train(llama, chat_tokenizer, replace(CONFIG, end_to_end_rate=0.0), tmp_path)
-    for name, tensor in tuned.state_dict().items():
-        assert_close(tensor, plain.state_dict()[name], equal_nan=True, rtol=1e-4, atol=1e-5)
+    for name, tensor in plain.state_dict().items():
+        assert_close(tuned.state_dict()[name], tensor, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_repeated_teaches_too(llama, chat_tokenizer, tmp_path):
@@ -270,3 +277,33 @@ def test_attention_without_additive_masks_is_refused_before_anything_is_read(lla
     finally:
         llama.config._attn_implementation = attention
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_at_low_temperature_the_soft_choice_is_what_the_benchmark_judges(family, share, chat_tokenizer, tmp_path):
+    """The press's strategies, the KL of its packed cache, and the soft ones of training are the same."""
+    model = tiny_model(family)
+    config = replace(CONFIG, end_to_end_rate=1e-2, coded_share=1.0)
+    routers, _ = train(model, chat_tokenizer, config, tmp_path)
+    shards, made = Shards(tmp_path), made_prompts(model, chat_tokenizer, config, tmp_path)
+    menu = menu_of("mixed", transformed=True)
+    settings = {"top_k": 2, "learned": 0, "menu": menu, "coded_share": 1.0, "train_gate": True, "aux_loss_weight": 0.0}
+    settings |= {"replay_weight": 0.0, "epochs": 1, "learning_rate": 0.0, "seed": 0}
+    samples = [TuningSample(prompt, shards.path(name)) for name, prompt in made]
+    tuner = EndToEnd(model, chat_tokenizer, routers, samples, reader(shards, config, ["keydiff"]), **settings)
+    sample = samples[0]
+    press = MoERouterPress(router=routers, precision="mixed", cache_aware=False)
+    method = Method("own", "ours", lambda protect: press, "global", "own", precision="own")
+    selections = select_pairs(model, sample.prompt.context, {"own": method}, [("own", 1 - share)], 4, 16)
+    kept = selections.kept["own", 1 - share]
+    reference = evaluate_full_cache(model, selections.cache, sample.prompt)
+    (answer,) = evaluate_caches(model, selections, sample.prompt, reference, [kept])
+    with torch.no_grad(), tuner._scaled():
+        cache = full_cache(model, sample.prompt.context, sample.cache_path)
+        scores, worths, _ = tuner.judge(tuner.read(sample.shard))
+        pairs, log_kept = tuner.code_softly(cache, scores, worths, tuner.read(sample.shard).power, share, 1e-3)
+        divergence = tuner.divergence(cache, pairs, *question(sample.prompt), log_kept)
+    hard = torch.stack([layer > 0 for layer in kept.coded.strategies])
+    assert ((log_kept.exp() > 0.5) == hard).float().mean() > 0.98  # shards are in half precision
+    assert float(divergence) == pytest.approx(answer.kl, rel=0.3, abs=1e-5)

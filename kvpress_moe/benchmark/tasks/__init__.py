@@ -8,18 +8,27 @@ from functools import partial
 from random import Random
 from typing import Any
 
+from kvpress_moe.benchmark.tasks.cloze import cloze
+from kvpress_moe.benchmark.tasks.comparing import comparing
 from kvpress_moe.benchmark.tasks.continuation import continuation, copying
+from kvpress_moe.benchmark.tasks.counting import counting
+from kvpress_moe.benchmark.tasks.dialogue import dialogue
+from kvpress_moe.benchmark.tasks.documents import documents
+from kvpress_moe.benchmark.tasks.facts import facts
 from kvpress_moe.benchmark.tasks.filling import CountTokens
 from kvpress_moe.benchmark.tasks.frequent import frequent_words
+from kvpress_moe.benchmark.tasks.json_records import json_records
 from kvpress_moe.benchmark.tasks.key_value import key_value
 from kvpress_moe.benchmark.tasks.needles import needle
 from kvpress_moe.benchmark.tasks.questions import question
 from kvpress_moe.benchmark.tasks.sample import Sample as Sample
+from kvpress_moe.benchmark.tasks.steps import steps
+from kvpress_moe.benchmark.tasks.tables import table
 from kvpress_moe.benchmark.tasks.variables import variable_tracking
 from kvpress_moe.benchmark.tasks.vocabulary import SPLITS as SPLITS
 from kvpress_moe.errors import SettingError
 
-__all__ = ["SPLITS", "TASKS", "Sample", "find_tasks", "make_sample"]
+__all__ = ["CORE", "SPLITS", "TASKS", "Sample", "find_tasks", "make_sample"]
 
 #: Name -> generator ``f(random, count_tokens, length, index, split) -> fields of a Sample``.
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -37,19 +46,39 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "prose": continuation,
     "code": partial(continuation, code=True),
     "copy": copying,
+    "facts": facts,
+    "facts_two": partial(facts, n_asked=2),
+    "documents": documents,
+    "table": table,
+    "json_records": json_records,
+    "dialogue": dialogue,
+    "counting": counting,
+    "comparing": comparing,
+    "cloze": cloze,
+    "steps": steps,
 }
+
+#: The tasks of the benchmark where none are named. The published figures are means over them.
+CORE = tuple(TASKS)[:14]
 
 
 def find_tasks(names: Iterable[str] | None) -> tuple[str, ...]:
-    """Names of tasks; ``None``: all. Raises SettingError for an unknown name, with similar known names."""
+    """
+    Names of tasks. ``None``: the tasks of ``CORE``; ``all`` alone: every task.
+
+    Raises SettingError for an unknown name, with similar known names.
+    """
     if names is None:
+        return CORE
+    names = tuple(names)
+    if names == ("all",):
         return tuple(TASKS)
     for name in names:
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=3)
             remedy = f"Did you mean {' or '.join(near)}?" if near else ""
-            raise SettingError("tasks", name, f"one of {', '.join(TASKS)}", remedy)
-    return tuple(names)
+            raise SettingError("tasks", name, f"one of {', '.join(TASKS)}, or all alone", remedy)
+    return names
 
 
 def make_sample(

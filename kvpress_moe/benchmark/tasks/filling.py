@@ -23,9 +23,11 @@ def cycle_sentences(random: Random, sentences: Sequence[str]) -> Iterator[str]:
     return (sentences[(start + step) % len(sentences)] for step in count())
 
 
-def fill(filler: Iterator[str], room: int, count_tokens: CountTokens, joint: str = " ") -> list[str]:
+def fill(filler: Iterator[str], room: int, count_tokens: CountTokens, joint: str = " ", misses: int = 1) -> list[str]:
     """
     Pieces of filler that together have at most ``room`` tokens, and nearly as many.
+
+    Pieces that do not fit are passed over. The ``misses``-th of them ends the filling.
 
     Raises
     ------
@@ -35,10 +37,14 @@ def fill(filler: Iterator[str], room: int, count_tokens: CountTokens, joint: str
     pieces: list[str] = []
     used = 0
     for piece in filler:
-        used += count_tokens(joint + piece)
-        if used > room:
+        cost = count_tokens(joint + piece)
+        if used + cost <= room:
+            used += cost
+            pieces.append(piece)
+            continue
+        misses -= 1
+        if misses == 0:
             break
-        pieces.append(piece)
     else:
         if used < 0.8 * room:
             most = f"at most about {used} tokens: the split has no more names"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
+from random import Random
 
 SPLITS = ("train", "tune", "test")
 
@@ -64,6 +65,63 @@ florist geologist glazier historian illustrator interpreter jeweller journalist 
 musician nurse optician painter pharmacist photographer pilot plumber potter sculptor surgeon surveyor tailor
 translator veterinarian watchmaker weaver welder
 """
+_COLOURS = """
+amber apricot aqua beige black blue bronze brown burgundy charcoal copper coral cream crimson cyan emerald gold green
+grey indigo ivory khaki lavender lilac lime magenta maroon mauve mint navy ochre olive orange peach pink plum purple
+red rust salmon sand scarlet silver tan teal turquoise violet white yellow
+"""
+_FOODS = """
+almonds apricots asparagus aubergines avocados bananas barley basil beetroot blueberries broccoli cabbage cashews celery
+cherries chestnuts chickpeas cinnamon coconut coriander crab cucumbers dates eggs fennel figs garlic ginger grapes
+hazelnuts honey kale kiwis leeks lentils lobster mangoes milk mushrooms mussels mustard oats onions oysters papaya
+parsley peaches peanuts pears peas pecans pineapple pistachios plums prawns pumpkin radishes raspberries rhubarb rye
+sesame shrimp soy spinach squid strawberries tomatoes trout tuna turnips walnuts wheat
+"""
+_VEGETABLES = """
+artichokes aubergines beans beetroots carrots chillies courgettes cucumbers leeks mushrooms olives onions parsnips
+peppers potatoes pumpkins radishes shallots tomatoes turnips yams apples pears plums apricots figs quinces
+"""
+_SPICES = """
+aniseed basil cardamom chives cinnamon cloves coriander cumin dill fennel ginger juniper lavender marjoram mint mustard
+nutmeg oregano paprika parsley pepper rosemary saffron sage salt sumac tarragon thyme turmeric vanilla
+"""
+_DISHES = """
+apple crumble, bean stew, beef curry, beetroot salad, blueberry pancakes, carrot cake, cheese fondue, cherry pie,
+chicken casserole, chilli, cinnamon buns, clam chowder, couscous, dumplings, fish pie, fried rice, gnocchi, goulash,
+lamb kebab, lasagne, leek quiche, lemon tart, lentil soup, meatballs, mushroom risotto, nettle soup, noodle salad,
+onion tart, paella, pea soup, pear strudel, pizza, plum cake, poached salmon, potato gratin, pumpkin soup, ramen,
+ratatouille, rice pudding, roast duck, shepherd's pie, spinach pie, stuffed peppers, sushi, tomato soup, tortilla,
+trout with almonds, vegetable curry, waffles, walnut bread
+"""
+_INSTRUMENTS = """
+accordion bagpipes banjo bassoon bugle cello clarinet clavichord concertina cornet drums dulcimer euphonium fiddle flute
+glockenspiel guitar harmonica harp harpsichord horn lute lyre mandolin marimba oboe ocarina organ piano piccolo recorder
+saxophone sitar tambourine triangle trombone trumpet tuba ukulele vibraphone viola violin xylophone zither
+"""
+_LANGUAGES = """
+Albanian Arabic Armenian Basque Bengali Breton Bulgarian Catalan Croatian Czech Danish Dutch Estonian Finnish French
+Gaelic Georgian German Greek Hebrew Hindi Hungarian Icelandic Indonesian Italian Japanese Korean Latvian Lithuanian
+Maltese Mandarin Mongolian Nepali Norwegian Persian Polish Portuguese Romanian Russian Serbian Slovak Slovene Spanish
+Swahili Swedish Tamil Thai Turkish Ukrainian Urdu Vietnamese Welsh Zulu
+"""
+_BELONGINGS = """
+armchair atlas backpack barometer bicycle bookcase bracelet briefcase calculator camera canoe cradle cupboard desk
+dictionary drone easel globe hammock helmet jacket kayak lamp locket microscope mirror motorbike necklace notebook
+painting parasol printer projector racket radio rucksack scarf scooter sledge sofa stopwatch suitcase surfboard tablet
+teapot telescope tent thermos toolbox tricycle typewriter umbrella vase wardrobe wheelbarrow wristwatch
+"""
+_PETS = """
+Bandit Barney Biscuit Bonnie Boomer Bubbles Buster Caramel Casper Chip Cinders Coco Cookie Cosmo Daisy Domino Dusty
+Fudge Ginger Gizmo Gromit Hazel Honey Jasper Jet Kiwi Lucky Mango Marbles Max Minnie Misty Mocha Muffin Nugget Nutmeg
+Olive Oreo Pebbles Pepper Pickles Pip Pixie Poppy Pretzel Pumpkin Rascal Rolo Rusty Scout Smudge Snowy Socks Sparky
+Spud Sunny Tango Teddy Toffee Truffle Twix Waffles Whiskers Ziggy
+"""
+_COURSES = """
+acrobatics aikido archery astronomy baking ballet beekeeping birdwatching bookbinding bouldering calligraphy carpentry
+ceramics chess climbing cookery crochet diving drawing embroidery fencing gardening glassblowing gymnastics judo
+juggling karate knitting mosaics origami painting patchwork photography pilates pottery printmaking rowing sailing
+sculpture singing skating sewing swimming tango tapestry tennis theatre upholstery weaving welding woodcarving yoga
+"""
 
 
 def bucket(name: str) -> str:
@@ -110,3 +168,73 @@ def firms(split: str) -> tuple[str, ...]:
 def professions() -> tuple[str, ...]:
     """The same for all splits: there are too few to divide, and no question asks for them."""
     return tuple(_PROFESSIONS.split())
+
+
+def many_people(random: Random, split: str, n: int) -> list[str]:
+    """``n`` different names of people, with an initial if there are too few without."""
+    plain = people(split)
+    if 2 * n <= len(plain):
+        return random.sample(plain, n)
+    initials = [f"{first} {letter}. {last}" for first, last in map(str.split, plain) for letter in "ABDEGHJKLMNPRSTVW"]
+    return random.sample(initials, min(n, len(initials)))
+
+
+def first_names(split: str) -> tuple[str, ...]:
+    return _share(_FIRST_NAMES, split)
+
+
+def colours(split: str) -> tuple[str, ...]:
+    return _share(_COLOURS, split)
+
+
+def foods(split: str) -> tuple[str, ...]:
+    """What somebody may be allergic to."""
+    return _share(_FOODS, split)
+
+
+def vegetables(split: str) -> tuple[str, ...]:
+    """Vegetables and fruit that can be chopped, in the plural."""
+    return _share(_VEGETABLES, split)
+
+
+def spices(split: str) -> tuple[str, ...]:
+    return _share(_SPICES, split)
+
+
+def dishes(split: str) -> tuple[str, ...]:
+    return tuple(dish for dish in " ".join(_DISHES.split()).split(", ") if bucket(dish) == split)
+
+
+def instruments(split: str) -> tuple[str, ...]:
+    return _share(_INSTRUMENTS, split)
+
+
+def languages(split: str) -> tuple[str, ...]:
+    return _share(_LANGUAGES, split)
+
+
+@cache
+def belongings(split: str) -> tuple[str, ...]:
+    """Things in a colour."""
+    names = (f"{colour} {thing}" for colour in _COLOURS.split() for thing in _BELONGINGS.split())
+    return tuple(name for name in names if bucket(name) == split)
+
+
+def pets(split: str) -> tuple[str, ...]:
+    """Names of pets."""
+    return _share(_PETS, split)
+
+
+def courses(split: str) -> tuple[str, ...]:
+    return _share(_COURSES, split)
+
+
+@cache
+def streets(split: str) -> tuple[str, ...]:
+    return tuple(f"{noun.title()} {end}" for noun in nouns(split) for end in ("Street", "Lane", "Road"))
+
+
+@cache
+def novels(split: str) -> tuple[str, ...]:
+    """Titles of novels, exhibitions, songs."""
+    return tuple(f"The {adjective.title()} {noun.title()}" for adjective in adjectives(split) for noun in nouns(split))
