@@ -49,7 +49,8 @@ TYPES = {
     "constants": "*fp32",
     "positions": "*i16",
     **dict.fromkeys(("keys", "values"), "*u8"),
-    **dict.fromkeys(("key_scales", "key_zeros", "value_scales", "value_zeros"), "*fp16"),
+    **dict.fromkeys(("key_scales", "value_scales"), "*u8"),
+    **dict.fromkeys(("key_middle", "value_middle"), "fp32"),
     **dict.fromkeys(("key_layout", "value_layout"), "*i32"),
 }
 STRIDES = [f"{of}_{along}" for of in ("query", "key", "value", "output") for along in ("row", "head", "token")]

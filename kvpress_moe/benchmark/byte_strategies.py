@@ -45,7 +45,7 @@ class Coded:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes in a 16-bit cache: codes with their scales and zeros, and the tables of lengths."""
+        """Bytes in a 16-bit cache: codes with their scales, and the tables of lengths."""
         tables = TABLE_BYTES * len(self.menu.precisions) * sum(len(layer) for layer in self.strategies)
         return tables + sum(int(self.menu.nbytes[layer.long().cpu()].sum()) for layer in self.strategies)
 

@@ -80,9 +80,10 @@ class CompiledProducts(Products):
         zero = positions = None
         if isinstance(keys, TransformCodes):
             assert means is not None
-            scale, positions = keys.gain[of_code.part].float(), keys.positions(starts[0], starts[-1])
+            scale, positions = keys.gains(starts[0], starts[-1]), keys.positions(starts[0], starts[-1])
         else:
-            scale, zero, means = keys.scale[of_code.part].float(), keys.zero[of_code.part].float(), None
+            scale = keys.scales(starts[0], starts[-1])
+            zero, means = scale * -keys.middle, None
         failed = library().key_logits(
             *of_code.arguments,
             (ctypes.c_int64 * len(offsets))(*offsets),
@@ -115,7 +116,8 @@ class CompiledProducts(Products):
         if not isinstance(values, VectorCodes):
             return super().value_sums(values, starts, weights, offsets, whole, rotated, zeros)
         of_code = _Code(values, starts)
-        scale, zero = values.scale[of_code.part].float(), values.zero[of_code.part].float()
+        scale = values.scales(starts[0], starts[-1])
+        zero = scale * -values.middle
         failed = library().value_sums(
             *of_code.arguments,
             (ctypes.c_int64 * len(offsets))(*offsets),
@@ -143,7 +145,6 @@ class _Code:
         packed = codes.packed
         if not packed.is_contiguous():
             raise UnsupportedInputError("packed attention 'compiled': got codes that are not contiguous in memory.")
-        self.part = slice(starts[0], starts[-1])
         n_planes, of_planes, channels, weights = _table(codes.groups)
         from_first = (ctypes.c_int64 * len(starts))(*(start - starts[0] for start in starts))
         self.arguments = (

@@ -207,8 +207,9 @@ class _Block:
             return cls(vectors.decode(start, stop).T)
         numbers = vectors.numbers(start, stop)
         if isinstance(vectors, TransformCodes):
-            return cls(numbers, vectors.gain[start:stop].float(), positions=vectors.positions(start, stop))
-        return cls(numbers, vectors.scale[start:stop].float(), vectors.zero[start:stop].float())
+            return cls(numbers, vectors.gains(start, stop), positions=vectors.positions(start, stop))
+        scales = vectors.scales(start, stop)
+        return cls(numbers, scales, scales * -vectors.middle)
 
 
 def _in_basis_of(tier: Tier, queries: Tensor, turned: Tensor, coefficients: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -109,9 +109,8 @@ def check_packed(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], per_pa
                 expected[f"{place}vectors"], dtypes[f"{place}vectors"] = (n_pairs, head_dim), _DTYPES[facts["dtype"]]
                 continue
             expected[f"{place}packed"], dtypes[f"{place}packed"] = (head_dim * bits // 8, n_pairs), torch.uint8
-            halves = ("gain",) if kind == "transformed" else ("scale", "zero")
-            for name in halves:
-                expected[place + name], dtypes[place + name] = (n_pairs,), torch.float16
+            name = "gain" if kind == "transformed" else "reach"
+            expected[place + name], dtypes[place + name] = (n_pairs,), torch.uint8
             if kind == "transformed":
                 expected[f"{place}position"] = (n_pairs,)
                 two = position_bytes(facts["n_positions"]) == 2

@@ -121,7 +121,7 @@ class PackedPairs(RaggedPairs):
     @property
     def nbytes(self) -> int:
         """
-        Bytes of codes, with their scales, zeros, gains, positions and tables of lengths, and of the later tokens.
+        Bytes of codes, with their scales, positions and tables of lengths, and of the later tokens.
 
         The basis is not counted, because it belongs to the routers, as the model's weights belong to the model.
         """

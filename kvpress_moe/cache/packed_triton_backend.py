@@ -95,7 +95,7 @@ class _Asked:
             return self.queries.to(dtype), self.queries[..., 0]  # constants are not used
         if isinstance(keys, VectorCodes):
             rounded = self.turned.to(dtype)
-            return rounded, rounded.float().sum(-1)
+            return rounded, rounded.float().sum(-1) * -keys.middle
         assert self.coefficients is not None
         of_bits = steps(keys.head_dim, keys.bits, self.queries.device)
         rounded = (self.coefficients[..., : len(of_bits)] * of_bits).to(dtype)
@@ -116,15 +116,15 @@ def _attend(
     """Launch the kernel for the pairs of one precision and some of the queries."""
     keys, values, device = tier.keys, tier.values, asked.device
     nothing = constants.new_empty(0)
-    key_scales = key_zeros = positions = key_layout = nothing
+    key_scales, positions, key_layout, key_middle = nothing, nothing, nothing, 1.0
     with_means = isinstance(keys, TransformCodes)
     if isinstance(keys, TransformCodes):
         positions, key_scales, key_layout = keys.position, keys.gain, bit_layout(keys.groups, device)
     elif isinstance(keys, VectorCodes):
-        key_scales, key_zeros, key_layout = keys.scale, keys.zero, bit_layout(keys.groups, device)
-    value_scales = value_zeros = value_layout = nothing
+        key_scales, key_layout, key_middle = keys.reach, bit_layout(keys.groups, device), keys.middle
+    value_scales, value_layout, value_middle = nothing, nothing, 1.0
     if isinstance(values, VectorCodes):
-        value_scales, value_zeros, value_layout = values.scale, values.zero, bit_layout(values.groups, device)
+        value_scales, value_layout, value_middle = values.reach, bit_layout(values.groups, device), values.middle
     block_d, block_rows, _ = work.blocks
     with torch.cuda.device_of(asked):
         attend_codes[(len(tiles), triton.cdiv(len(rows), block_rows))](
@@ -133,12 +133,10 @@ def _attend(
             nothing if means is None else means,
             keys.vectors if isinstance(keys, WholeVectors) else keys.packed,
             key_scales,
-            key_zeros,
             positions,
             key_layout,
             values.vectors if isinstance(values, WholeVectors) else values.packed,
             value_scales,
-            value_zeros,
             value_layout,
             tiles,
             partial,
@@ -149,6 +147,8 @@ def _attend(
             rows.stop,
             0 if means is None else means.shape[-1],
             work.cap or 0.0,
+            key_middle,
+            value_middle,
             CHANNELS=asked.shape[-1],
             HEAD_DIM=work.query.shape[-1],
             KEY_PLANES=len(key_layout),

@@ -23,19 +23,26 @@ def read_numbers(packed, layout, pairs, there, channels, n_channels, n_pairs, PL
     return numbers
 
 
-@triton.jit(do_not_specialize=["n_rows", "first_row", "end_row", "n_positions"])  # one compiled kernel serves all
+@triton.jit
+def read_scales(scales, pairs, there):
+    """Reach or gain from their bytes, see ``codes/scale_bytes.py``."""
+    stored = tl.load(scales + pairs, mask=there, other=0).to(tl.float32)
+    return tl.exp2(stored / 12.0 - 10.0)
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "first_row", "end_row", "n_positions", "key_middle", "value_middle"]
+)  # one compiled kernel serves all
 def attend_codes(
     asked,  # (B·H, G·Q, C): scaled queries in the basis of the keys
     constants,  # (B·H, G·Q), float32: the part of a logit that does not depend on numbers
     mean_logits,  # (B·H, rows, n_positions), float32, of the rows from first_row on; only with MEANS
     keys,  # (key bytes, N), uint8; or (N, D), whole
-    key_scales,  # (N,)
-    key_zeros,  # (N,); only without MEANS
+    key_scales,  # (N,), uint8: reach or gain, see codes/scale_bytes.py
     positions,  # (N,), int16 (which stands for 0 to 65,535) or int32; only with MEANS
     key_layout,
     values,  # (value bytes, N), uint8; or (N, D), whole
-    value_scales,  # (N,)
-    value_zeros,  # (N,)
+    value_scales,  # (N,), uint8
     value_layout,
     tiles,  # (n_tiles, 4): head (row · H + head), first pair, the pair after the last, place among all tiles
     partial,  # (all tiles, G·Q, D), float32
@@ -46,6 +53,8 @@ def attend_codes(
     end_row,
     n_positions,
     cap,
+    key_middle,  # a reach divided by the middle is a scale; 1 for gains
+    value_middle,
     CHANNELS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KEY_PLANES: tl.constexpr,  # 0: the keys are whole
@@ -93,12 +102,7 @@ def attend_codes(
             ).to(query.dtype)
         logits = tl.dot(query, key, input_precision="ieee")
         if KEY_PLANES > 0:
-            scale = tl.load(key_scales + pairs, mask=there, other=0.0).to(tl.float32)
-            if MEANS:
-                logits = (logits + constant[:, None]) * scale[None, :]
-            else:
-                zero = tl.load(key_zeros + pairs, mask=there, other=0.0).to(tl.float32)
-                logits = logits * scale[None, :] + constant[:, None] * zero[None, :]
+            logits = (logits + constant[:, None]) * (read_scales(key_scales, pairs, there) / key_middle)[None, :]
         if MEANS:
             position = tl.load(positions + pairs, mask=there, other=0).to(tl.int32)
             if positions.dtype.element_ty == tl.int16:
@@ -117,9 +121,8 @@ def attend_codes(
             numbers = read_numbers(
                 values, value_layout, pairs[:, None], there[:, None], dims[None, :], HEAD_DIM, n_pairs, VALUE_PLANES
             ).to(tl.float32)
-            scale = tl.load(value_scales + pairs, mask=there, other=0.0).to(tl.float32)
-            zero = tl.load(value_zeros + pairs, mask=there, other=0.0).to(tl.float32)
-            value = (numbers * scale[:, None] + zero[:, None]).to(query.dtype)
+            scale = read_scales(value_scales, pairs, there) / value_middle
+            value = ((numbers - value_middle) * scale[:, None]).to(query.dtype)
         total = total * kept_before + tl.sum(shares, 1)
         summed = summed * kept_before[:, None] + tl.dot(shares.to(value.dtype), value, input_precision="ieee")
         highest = now_highest

@@ -38,7 +38,7 @@ class Tier:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, zeros, gains and positions, and of the table of lengths."""
+        """Bytes of codes, scales and positions, and of the table of lengths."""
         return self.keys.nbytes + self.values.nbytes + TABLE_BYTES * sum(map(len, self.lengths))
 
     def starts(self) -> list[int]:

@@ -58,8 +58,8 @@ def distortions(
     """
     Expected loss of each pair with each number of bits that a menu has.
 
-    The error of rotated vectors follows from their range, because rounding errors are nearly uniform within a step. The
-    error of transform codes is measured.
+    The error of rotated vectors follows from their largest channel, because rounding errors are nearly uniform within a
+    step. The error of transform codes is measured.
 
     Parameters
     ----------
@@ -80,21 +80,21 @@ def distortions(
     of_keys: dict[int, Tensor] = {}
     of_values: dict[int, Tensor] = {}
     if value_bits:
-        loss = _squared_range(values) * values.shape[-1] / values.float().square().sum(-1).clamp(min=1e-12)
+        loss = _squared_reach(values) * values.shape[-1] / values.float().square().sum(-1).clamp(min=1e-12)
         of_values = {bits: loss * relative_error(bits) for bits in sorted(value_bits)}
     if key_bits - of_transform:
-        loss = _squared_range(keys) * (scaling**2 * query_power[:, None].to(keys.device))
+        loss = _squared_reach(keys) * (scaling**2 * query_power[:, None].to(keys.device))
         of_keys = {bits: loss * relative_error(bits) for bits in sorted(key_bits - of_transform)}
     if of_transform and basis is not None and positions is not None:
         of_keys |= _of_transform(basis, basis.coefficients(keys, positions), sorted(of_transform), scaling)
     return Distortion(of_keys, of_values)
 
 
-def _squared_range(vectors: Tensor) -> Tensor:
-    """Squared difference of the largest and the smallest channel of rotated vectors: (B, H, S), float32."""
+def _squared_reach(vectors: Tensor) -> Tensor:
+    """Squared magnitude of the largest channel of rotated vectors: (B, H, S), float32."""
     turn = rotation(vectors.shape[-1], vectors.device)
     low, high = (vectors.float() @ turn).aminmax(dim=-1)
-    return (high - low).square_()
+    return torch.maximum(high, -low).square_()
 
 
 def _of_transform(basis: KeyBasis, coefficients: Tensor, bits: Sequence[int], scaling: float) -> dict[int, Tensor]:

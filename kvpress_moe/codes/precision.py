@@ -34,7 +34,7 @@ class Precision:
 
     def nbytes(self, head_dim: int, element_size: int, basis: KeyBasis | None = None) -> int:
         """
-        Bytes of a pair, with the scales and zeros, or gains and positions, of its codes.
+        Bytes of a pair, with the scales and positions of its codes.
 
         Parameters
         ----------

@@ -17,7 +17,9 @@ def rotation(head_dim: int, device: torch.device | str = "cpu") -> Tensor:
 
     For a power of two, all entries are ``±1 / sqrt(D)`` (QuaRot, arXiv 2404.00456). For other sizes, for example 96 =
     32 · 3 or 80 = 16 · 5, it is the Kronecker product of a Hadamard matrix and an orthonormal cosine matrix of the odd
-    factor. Vectors are rows: ``rotated = vectors @ rotation``. The transpose rotates back.
+    factor. Half of the channels, in a fixed order without a pattern, change their sign before. Otherwise vectors whose
+    channels are alike would become one large channel. Vectors are rows: ``rotated = vectors @ rotation``. The
+    transpose rotates back.
     """
     with lasting():
         return _rotation(head_dim).to(device)
@@ -31,7 +33,10 @@ def _rotation(head_dim: int) -> Tensor:
     while matrix.shape[0] * odd < head_dim:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     matrix = torch.kron(matrix / matrix.shape[0] ** 0.5, _cosines(odd))
-    turning: Tensor = matrix.float()
+    mixed = (torch.arange(1, head_dim + 1) * 2654435769) % 2**32  # the finaliser of xxHash: bits without a pattern
+    mixed = ((mixed ^ (mixed >> 15)) * 2246822519) % 2**32
+    mixed ^= mixed >> 13
+    turning: Tensor = (matrix * (1 - 2 * (mixed & 1))[:, None]).float()
     return turning
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kvpress_moe.codes.bit_packing import Groups, pack, packed_size, unpack
 from kvpress_moe.codes.exact import lasting
-from kvpress_moe.errors import NotFiniteError, UnsupportedInputError
+from kvpress_moe.codes.scale_bytes import from_bytes, to_bytes
 
 TRANSFORM_BITS = (2, 3, 4, 6)
 BLOCK = 4096  # vectors that are encoded at once
+GAIN_BYTES = 1  # of a key
 #: Bits -> step between the levels with the smallest squared error for a normal distribution (Max, 1960).
 _STEPS = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 _SMALLEST = 2.0**-14  # the smallest normal float16
@@ -28,7 +29,8 @@ class TransformCodes:
     Attributes
     ----------
     packed : Tensor, shape (D * bits / 8, N), uint8
-    gain : Tensor, shape (N,), float16
+    gain : Tensor, shape (N,), uint8
+        See :mod:`kvpress_moe.codes.scale_bytes`.
     position : Tensor, shape (N,), int16 or int32
         Position of the key. int16 stands for 0 to 65,535.
     bits : {2, 3, 4, 6}
@@ -56,12 +58,16 @@ class TransformCodes:
 
     def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Coefficients ``start`` to ``stop`` over their steps, shape (n, those that have bits), float32."""
-        numbers, gain = self.numbers(start, stop), self.gain[start:stop].float()
-        return numbers.sub_(middles(self.head_dim, self.bits, numbers.device)[:, None]).mul_(gain).T
+        numbers = self.numbers(start, stop)
+        return numbers.sub_(middles(self.head_dim, self.bits, numbers.device)[:, None]).mul_(self.gains(start, stop)).T
 
     def numbers(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Numbers ``start`` to ``stop``, shape (coefficients that have bits, n), float32."""
         return unpack(self.packed[:, start:stop], self.groups)
+
+    def gains(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Gains ``start`` to ``stop``, shape (n,), float32."""
+        return from_bytes(self.gain[start:stop])
 
     @property
     def head_dim(self) -> int:
@@ -113,7 +119,7 @@ def position_bytes(n_positions: int) -> int:
 
 def key_bytes(head_dim: int, bits: int, n_positions: int) -> int:
     """Bytes of one coded key, with its gain and position."""
-    return packed_size(head_dim, bits) + 2 + position_bytes(n_positions)
+    return packed_size(head_dim, bits) + GAIN_BYTES + position_bytes(n_positions)
 
 
 def encode_coefficients(coefficients: Tensor, positions: Tensor, bits: int, n_positions: int) -> TransformCodes:
@@ -136,33 +142,22 @@ def encode_coefficients(coefficients: Tensor, positions: Tensor, bits: int, n_po
     NotFiniteError
         If a coefficient is NaN or infinity.
     UnsupportedInputError
-        If a gain is too large for float16.
+        If a gain would be larger than 2435.
     """
+    groups = profile(coefficients.shape[-1], bits)
     packed, gains = [], []
     for block in coefficients.split(BLOCK):
-        codes, gain = _encode(block, bits)
-        packed.append(codes)
+        scaled, needed = _scaled(block, bits)
+        gain = to_bytes(needed)
+        parts = scaled.div_(from_bytes(gain)[:, None]).split([count for count, _ in groups], dim=-1)
+        levels = [
+            part.floor().add_(2 ** (number - 1)).clamp_(0, 2**number - 1).to(torch.uint8)
+            for part, (_, number) in zip(parts, groups, strict=True)
+        ]
+        packed.append(pack(torch.cat(levels, dim=-1).T.contiguous(), groups))
         gains.append(gain)
     stored = positions.to(torch.int32 if position_bytes(n_positions) == 4 else torch.int16)  # wraps round
     return TransformCodes(torch.cat(packed, dim=-1), torch.cat(gains), stored, bits)
-
-
-def _encode(coefficients: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    groups = profile(coefficients.shape[-1], bits)
-    scaled, gain = _scaled(coefficients, bits)
-    gain = gain.half()
-    if not bool(gain.isfinite().all()):
-        if not bool(coefficients.isfinite().all()):
-            raise NotFiniteError("codes: got NaN or infinity, expected finite keys. Load the model in float32.")
-        raise UnsupportedInputError(
-            "codes: got keys beyond the range of float16, expected smaller ones. Leave `precision` at None."
-        )
-    parts = (scaled / gain.float()[:, None]).split([count for count, _ in groups], dim=-1)
-    levels = [
-        part.floor().add_(2 ** (number - 1)).clamp_(0, 2**number - 1).to(torch.uint8)
-        for part, (_, number) in zip(parts, groups, strict=True)
-    ]
-    return pack(torch.cat(levels, dim=-1).T.contiguous(), groups), gain
 
 
 def weighted_error(coefficients: Tensor, bits: int, weight: Tensor) -> Tensor:
@@ -171,7 +166,8 @@ def weighted_error(coefficients: Tensor, bits: int, weight: Tensor) -> Tensor:
 
     Levels are in the middle of their steps, so no coefficient is further from one than half of a step.
     """
-    scaled, gain = _scaled(coefficients, bits)
+    scaled, needed = _scaled(coefficients, bits)
+    gain = from_bytes(to_bytes(needed))
     with_bits = scaled.shape[-1]
     rest = scaled.div_(gain[:, None])
     rest = rest.sub_(rest.floor()).sub_(0.5).square_()

@@ -88,7 +88,7 @@ class RoutingStats:
               token), ``compression_ratios`` (share of the expert's pairs that was evicted), ``cache_hit_rates`` (share
               of the attention mass on the expert's pairs that falls on kept pairs). NaN where nothing was counted.
             - ``strategy_stats``, only with ``precision``: by strategy (``"evict"``, ``"K8V4"``, …) a dict of ``pairs``,
-              ``bytes`` (codes with their scales, zeros, gains and positions) and ``mean_distortion``, the mean expected
+              ``bytes`` (codes with their scales and positions) and ``mean_distortion``, the mean expected
               loss of these pairs; 1 is the loss of an evicted pair.
         """
         layers = {layer_idx: self._layer(sums, num_experts) for layer_idx, sums in sorted(self._layers.items())}

@@ -116,7 +116,7 @@ def costs(results: Results) -> Table:
         rows.append(row)
     note = (
         "Pairs and bytes: counted in the cache that answered, over the full cache's, in layers with full attention; "
-        "bytes as in a 16-bit cache, codes with their scales, zeros, gains, positions and tables. Cost: time "
+        "bytes as in a 16-bit cache, codes with their scales, positions and tables. Cost: time "
         "of scoring and selecting over the time of the shared prefill, in one process. Hit rate: share of the "
         "attention of question and answer (full cache) on kept pairs; it does not rank methods."
     )

@@ -20,7 +20,7 @@ from kvpress_moe.errors import SettingError
 from kvpress_moe.report.benchmark_report import write_report
 from tests.tiny import calibrated_routers, prefill, tiny_model, tokens
 
-PLAN = Plan(tasks=("kv_list", "prose"), ratios=(0.72, 0.9), lengths=(600,), limit=1, min_share=0.2, by_bytes=True)
+PLAN = Plan(tasks=("kv_list", "prose"), ratios=(0.8, 0.9), lengths=(600,), limit=1, min_share=0.2, by_bytes=True)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_run_by_bytes_is_reported_by_bytes(llama, chat_tokenizer, tmp_path):
     plan = replace(PLAN, methods=("knorm", "knorm+k8v4", "kivi_4"))
     run(plan, tmp_path, "bench", Evaluator(plan, (llama, chat_tokenizer)))
     results = load([tmp_path])
-    assert results.ratios == [0.72, 0.9]
+    assert results.ratios == [0.8, 0.9]
     assert list(results.fixed) == ["kivi_4"]
     assert len(list(read_records(tmp_path))) == 2
     written = [path.name for path in write_report([tmp_path], tmp_path / "report")]

@@ -59,7 +59,7 @@ def test_misses_cannot_be_tracked_in_codes(llama, settings):
 
 
 def test_statistics_count_pairs_and_bytes_of_each_strategy(llama):
-    made = press(llama, budget="global")
+    made = press(llama, budget="global", compression_ratio=0.9)
     cache = prefill(llama, tokens(150), made)
     for layer_idx, stats in made.get_stats()["layer_stats"].items():
         counted, layer = stats["strategy_stats"], cache.layers[layer_idx]
