@@ -91,7 +91,7 @@ class StaticPrecision(EndToEnd):
         for number, (layer_idx, layer) in enumerate(zip(self.layers, coded, strict=True)):
             probs = torch.cat((torch.zeros_like(of_menu[:1]), of_menu))[:, number, :, None].expand(-1, -1, n_tokens)
             pairs[layer_idx] = layer.mixed(*cache[layer_idx], probs, menu.precisions)
-        return pairs, log_kept
+        return pairs, log_kept, torch.zeros(())
 
     def powers(self) -> Tensor:
         """The routers' power of the score, by layer: (L, 1, 1)."""

@@ -48,7 +48,9 @@ class Packer:
 
     def record_strategies(self, layer_idx: int, menu: Menu, part: PackedPart) -> None:
         """Note which strategies the pairs of a layer got."""
-        self._feedback.stats.add_strategies(layer_idx, menu.precisions, menu.nbytes, part.strategies, part.costs)
+        self._feedback.stats.add_strategies(
+            layer_idx, menu.precisions, menu.nbytes, part.strategies, part.costs, part.observation.mass
+        )
 
     def _pack(
         self,

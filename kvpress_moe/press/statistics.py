@@ -46,10 +46,16 @@ class RoutingStats:
             sums[name] = sums[name] + count if name in sums else count
 
     def add_strategies(
-        self, layer_idx: int, menu: Sequence[Precision], nbytes: Tensor, strategies: Tensor, costs: Tensor
+        self,
+        layer_idx: int,
+        menu: Sequence[Precision],
+        nbytes: Tensor,
+        strategies: Tensor,
+        costs: Tensor,
+        mass: Tensor,
     ) -> None:
         """
-        Count the pairs of each strategy, their bytes and what they lost.
+        Count the pairs of each strategy, their bytes, the attention that they get, and what they lost.
 
         Parameters
         ----------
@@ -60,6 +66,8 @@ class RoutingStats:
         strategies : Tensor, shape (B, H, S)
         costs : Tensor, shape (M, B, H, S)
             See :func:`kvpress_moe.budget.shared_bytes.strategy_costs`.
+        mass : Tensor, shape (B, H, S)
+            Attention of the latest queries to each pair.
         """
         names = ["evict", *map(str, menu)]
         for number, name in enumerate(names):
@@ -69,7 +77,7 @@ class RoutingStats:
             self.add(
                 layer_idx,
                 **{f"pairs {name}": chosen.sum(), f"bytes {name}": chosen.sum() * int(nbytes[number])},
-                **{f"lost {name}": lost.sum()},
+                **{f"lost {name}": lost.sum(), f"mass {name}": mass[chosen].sum()},
             )
 
     def as_dict(self, num_experts: int) -> dict[str, Any]:
@@ -88,8 +96,9 @@ class RoutingStats:
               token), ``compression_ratios`` (share of the expert's pairs that was evicted), ``cache_hit_rates`` (share
               of the attention mass on the expert's pairs that falls on kept pairs). NaN where nothing was counted.
             - ``strategy_stats``, only with ``precision``: by strategy (``"evict"``, ``"K8V4"``, …) a dict of ``pairs``,
-              ``bytes`` (codes with their scales and positions) and ``mean_distortion``, the mean expected
-              loss of these pairs; 1 is the loss of an evicted pair.
+              ``bytes`` (codes with their scales and positions), ``usage_ratio`` and ``attention_ratio`` (these pairs'
+              shares of all pairs, and of the attention of the latest queries, each summing to 1) and
+              ``mean_distortion`` (mean expected cost of these pairs; 1 is the cost of evicting them).
         """
         layers = {layer_idx: self._layer(sums, num_experts) for layer_idx, sums in sorted(self._layers.items())}
         calls = [int(sums.get("calls", 0)) for sums in self._layers.values()]
@@ -106,14 +115,17 @@ class RoutingStats:
         unknown = torch.full((num_experts,), torch.nan)
         none = torch.zeros(num_experts)  # after reset_stats while tokens are generated, no prompt has been counted
         assigned = sums.get("assigned", none)
+        names = [name.removeprefix("pairs ") for name in sums if name.startswith("pairs ")]
+        all_pairs, all_mass = (sum(sums[f"{what} {name}"] for name in names) for what in ("pairs", "mass"))
         strategies = {
-            name.removeprefix("pairs "): {
-                "pairs": int(pairs),
-                "bytes": int(sums[name.replace("pairs", "bytes")]),
-                "mean_distortion": float(sums[name.replace("pairs", "lost")] / pairs),  # 0 / 0 is NaN
+            name: {
+                "pairs": int(sums[f"pairs {name}"]),
+                "bytes": int(sums[f"bytes {name}"]),
+                "usage_ratio": float(sums[f"pairs {name}"] / all_pairs),
+                "attention_ratio": float(sums[f"mass {name}"] / all_mass),
+                "mean_distortion": float(sums[f"lost {name}"] / sums[f"pairs {name}"]),  # 0 / 0 is NaN
             }
-            for name, pairs in sums.items()
-            if name.startswith("pairs ")
+            for name in names
         }
         packed = {"strategy_stats": strategies} if strategies else {}
         return packed | {

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.byte_strategies import ELEMENT_SIZE
@@ -22,6 +23,7 @@ from kvpress_moe.errors import NotFiniteError
 from kvpress_moe.model.layers import full_attention_layers, language_model
 from kvpress_moe.press.packing import Menu
 from kvpress_moe.routers import Routers
+from kvpress_moe.routers.gate import load_balance
 from kvpress_moe.routers.learned_expert import LearnedExpert
 from kvpress_moe.training.checkpoints import load_tuning_state, save_tuning_state
 from kvpress_moe.training.coded_pairs import CodedPairs, layer_basis
@@ -176,7 +178,8 @@ class EndToEnd:
         scores, worths, aux_loss = self.judge(of_prompt)
         if coded:
             share = draw_share(*self.byte_shares, rng.random())
-            pairs, log_kept = self.code_softly(cache, scores, worths, of_prompt.power, share, temperature)
+            pairs, log_kept, balance = self.code_softly(cache, scores, worths, of_prompt.power, share, temperature)
+            aux_loss = aux_loss + balance
         else:
             share = draw_share(*KEPT, rng.random())
             pairs, log_kept = cache, self.evict_softly(scores, share, temperature)
@@ -226,10 +229,11 @@ class EndToEnd:
         power: Tensor,
         share: float,
         temperature: float,
-    ) -> tuple[Pairs, Tensor]:
+    ) -> tuple[Pairs, Tensor, Tensor]:
         """
-        Pairs of all layers after a soft choice of strategies, and logarithms (L, H, S) of how far each of them stays.
+        Pairs of all layers after a soft choice of strategies.
 
+        With them come logarithms (L, H, S) of how far each pair stays, and the load-balancing loss of the strategies.
         ``share`` is the share of the bytes of a 16-bit cache.
         """
         n_tokens = scores.shape[2]
@@ -251,7 +255,9 @@ class EndToEnd:
         pairs = list(cache)
         for number, (layer_idx, layer) in enumerate(zip(self.layers, coded, strict=True)):
             pairs[layer_idx] = layer.mixed(*cache[layer_idx], log_probs[:, number], menu.precisions)
-        return pairs, log_probs[1:].logsumexp(0)
+        probs = log_probs.flatten(1).exp().T[None]  # (1, L·H·S, M + 1)
+        chosen = F.one_hot(probs.argmax(-1), probs.shape[-1]).bool()
+        return pairs, log_probs[1:].logsumexp(0), load_balance(probs, chosen)
 
     def divergence(self, cache: Pairs, pairs: Pairs, tokens: Tensor, n_logits: int, log_kept: Tensor) -> Tensor:
         """Mean KL divergence, in nats, that softly compressed pairs cause at the last ``n_logits`` of tokens (1, T)."""

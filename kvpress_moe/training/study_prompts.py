@@ -187,7 +187,7 @@ def study_prompts(
             made["answers"].append(greedy_answer(model, tokenizer, prompt))
             if index % 8 == 7 or index == n - 1:
                 save()
-        prompts.append((sample.id, replace(prompt, answer=torch.tensor([made["answers"][index]]))))
+        prompts.append((f"{sample.id}-of-{n}", replace(prompt, answer=torch.tensor([made["answers"][index]]))))
     progress("answering", n, n)
     return prompts
 

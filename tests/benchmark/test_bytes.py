@@ -133,7 +133,7 @@ def test_a_run_by_bytes_is_reported_by_bytes(llama, chat_tokenizer, tmp_path):
     written = [path.name for path in write_report([tmp_path], tmp_path / "report")]
     assert "kl_over_bytes.png" in written
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "0.28 of the bytes" in text
+    assert "0.2 of the bytes" in text
     assert "## Quantised caches" in text
     assert "share of bytes removed" in text
     assert "pairs evicted" not in text

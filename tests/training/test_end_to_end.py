@@ -302,8 +302,9 @@ def test_at_low_temperature_the_soft_choice_is_what_the_benchmark_judges(family,
     with torch.no_grad(), tuner._scaled():
         cache = full_cache(model, sample.prompt.context, sample.cache_path)
         scores, worths, _ = tuner.judge(tuner.read(sample.shard))
-        pairs, log_kept = tuner.code_softly(cache, scores, worths, tuner.read(sample.shard).power, share, 1e-3)
+        pairs, log_kept, balance = tuner.code_softly(cache, scores, worths, tuner.read(sample.shard).power, share, 1e-3)
         divergence = tuner.divergence(cache, pairs, *question(sample.prompt), log_kept)
     hard = torch.stack([layer > 0 for layer in kept.coded.strategies])
     assert ((log_kept.exp() > 0.5) == hard).float().mean() > 0.98  # shards are in half precision
+    assert 1 / len(menu) / 2 < float(balance) <= 1
     assert float(divergence) == pytest.approx(answer.kl, rel=0.3, abs=1e-5)

@@ -120,7 +120,7 @@ def test_contexts_have_the_lengths_in_turn(served, made):
         n_tokens = len(tokenizer(sample["context"], add_special_tokens=False).input_ids)
         room = LENGTH - (index % 4) * LENGTH // 8
         assert 0.5 * room <= n_tokens <= room
-        assert name == f"study/train/{LENGTH}/{index}"
+        assert name == f"study/train/{LENGTH}/{index}-of-{len(prompts)}"
         assert sample["context"] in tokenizer.decode(prompt.context[0])
         assert sample["question"] in tokenizer.decode(prompt.question[0])
 
