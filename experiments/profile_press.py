@@ -3,6 +3,7 @@ CPU time of each stage of the trained press, as a share of the time of a prefill
 
     python experiments/profile_press.py                   4,096 tokens
     python experiments/profile_press.py --tokens 1024
+    python experiments/profile_press.py --precision mixed
 
 CPU time is measured, so that other processes have little effect. One thread is used, because threads of torch that wait
 use CPU time too. Prints a table; the last line is one JSON document.
@@ -26,9 +27,12 @@ import torch
 from kvpress_moe import MoERouterPress, load_model
 from kvpress_moe.benchmark.speed import read_prompt
 from kvpress_moe.budget.cross_layer import SharedBudget
-from kvpress_moe.cache import RaggedLayer
+from kvpress_moe.budget.shared_bytes import SharedBytes
+from kvpress_moe.cache import PackedLayer, RaggedLayer
+from kvpress_moe.codes.precision_names import parse_precision
 from kvpress_moe.experts import mixing
 from kvpress_moe.experts.expert import Expert
+from kvpress_moe.press import packer
 
 #: Owner, function, and name of the row. The row of an expert gets the expert's name.
 STAGES: tuple[tuple[Any, str, str], ...] = (
@@ -40,6 +44,9 @@ STAGES: tuple[tuple[Any, str, str], ...] = (
     (MoERouterPress, "observe", "attention of the latest queries, for hit rates"),
     (SharedBudget, "decide", "decision of the shared budget"),
     (RaggedLayer, "from_dense", "copy of what stays"),
+    (packer, "cost_of_strategies", "costs of the strategies"),
+    (SharedBytes, "decide", "decision of the shared budget of bytes"),
+    (PackedLayer, "from_strategies", "coding of what stays"),
 )
 
 
@@ -64,13 +71,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--ratio", type=float, default=0.75)
+    parser.add_argument("--precision", help="as in `kvpress-moe ask`; then the ratio is a share of bytes")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, _ = load_model()
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, model.config.vocab_size, (1, args.tokens), generator=generator)
-    ours = MoERouterPress(args.ratio)
+    ours = MoERouterPress(args.ratio, precision=parse_precision(args.precision))
     read = partial(read_prompt, model, input_ids)
     read(None), read(ours)  # warm up
     base = statistics.median(cpu_seconds(partial(read, None)) for _ in range(args.rounds))

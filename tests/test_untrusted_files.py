@@ -132,8 +132,10 @@ def test_sizes_that_are_only_declared_are_refused_before_anything_is_built(saved
 def test_the_number_of_weights_that_a_configuration_asks_for_is_that_of_its_routers(router_type, sizes):
     heads, learned, sees = sizes
     experts = ("learned", "knorm") if learned else ("knorm", "tova")
-    config = RouterConfig(router_type, experts, 3, 8, bottleneck=5, num_heads=heads, learned=learned, learned_sees=sees)
-    assert 3 * config.num_weights == sum(tensor.numel() for tensor in Routers(config).state_dict().values())
+    sizes = {"bottleneck": 5, "num_heads": heads, "learned": learned, "learned_sees": sees}
+    for strategies in (False, True)[: 1 + bool(heads)]:
+        config = RouterConfig(router_type, experts, 3, 8, strategies=strategies, **sizes)
+        assert 3 * config.num_weights == sum(tensor.numel() for tensor in Routers(config).state_dict().values())
     assert RouterConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
 
 

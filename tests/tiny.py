@@ -158,12 +158,15 @@ def calibrated_routers(model: PreTrainedModel, experts=("learned", "keydiff", "c
             num_heads=config.num_key_value_heads,
             learned=8 if "learned" in experts else 0,
             learned_sees="learned" in experts,
+            strategies=True,
         )
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in routers.parameters():
             parameter.normal_(std=0.3, generator=generator)
+        for layer in routers.layers:
+            layer.rule.powers.mul_(0.1).add_(0.85)
     return routers
 
 

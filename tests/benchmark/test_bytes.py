@@ -18,6 +18,7 @@ from kvpress_moe.benchmark.runner import run
 from kvpress_moe.benchmark.shared_prefill import select_pairs
 from kvpress_moe.errors import SettingError
 from kvpress_moe.report.benchmark_report import write_report
+from kvpress_moe.routers.checkpoint import save_routers
 from tests.tiny import calibrated_routers, prefill, tiny_model, tokens
 
 PLAN = Plan(tasks=("kv_list", "prose"), ratios=(0.8, 0.9), lengths=(600,), limit=1, min_share=0.2, by_bytes=True)
@@ -51,6 +52,18 @@ def test_the_benchmark_keeps_what_the_press_keeps(llama, monkeypatch):
             ):
                 assert torch.equal(key, ours[0])
                 assert torch.equal(value, ours[1])
+
+
+def test_a_press_of_ones_own_with_a_precision_is_judged_by_its_own_rule(llama, tmp_path):
+    save_routers(calibrated_routers(llama), tmp_path)
+    spec = f"own=kvpress_moe:MoERouterPress(router={str(tmp_path)!r}, precision='mixed', cache_aware=False)"
+    (own,) = find_methods([spec]).values()
+    cells, input_ids = [("own", 0.8), ("mine", 0.8)], tokens(180)
+    kept = select_pairs(llama, input_ids, {"own": own, "mine": mixed(llama)}, cells, 4, 16).kept
+    for ours, theirs in zip(*(kept[cell].coded.strategies for cell in cells), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(SettingError, match="methods: got"):  # its bytes are no share of the pairs
+        replace(PLAN, methods=(spec,), by_bytes=False).check()
 
 
 def test_no_method_takes_more_than_its_share_of_a_16_bit_cache(llama, chat_tokenizer):

@@ -70,7 +70,6 @@ def test_statistics_count_pairs_and_bytes_of_each_strategy(llama):
         for what in ("usage_ratio", "attention_ratio"):
             assert sum(c[what] for c in counted.values()) == pytest.approx(1)
         assert counted["evict"]["usage_ratio"] == counted["evict"]["pairs"] / 300
-        assert counted["evict"]["attention_ratio"] < counted["evict"]["usage_ratio"]
         lost = [c["mean_distortion"] for c in counted.values() if c["pairs"]]
         assert lost == sorted(lost, reverse=True)
         assert counted["evict"]["mean_distortion"] == pytest.approx(1)
