@@ -254,7 +254,7 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         weights = self._memory.align(call, output.weights)
         active = active_experts(call, weights, output.logits)
         self._feedback.add_routing(call.layer_idx, output)
-        return Routing(router, weights, tuple(active), output.worths)
+        return Routing(router, weights, tuple(active))
 
     @torch.no_grad()
     def mix(self, call: LayerCall, routing: Routing) -> Tensor:

@@ -26,7 +26,7 @@ from kvpress_moe.model.layers import first_to_compress, last_to_compress
 from kvpress_moe.press.input_checks import check_can_turn_ragged, check_still_there
 from kvpress_moe.routers import Routers, Routing
 
-N_SINK = 4  # first tokens, whose pairs stay as the model wrote them; nearly every query attends to them
+N_SINK = 1  # first tokens, whose pairs stay as the model wrote them; nearly every query attends to the first one
 SINKS_SHARE = 0.25  # of a head's bytes that they may take
 
 
@@ -153,7 +153,8 @@ def _costs(
     lost = distortions(
         call.keys, call.values, menu.precisions, call.module.scaling, query_power(call), basis, positions
     )
-    router, worths = routing.router, routing.worths
+    router = routing.router
+    worths = router.worths(call.hidden_states)
     if router.rule is not None and worths is not None:
         return as_costs(router.rule.log_costs(scores, worths, lost, menu.precisions))
     log_weights = scores if router.calibration is not None else -torch.log1p(-rank_within_head(scores.float()))

@@ -32,9 +32,6 @@ class RouterOutput:
         Routing weights. They are zero for experts that were not chosen, and sum to 1 for every token.
     aux_loss : Tensor, scalar
         ``sum_e mean_prob_e * usage_share_e``, not yet scaled by ``aux_loss_weight``.
-    worths : Tensor, shape (2, B, H, S), float32, or None
-        What losses of keys and of values are worth, see :class:`kvpress_moe.routers.strategy_rule.StrategyRule`. None
-        if the router was not trained to choose strategies.
     """
 
     logits: Tensor
@@ -42,7 +39,6 @@ class RouterOutput:
     chosen: Tensor
     weights: Tensor
     aux_loss: Tensor
-    worths: Tensor | None = None
 
 
 class BaseMoERouter(nn.Module):
@@ -108,14 +104,18 @@ class BaseMoERouter(nn.Module):
         features: Tensor = self.dropout(F.silu(self.down(hidden_states)))
         return features
 
-    def preferences(self, features: Tensor) -> Tensor:
-        """Preference for every expert, shape (B, S, E), float32, from :meth:`features`."""
-        preferences: Tensor = self.up(features).float()
-        return preferences
-
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Preference for every expert, shape (B, S, E), float32, from hidden states (B, S, C)."""
-        return self.preferences(self.features(hidden_states))
+        logits: Tensor = self.up(self.features(hidden_states)).float()
+        return logits
+
+    def worths(self, hidden_states: Tensor) -> Tensor | None:
+        """
+        What losses of keys and of values are worth, (2, B, H, S), float32, from hidden states (B, S, C).
+
+        None if the router was not trained to choose strategies.
+        """
+        return None if self.rule is None else self.rule.worths(self.features(hidden_states))
 
     def forward(self, hidden_states: Tensor, top_k: int, capacity_factor: float) -> RouterOutput:
         """
@@ -130,11 +130,9 @@ class BaseMoERouter(nn.Module):
         capacity_factor : float
             Limits the tokens per expert, see :func:`kvpress_moe.routers.gate.expert_capacity`.
         """
-        features = self.features(hidden_states)
-        logits = self.preferences(features)
+        logits = self.logits(hidden_states)
         decision = gate(logits, top_k, capacity_factor)
-        worths = None if self.rule is None else self.rule.worths(features)
-        return RouterOutput(logits, *decision, load_balance(decision.probs, decision.chosen), worths)
+        return RouterOutput(logits, *decision, aux_loss=load_balance(decision.probs, decision.chosen))
 
     @torch.no_grad()
     def observe(self, hit_rates: Tensor) -> None:

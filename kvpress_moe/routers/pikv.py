@@ -54,9 +54,9 @@ class PiKVMoERouter(BaseMoERouter):
         nn.init.zeros_(self.adjust.weight)
         self.register_buffer("hit_rate", torch.full((num_experts,), torch.nan))
 
-    def preferences(self, features: Tensor) -> Tensor:
-        preferences = super().preferences(features)
-        return preferences + self.feedback() if self.cache_aware else preferences
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        logits = super().logits(hidden_states)
+        return logits + self.feedback() if self.cache_aware else logits
 
     def feedback(self) -> Tensor:
         """What the hit rates add to the logits, shape (E,). An unknown rate counts as equal to the mean."""

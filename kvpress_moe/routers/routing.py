@@ -24,14 +24,11 @@ class Routing:
         compressed again.
     active : tuple of int
         Experts with a weight above zero somewhere. Other experts do not contribute to the score.
-    worths : Tensor, shape (2, B, H, S), or None
-        See :class:`kvpress_moe.routers.base.RouterOutput`; only of the tokens that the layer was given.
     """
 
     router: BaseMoERouter
     weights: Tensor
     active: tuple[int, ...]
-    worths: Tensor | None = None
 
     @cached_property
     def routed(self) -> Tensor:

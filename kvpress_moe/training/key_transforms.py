@@ -62,7 +62,8 @@ class _Moments:
         variances, basis = torch.linalg.eigh(weighted.mT @ weighted / weighted.shape[1])
         variances, basis = variances.flip(-1).clamp(min=1e-12), basis.flip(-1)
         synthesis = variances.sqrt()[..., None] * (basis.mT @ unweight)
-        return KeyTransform(mean.half(), synthesis.half(), variances.sqrt().half())
+        rounded = synthesis.to(torch.bfloat16).half()  # zeros in the last bits let a wheel compress the file
+        return KeyTransform(mean.half(), rounded, variances.sqrt().half())
 
 
 def _roots(matrices: Tensor) -> tuple[Tensor, Tensor]:

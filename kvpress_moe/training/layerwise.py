@@ -59,8 +59,7 @@ def predict(
     """
     num_experts = ranks.shape[-1]
     calibration, expert = cast(Calibration, router.calibration), cast(LearnedExpert, router.learned)
-    features = router.features(hidden[None])
-    decision = gate(router.preferences(features), top_k, capacity_factor=float(num_experts))
+    decision = gate(router.logits(hidden[None]), top_k, capacity_factor=float(num_experts))
     ranked = [index for index in range(num_experts) if index != learned]
     of_ranked = ranks[..., ranked].permute(2, 1, 0)[None]  # (1, experts, H, N)
     scores = calibrated_scores(
@@ -72,8 +71,7 @@ def predict(
         learned,
         lambda: expert.importance(hidden[None], of_ranked),
     )
-    worths = None if router.rule is None else router.rule.worths(features)
-    return scores[0].T, load_balance(decision.probs, decision.chosen), worths
+    return scores[0].T, load_balance(decision.probs, decision.chosen), router.worths(hidden[None])
 
 
 def fit_layer(

@@ -10,9 +10,12 @@ from transformers import DynamicCache
 from kvpress_moe.benchmark.prompts import encode
 from kvpress_moe.errors import CheckpointError, SettingError
 from kvpress_moe.training import study_prompts as study
+from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.own_questions import first_question, is_about, write_questions
 from kvpress_moe.training.sampling import draw, repeating, request_ids, sample_texts
+from kvpress_moe.training.shards import Shards
 from kvpress_moe.training.study_prompts import greedy_answer, study_prompts
+from kvpress_moe.training.trainer import interleave, made_prompts, train
 from kvpress_moe.training.written_documents import (
     SHORTEST,
     SUBJECTS,
@@ -265,3 +268,33 @@ def test_fillers_are_cut_and_the_asked_document_is_not():
         room = 2000 - (index % 4) * 250
         assert 0.8 * room <= len(sample.context) <= room
         assert sample.context.count("Document 0 has words.") >= 20
+
+
+def test_training_takes_prompts_of_both_kinds_and_keeps_them_apart_from_those_of_another_run(tmp_path):
+    served = tiny_model("llama"), byte_tokenizer(chat=True)
+    config = TrainingConfig(
+        experts=("learned", "keydiff"),
+        top_k=2,
+        samples=3,
+        study=2,
+        length=300,
+        tasks=("kv_list",),
+        epochs=1,
+        bottleneck=8,
+        learned_width=8,
+        end_to_end=1,
+        transform_prompts=2,
+    )
+    _, metrics = train(*served, config, tmp_path)
+    assert metrics["prompts"] == 5
+    names = [name for name, _ in made_prompts(*served, config, tmp_path)]
+    assert [name.startswith("study") for name in names] == [False, True, False, True, False]
+    before = {path.name for path in Shards(tmp_path).names()}
+    train(*served, replace(config, study=3), tmp_path)
+    fresh = {path.name for path in Shards(tmp_path).names()} - before
+    assert len(fresh) == 3  # another number of prompts means other documents
+
+
+def test_two_lists_are_spread_evenly_among_each_other():
+    assert interleave([1, 2, 3, 4], ["a", "b"]) == [1, "a", 2, 3, "b", 4]
+    assert interleave([1, 2], []) == [1, 2]

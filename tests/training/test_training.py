@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -468,6 +469,10 @@ def test_routers_that_ship_load_and_say_how_they_were_made(directory):
     default = TrainingConfig()
     assert replace(config, samples=default.samples, study=default.study, tasks=default.tasks) == default
     assert sum(path.stat().st_size for path in directory.iterdir()) < 4e6
+
+
+def test_the_routers_that_ship_take_at_most_4_mb_of_the_wheel():
+    assert sum(len(zlib.compress(path.read_bytes())) for path in SHIPPED.rglob("*.*")) < 4e6
 
 
 def test_routers_ship_for_the_model_they_were_trained_for_alone(llama, trained, prompt, tmp_path, monkeypatch):
