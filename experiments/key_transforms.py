@@ -5,7 +5,7 @@ Key transforms for routers that were trained without them: fit them and save the
     python -m experiments.key_transforms kvpress_moe/data/routers/smollm2-135m-instruct
 
 Reads the first prompts of the default training config, half a minute for 24 prompts of SmolLM2 on two cores.
-`kvpress-moe train` does the same at its end. Prints one JSON line.
+`kvpress-moe train` does this before its tuning, with its own prompts. Prints one JSON line.
 """
 
 from __future__ import annotations

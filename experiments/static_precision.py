@@ -71,6 +71,7 @@ class StaticPrecision(EndToEnd):
         nbytes = menu.nbytes[1:, None, None]
         mean_bytes = (of_menu.exp() * nbytes).sum(0)[..., None]  # (L, H, 1)
         worth = self.powers() * scores + self.bonus[..., None] - mean_bytes.log()
+        whole = menu.whole(menu.budget(n_tokens, share))  # first tokens that stay as the model wrote them, as always
         always = torch.zeros(n_tokens, dtype=torch.bool)
         always[:SINKS] = always[-RECENT:] = True
 
@@ -90,6 +91,8 @@ class StaticPrecision(EndToEnd):
         pairs = list(cache)
         for number, (layer_idx, layer) in enumerate(zip(self.layers, coded, strict=True)):
             probs = torch.cat((torch.zeros_like(of_menu[:1]), of_menu))[:, number, :, None].expand(-1, -1, n_tokens)
+            probs = probs.masked_fill(torch.arange(n_tokens) < whole, -torch.inf)
+            probs[-1, :, :whole] = 0.0
             pairs[layer_idx] = layer.mixed(*cache[layer_idx], probs, menu.precisions)
         return pairs, log_kept, torch.zeros(())
 
@@ -105,9 +108,12 @@ class StaticPrecision(EndToEnd):
         costs.scatter_(0, self.choice.argmax(0)[None, ..., None].expand(1, -1, -1, n_tokens) + 1, 0.0)
         costs[0, ..., :SINKS] = costs[0, ..., -RECENT:] = torch.inf
         allowed = menu.budget(n_tokens, share)
+        whole = menu.whole(allowed)
+        costs[-1, ..., :whole] = 0.0
         floor = menu.floor(allowed, MIN_SHARE * share * n_tokens)
         flat = costs.flatten(1, 2)[:, None].bfloat16()
-        return list(decide_strategies(flat, menu.nbytes, allowed, False, floor, 0)[0].unflatten(0, scores.shape[:2]))
+        chosen = decide_strategies(flat, menu.nbytes, allowed, False, floor, whole)[0]
+        return list(chosen.unflatten(0, scores.shape[:2]))
 
 
 def main() -> None:
@@ -122,7 +128,11 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = load_model(arguments.model)
     routers = load_routers(arguments.router)
-    config = TrainingConfig()
+    if not routers.config.strategies:
+        parser.error(f"--router: {arguments.router} was not trained to choose strategies")
+    card = json.loads((arguments.router / "routers.json").read_text())
+    recipe = {name: tuple(v) if isinstance(v, list) else v for name, v in card["metrics"]["recipe"].items()}
+    config = TrainingConfig(**recipe)
     shards = Shards(arguments.shards)
     made = made_prompts(model, tokenizer, config, arguments.shards)
     samples = [TuningSample(prompt, shards.path(name)) for name, prompt in made]

@@ -8,8 +8,8 @@ All rules get the same byte budget, the same prefill and, except those of --also
 
 - routed: the routers' own rule, `precision="mixed"`;
 - constants: the same scores and menu; the rule that routers have that were not trained for strategies;
-- K2V2, K3V3, …: one precision for all pairs that stay, for each entry of the menu and a few more. The first four tokens
-  stay whole, as with all rules. The best of them at each share, on the same samples, is "best single precision";
+- K2V2, K3V3, …: one precision for all pairs that stay, for each entry of the menu and a few more. The first token
+  stays whole, as with all rules. The best of them at each share, on the same samples, is "best single precision";
 - rdkv: RDKV's rule (arXiv 2605.08317), as in the benchmark;
 - --also NAME=DIRECTORY: other routers with `precision="mixed"`.
 
@@ -128,6 +128,8 @@ def main() -> None:
         routers = load_routers(arguments.router)
     if routers is None:
         parser.error("no routers ship for this model: name --router")
+    if not routers.config.strategies:
+        parser.error("these routers were not trained to choose strategies")
     also = {name: load_routers(directory) for name, _, directory in (text.partition("=") for text in arguments.also)}
     shares = arguments.shares
     plan = Plan(limit=arguments.samples, hub=arguments.hub, ratios=tuple(1 - share for share in shares), by_bytes=True)
@@ -138,14 +140,20 @@ def main() -> None:
     kl: dict[str, dict[float, list[float]]] = {name: {share: [] for share in shares} for name in names}
     done: dict[str, list[float]] = {}
     records = arguments.out.with_suffix(".jsonl") if arguments.out else None
+    asked = {"router": str(arguments.router), "also": arguments.also, "shares": shares, "hub": arguments.hub}
     if records and records.exists():
-        done = {line["sample"]: line["kl"] for line in map(json.loads, records.read_text().splitlines())}
+        first, *lines = map(json.loads, records.read_text().splitlines())
+        if first != asked:
+            parser.error(f"--out: {records} is of another run ({first}). Name another path, or delete it.")
+        done = {line["sample"]: line["kl"] for line in lines}
+    elif records:
+        records.parent.mkdir(parents=True, exist_ok=True)
+        records.write_text(json.dumps(asked) + "\n")
     for number, sample in enumerate(evaluator.samples):
         if sample.id not in done:
             results = evaluator.evaluate(sample, cells, decode=False)["results"]
             done[sample.id] = [round(result[4], 7) for result in results]
             if records:
-                records.parent.mkdir(parents=True, exist_ok=True)
                 with records.open("a") as file:
                     file.write(json.dumps({"sample": sample.id, "kl": done[sample.id]}) + "\n")
         for (name, ratio), value in zip(cells, done[sample.id], strict=True):

@@ -197,7 +197,7 @@ def speed(device: str) -> Result:
 
 @case("training")
 def training(device: str) -> Result:
-    config = replace(CONFIG, end_to_end=1, samples=2, length=500, epochs=2)
+    config = replace(CONFIG, end_to_end=1, samples=2, length=500, epochs=2, coded_share=1.0)
     with tempfile.TemporaryDirectory() as directory:
         routers, _ = train(tiny_model("llama").to(device), byte_tokenizer(chat=True), config, Path(directory))
     return list(routers.state_dict().values())

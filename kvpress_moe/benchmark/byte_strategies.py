@@ -103,7 +103,9 @@ class CostTaker:
     def result(self, ratio: float, min_share: float) -> Coded:
         """The strategies if the share ``ratio`` of the bytes of a 16-bit cache is removed."""
         assert self.menu is not None
-        return by_cost(self.costs, ratio, self.menu, self.bases, str(self.method.budget), min_share)
+        own = self.method.precision == "own"  # such a press knows its scope once it has seen the model
+        budget = self.press.scope if own else str(self.method.budget)
+        return by_cost(self.costs, ratio, self.menu, self.bases, budget, min_share)
 
 
 #: RDKV's numbers of bits, for keys and values alike.

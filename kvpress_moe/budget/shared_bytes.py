@@ -29,7 +29,7 @@ def strategy_costs(log_weights: Tensor, losses: Tensor) -> Tensor:
     log_weights : Tensor, shape (B, H, S)
         Logarithm of what evicting a pair costs.
     losses : Tensor, shape (M - 1, B, H, S)
-        Loss with each strategy but the first, see :func:`kvpress_moe.codes.distortion.distortions`.
+        Loss with each strategy but the first, see :meth:`kvpress_moe.codes.distortion.Distortion.total`.
 
     Returns
     -------

@@ -1,1 +1,1 @@
-"""Codes: keys and values at 2 to 8 bits a channel, bit-packed, with a scale and zero, or a gain and position, each."""
+"""Codes: keys and values at 2 to 8 bits a channel, bit-packed, with a scale each, and some keys with a position."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpress_moe.codes.key_transform import KeyBasis
 from kvpress_moe.codes.precision import WHOLE, Precision
 from kvpress_moe.codes.rotation import rotation
+from kvpress_moe.codes.scale_bytes import LOWEST
 from kvpress_moe.codes.transform_codes import BLOCK, TRANSFORM_BITS, weighted_error
 from kvpress_moe.codes.vector_codes import relative_error
 
@@ -32,6 +33,11 @@ class Distortion:
 
     keys: Mapping[int, Tensor]
     values: Mapping[int, Tensor]
+
+    def to(self, device: torch.device) -> Distortion:
+        """The same losses on a device."""
+        keys, values = ({bits: loss.to(device) for bits, loss in of.items()} for of in (self.keys, self.values))
+        return Distortion(keys, values)
 
     def total(self, menu: Sequence[Precision], like: Tensor) -> Tensor:
         """
@@ -91,10 +97,14 @@ def distortions(
 
 
 def _squared_reach(vectors: Tensor) -> Tensor:
-    """Squared magnitude of the largest channel of rotated vectors: (B, H, S), float32."""
+    """
+    Squared magnitude of the largest channel of rotated vectors: (B, H, S), float32.
+
+    It is at least that of the smallest vector that codes can tell from 0.
+    """
     turn = rotation(vectors.shape[-1], vectors.device)
     low, high = (vectors.float() @ turn).aminmax(dim=-1)
-    return torch.maximum(high, -low).square_()
+    return torch.maximum(high, -low).clamp_(min=2.0**LOWEST).square_()
 
 
 def _of_transform(basis: KeyBasis, coefficients: Tensor, bits: Sequence[int], scaling: float) -> dict[int, Tensor]:

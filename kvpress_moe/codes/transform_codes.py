@@ -18,7 +18,6 @@ BLOCK = 4096  # vectors that are encoded at once
 GAIN_BYTES = 1  # of a key
 #: Bits -> step between the levels with the smallest squared error for a normal distribution (Max, 1960).
 _STEPS = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
-_SMALLEST = 2.0**-14  # the smallest normal float16
 
 
 @dataclass(frozen=True)
@@ -185,4 +184,4 @@ def _scaled(coefficients: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scaled = coefficients[:, : len(of_step)] / of_step
     parts = scaled.split([count for count, _ in groups], dim=-1)
     reach = [part.abs().amax(-1) / 2 ** (number - 1) for part, (_, number) in zip(parts, groups, strict=True)]
-    return scaled, torch.stack(reach).amax(0).clamp(min=_SMALLEST)
+    return scaled, torch.stack(reach).amax(0)

@@ -111,6 +111,8 @@ def encode(vectors: Tensor, bits: int) -> VectorCodes:
     ------
     NotFiniteError
         If a vector contains NaN or infinity.
+    UnsupportedInputError
+        If a channel of a rotated vector is larger than 2435.
     """
     turn = rotation(vectors.shape[-1], vectors.device)
     packed, reaches = [], []

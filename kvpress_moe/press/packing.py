@@ -40,7 +40,7 @@ class PackedPart:
     strategies : Tensor, shape (B, H, S), uint8
         0: evicted; m: stored with the m-th precision of the menu.
     costs : Tensor, shape (M, B, H, S), bfloat16
-        See :func:`kvpress_moe.budget.shared_bytes.strategy_costs`.
+        See :func:`cost_of_strategies`.
     observation : Observation
     """
 

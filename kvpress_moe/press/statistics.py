@@ -19,7 +19,8 @@ class RoutingStats:
     The sums of a layer: ``calls``, ``tokens``, ``aux_loss`` (from routing); ``assigned`` (tokens per expert); ``used``
     (calls in which an expert judged a token); ``judged`` and ``kept`` (per expert: KV pairs that went through eviction,
     and those of them that stayed); ``mass`` and ``hit`` (per expert: attention mass on these pairs, and on those of
-    them that stayed).
+    them that stayed). With a precision, for each strategy X: ``pairs X``, ``bytes X``, ``lost X`` (costs over that of
+    eviction) and ``mass X``.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class RoutingStats:
             Bytes of a pair with each strategy. The first strategy evicts.
         strategies : Tensor, shape (B, H, S)
         costs : Tensor, shape (M, B, H, S)
-            See :func:`kvpress_moe.budget.shared_bytes.strategy_costs`.
+            See :func:`kvpress_moe.press.packing.cost_of_strategies`.
         mass : Tensor, shape (B, H, S)
             Attention of the latest queries to each pair.
         """
@@ -97,8 +98,8 @@ class RoutingStats:
               of the attention mass on the expert's pairs that falls on kept pairs). NaN where nothing was counted.
             - ``strategy_stats``, only with ``precision``: by strategy (``"evict"``, ``"K8V4"``, …) a dict of ``pairs``,
               ``bytes`` (codes with their scales and positions), ``usage_ratio`` and ``attention_ratio`` (these pairs'
-              shares of all pairs, and of the attention of the latest queries, each summing to 1) and
-              ``mean_distortion`` (mean expected cost of these pairs; 1 is the cost of evicting them).
+              shares of all pairs, and of the attention of the latest queries without the first four tokens; each sums
+              to 1) and ``mean_distortion`` (mean expected cost of these pairs; 1 is the cost of evicting them).
         """
         layers = {layer_idx: self._layer(sums, num_experts) for layer_idx, sums in sorted(self._layers.items())}
         calls = [int(sums.get("calls", 0)) for sums in self._layers.values()]

@@ -86,6 +86,8 @@ class BaseMoERouter(nn.Module):
         strategies: bool = False,
     ):
         super().__init__()
+        if strategies and not num_heads:
+            raise ValueError("num_heads: got 0, expected the number of KV heads for routers that choose strategies.")
         # Not nn.Linear(...): its own initialisation would draw from the user's global generator.
         self.down = skip_init(nn.Linear, hidden_size, bottleneck)
         self.dropout = nn.Dropout(dropout)

@@ -81,7 +81,7 @@ class CodedPairs:
             The first strategy evicts. What is left is divided among the others.
         menu : sequence of M Precision
         """
-        shares = log_probs[1:].softmax(0)
+        shares = log_probs[1:].softmax(0).to(keys)
         return (
             keys + _added(self.keys, shares, [precision.key_bits for precision in menu]),
             values + _added(self.values, shares, [precision.value_bits for precision in menu]),
@@ -99,7 +99,7 @@ def _added(errors: Mapping[int, Tensor], shares: Tensor, bits: Sequence[int]) ->
     for number, error in errors.items():
         with_these = [share for share, of_menu in zip(shares, bits, strict=True) if of_menu == number]
         added = added + torch.stack(with_these).sum(0)[..., None] * error
-    return torch.as_tensor(added)
+    return torch.as_tensor(added, device=shares.device)
 
 
 def layer_basis(

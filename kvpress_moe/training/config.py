@@ -62,7 +62,7 @@ class TrainingConfig:
         Share of the prompts whose budget counts bytes in that tuning; the others evict pairs only. 0: the routers do
         not learn to choose strategies.
     transform_prompts : int
-        Number of prompts that key transforms are fitted to, at most ``samples``; 0: no key transforms.
+        Number of prompts that key transforms are fitted to, at most all of them; 0: no key transforms.
     """
 
     experts: tuple[str, ...] = ("learned", "keydiff", "leverage", "cur", "tova")

@@ -206,9 +206,9 @@ class EndToEnd:
         for number, layer_idx in enumerate(self.layers):
             hidden = (captured.hidden[number] - self.mean[number]) / self.std[number]
             router = self.routers.layers[layer_idx]
-            scores, aux_loss, worth = predict(router, hidden, captured.ranks[number], self.top_k, self.learned)
+            scores, aux_loss = predict(router, hidden, captured.ranks[number], self.top_k, self.learned)
             scored.append(scores.T)
-            worths.append(worth)
+            worths.append(router.worths(hidden[None]))
             balance.append(aux_loss)
         return torch.stack(scored), worths, torch.stack(balance).mean()
 
@@ -244,7 +244,8 @@ class EndToEnd:
             basis = layer_basis(self.model, layer_idx, self.routers.key_transforms, n_tokens)
             menu = Menu.of(self.precisions, keys.shape[-1], ELEMENT_SIZE, basis)
             layer = CodedPairs.of(keys, values, menu.precisions, attention.scaling, power[number], basis)
-            costs.append(router.rule.log_costs(scores[number][None], worth, layer.distortion, menu.precisions)[:, 0])
+            lost = layer.distortion.to(scores.device)
+            costs.append(router.rule.log_costs(scores[number][None], worth, lost, menu.precisions)[:, 0])
             coded.append(layer)
         log_costs = torch.stack(costs, 1)  # (M + 1, L, H, S)
         budget = menu.budget(n_tokens, share)
@@ -340,5 +341,6 @@ def forbid(log_costs: Tensor, whole: int, floor: int) -> Tensor:
     forbidden = torch.zeros_like(log_costs, dtype=torch.bool)
     forbidden[:-1, ..., :whole] = True
     forbidden[0, ..., :SINKS] = forbidden[0, ..., -RECENT:] = True
-    forbidden[0] |= best(log_costs[0].detach(), floor)
+    eviction = log_costs[0].detach().masked_fill(forbidden[0], torch.inf)  # what stays anyway counts
+    forbidden[0] |= best(eviction, floor)
     return log_costs.masked_fill(forbidden, torch.inf)

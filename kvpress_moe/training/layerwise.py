@@ -41,9 +41,9 @@ class LayerData:
 
 def predict(
     router: BaseMoERouter, hidden: Tensor, ranks: Tensor, top_k: int, learned: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """
-    Scores (N, H) of tokens, the load-balancing loss, and the worths (2, 1, H, N) of losses if the router knows them.
+    Scores (N, H) of tokens, and the load-balancing loss.
 
     Computed by :func:`kvpress_moe.experts.mixing.calibrated_scores`, as in the press. Tokens of many prompts are
     treated as one prompt.
@@ -71,7 +71,7 @@ def predict(
         learned,
         lambda: expert.importance(hidden[None], of_ranked),
     )
-    return scores[0].T, load_balance(decision.probs, decision.chosen), router.worths(hidden[None])
+    return scores[0].T, load_balance(decision.probs, decision.chosen)
 
 
 def fit_layer(
@@ -115,7 +115,7 @@ def fit_layer(
         for _ in range(epochs):
             total = 0.0
             for batch in torch.randperm(len(hidden), generator=generator).split(batch_size):
-                scores, aux_loss, _ = predict(router, hidden[batch], data.ranks[batch], top_k, learned)
+                scores, aux_loss = predict(router, hidden[batch], data.ranks[batch], top_k, learned)
                 weights = data.weights[batch]
                 error = (weights * (scores - data.targets[batch]).square()).sum() / weights.sum()
                 budget = budget_loss(scores, data.targets[batch], data.thresholds)

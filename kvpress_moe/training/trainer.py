@@ -153,8 +153,8 @@ def train(
         with tempfile.TemporaryDirectory() as temporary:
             return train(model, tokenizer, config, Path(temporary), progress)
     fill = Shards(shards)
-    made = made_prompts(model, tokenizer, config, shards, progress, processes)
     captured = fill.claim(model_fingerprint(model), config.heuristics, config.seed)
+    made = made_prompts(model, tokenizer, config, shards, progress, processes)
     experts: Sequence[Expert] = [make_expert(name) for name in captured]
     fill.fill(
         processes.part(made),

@@ -262,6 +262,16 @@ def test_the_distortion_is_the_error_of_the_code(with_basis):
         assert loss[0].mean() == pytest.approx((logits + value).mean().item(), rel=0.2)
 
 
+@pytest.mark.parametrize("size", [1e-4, 3e-4, 1e-2, 0.0])
+def test_the_distortion_of_tiny_values_says_that_a_code_would_ruin_them(size):
+    values = size * torch.randn(1, 1, 300, 64)
+    lost = distortions(torch.randn(1, 1, 300, 64), values, [Precision(8, 2)], 0.125, torch.ones(1)).values[2]
+    decoded = encode(values[0, 0], 2).decode() @ rotation(64).T
+    true = (decoded - values[0, 0]).square().sum(-1) / values[0, 0].square().sum(-1).clamp(min=1e-12)
+    assert (lost > 0).all()
+    assert true.mean() < 10 * lost.mean()
+
+
 @pytest.mark.parametrize(
     "wrong", ["best", [], [(7, 4)], [(8, 4), (8, 4)], [8, 4], 8, [(8,)], [(True, 4)], [(8, 4.0)], {"a": 1}]
 )

@@ -58,6 +58,17 @@ def test_the_gradient_of_a_choice_is_what_its_code_adds():
     assert (log_probs.grad[0] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pairs_keep_their_type(dtype):
+    basis = basis_of(20)
+    keys, values = keys_like(basis, 20).to(dtype), torch.randn(1, 2, 20, 64, dtype=dtype)
+    coded = CodedPairs.of(keys, values, MIXED_TRANSFORMED, 0.125, torch.ones(2), basis)
+    log_probs = torch.zeros(len(MIXED_TRANSFORMED) + 1, 2, 20, requires_grad=True)
+    for mixed in coded.mixed(keys, values, log_probs, MIXED_TRANSFORMED):
+        assert mixed.dtype == dtype
+        assert mixed.isfinite().all()
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_without_transforms_there_is_no_basis(family):
     assert layer_basis(tiny_model(family), 0, None, 30) is None

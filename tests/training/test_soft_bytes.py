@@ -66,8 +66,11 @@ def test_what_is_forbidden_is_never_chosen_and_does_no_harm_to_gradients():
     assert (probs[-1, ..., :4] == 1).all()
     assert (probs[0, ..., :4] == 0).all()
     assert (probs[0, ..., -16:] == 0).all()
-    kept_by_floor = log_costs[0, 0, 0].topk(10).indices
-    assert (probs[0, 0, 0, kept_by_floor] == 0).all()
+    assert int((probs[0, 0, 0] == 0).sum()) == 20  # of the ten of the floor, the protected ones count
+    more = forbid(log_costs, whole=4, floor=25).isinf()[0, 0, 0]
+    best = log_costs[0, 0, 0, 4:-16].topk(5).indices + 4
+    assert more.sum() == 25
+    assert more[best].all()
     probs[1].sum().backward()
     assert log_costs.grad.isfinite().all()
 

@@ -205,7 +205,7 @@ def test_fitting_finds_a_score_that_is_there():
         settings = {"top_k": 3, "learned": 0, "aux_loss_weight": 0.0, "epochs": 40, "learning_rate": 1e-2, "seed": 0}
         fit_layer(router, data, **{**settings, **changes}, batch_size=256)
         with torch.no_grad():
-            scores, *_ = predict(router, data.hidden, data.ranks, 3, learned=0)
+            scores, _ = predict(router, data.hidden, data.ranks, 3, learned=0)
         return (scores - targets).square().mean().item()
 
     assert error() < 0.03 * constant
@@ -264,7 +264,7 @@ def test_the_press_gives_the_scores_that_were_fitted(llama, trained, prompt):
     assert press.top_k == 2
     for layer_idx, (hidden, scores, ranks) in seen.items():
         with torch.no_grad():
-            expected, *_ = predict(trained[0].layers[layer_idx], hidden[0], ranks[0].transpose(0, 1), 2, learned=0)
+            expected, _ = predict(trained[0].layers[layer_idx], hidden[0], ranks[0].transpose(0, 1), 2, learned=0)
         assert_close(scores[0].T, expected, rtol=1e-4, atol=1e-4)
 
 
