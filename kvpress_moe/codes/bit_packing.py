@@ -59,7 +59,8 @@ def packed_size(head_dim: int, bits: int) -> int:
     """
     if head_dim % 8:
         raise UnsupportedModelError(
-            f"head_dim: got {head_dim}, expected a multiple of 8, as codes fill whole bytes. Leave `precision` at None."
+            f"head_dim: got {head_dim}, expected a multiple of 8, as codes fill whole bytes. Leave `precision` at "
+            "None; in training, use coded_share=0."
         )
     return head_dim * bits // 8
 

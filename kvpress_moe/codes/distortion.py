@@ -15,6 +15,8 @@ from kvpress_moe.codes.scale_bytes import LOWEST
 from kvpress_moe.codes.transform_codes import BLOCK, TRANSFORM_BITS, weighted_error
 from kvpress_moe.codes.vector_codes import relative_error
 
+_HARMLESS = 1e-4  # of the mean squared norm of a head's values
+
 # B = batch, H = KV heads, S = tokens of the prompt, D = head dim, M = precisions of a menu
 
 
@@ -86,7 +88,9 @@ def distortions(
     of_keys: dict[int, Tensor] = {}
     of_values: dict[int, Tensor] = {}
     if value_bits:
-        loss = _squared_reach(values) * values.shape[-1] / values.float().square().sum(-1).clamp(min=1e-12)
+        norms = values.float().square().sum(-1)
+        usual = norms.mean(-1, keepdim=True)  # an error below it does no harm, also if the value itself is nearly zero
+        loss = _squared_reach(values) * values.shape[-1] / torch.maximum(norms, _HARMLESS * usual).clamp(min=1e-12)
         of_values = {bits: loss * relative_error(bits) for bits in sorted(value_bits)}
     if key_bits - of_transform:
         loss = _squared_reach(keys) * (scaling**2 * query_power[:, None].to(keys.device))

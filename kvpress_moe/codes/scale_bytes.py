@@ -31,7 +31,7 @@ def to_bytes(numbers: Tensor) -> Tensor:
             )
         raise UnsupportedInputError(
             f"codes: got keys or values with numbers up to {float(numbers.max()):.3g} after their rotation or "
-            "transform, expected at most 2435. Leave `precision` at None."
+            "transform, expected at most 2435. Leave `precision` at None; in training, use coded_share=0."
         )
     return steps.to(torch.uint8)
 

@@ -20,6 +20,8 @@ from kvpress_moe.model.layers import Attention, full_attention_layers, language_
 from kvpress_moe.model.transformers_api import attention_arguments, with_cache
 from kvpress_moe.press.packing import query_power
 
+_LEAST = 1e-6  # of a norm: a padding token's embedding may be zero
+
 
 @torch.no_grad()
 def capture(
@@ -58,7 +60,7 @@ def capture(
 
     def record_stream(module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         residual = args[0] if args else kwargs["hidden_states"]
-        stream.append(residual.float().norm(dim=-1).log().mean())
+        stream.append(residual.float().norm(dim=-1).clamp(min=_LEAST).log().mean())
 
     def record(module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]) -> None:
         layer = cache.layers[module.layer_idx]
@@ -67,7 +69,8 @@ def capture(
         hidden.append(call.hidden_states[0].half())
         ranks.append(torch.stack([rank_within_head(expert.score(call, 0.5))[0].half() for expert in experts]))
         power.append(query_power(call).log().half())
-        writes.append((written_norm(module, layer.values)[0].float().log() - stream[-1]).half())
+        written = written_norm(module, layer.values)[0].float().clamp(min=_LEAST)
+        writes.append((written.log() - stream[-1]).half())
 
     presses = [expert.scorer for expert in experts if hasattr(expert.scorer, "post_init_from_model")]
     layers = full_attention_layers(model)

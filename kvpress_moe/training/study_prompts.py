@@ -7,6 +7,7 @@ The model asks questions about them, and answers with the full cache. Cartridges
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from kvpress_moe.benchmark.prompts import Prompt, encode
 from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room, swept_depth
 from kvpress_moe.benchmark.tasks.sample import Sample
 from kvpress_moe.benchmark.tasks.texts import modules, sentences, source
-from kvpress_moe.errors import CheckpointError
+from kvpress_moe.errors import CheckpointError, SettingError
 from kvpress_moe.files import write_atomically
 from kvpress_moe.model.fingerprint import model_fingerprint
 from kvpress_moe.model.transformers_api import with_cache
@@ -142,7 +143,10 @@ def study_prompts(
         If the length is too short.
     """
     check_room("study prompts", length, 128)
+    limit = model.config.get_text_config(decoder=True).max_position_embeddings
+    words = hashlib.sha256(f"{type(tokenizer)} {len(tokenizer)} {tokenizer.chat_template}".encode()).hexdigest()
     about = {"format": FORMAT, "model": model_fingerprint(model), "n": n, "length": length, "seed": seed}
+    about["tokenizer"] = words  # answers are kept as token ids
     path = directory / f"study-{length}-{n}-{seed}.json"
     made = _read(path, about)
 
@@ -187,9 +191,23 @@ def study_prompts(
             made["answers"].append(greedy_answer(model, tokenizer, prompt))
             if index % 8 == 7 or index == n - 1:
                 save()
-        prompts.append((f"{sample.id}-of-{n}", replace(prompt, answer=torch.tensor([made["answers"][index]]))))
+        prompt = replace(prompt, answer=torch.tensor([made["answers"][index]]))
+        if len(prompt) > limit:
+            raise SettingError(
+                "length",
+                length,
+                f"prompts that fit into the model's {limit} tokens ({sample.id} has {len(prompt)})",
+                "Ask for shorter prompts, or leave these out with study=0.",
+            )
+        prompts.append((f"{sample.id}-{_digest(prompt)}", prompt))
     progress("answering", n, n)
     return prompts
+
+
+def _digest(prompt: Prompt) -> str:
+    """Of a prompt's tokens. In its name, so that what was captured of another prompt is never taken for it."""
+    ids = [part.tolist() for part in (prompt.context, prompt.question, prompt.answer)]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
 
 
 def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:

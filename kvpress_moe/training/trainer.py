@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
 from kvpress_moe.benchmark.tasks import find_tasks, make_sample
 from kvpress_moe.codes.precision import menu_of
-from kvpress_moe.errors import SettingError, UnsupportedModelError
+from kvpress_moe.errors import NotFiniteError, SettingError, UnsupportedModelError
 from kvpress_moe.experts.expert import Expert
 from kvpress_moe.experts.registry import make_expert
 from kvpress_moe.model.fingerprint import model_fingerprint
@@ -153,7 +154,7 @@ def train(
         with tempfile.TemporaryDirectory() as temporary:
             return train(model, tokenizer, config, Path(temporary), progress)
     fill = Shards(shards)
-    captured = fill.claim(model_fingerprint(model), config.heuristics, config.seed)
+    captured = fill.claim(model_fingerprint(model), config.heuristics or ("knorm",), config.seed)
     made = made_prompts(model, tokenizer, config, shards, progress, processes)
     experts: Sequence[Expert] = [make_expert(name) for name in captured]
     fill.fill(
@@ -231,6 +232,11 @@ def fit_routers(
             train_gate=config.gate,
             budget_weight=config.budget_weight,
         )
+        if not math.isfinite(losses[-1]):
+            raise NotFiniteError(
+                f"loss: got {losses[-1]} for layer {layer_idx}, expected a finite number. The model overflows in "
+                f"{model.dtype} (try bfloat16 or float32), or the learning rate is too high (learning_rate)."
+            )
         fitted.save(layer_idx, routers.layers[layer_idx], losses)
         progress("fitting layers", len(mine) - len(missing) + missing.index(layer_idx) + 1, len(mine), losses[-1])
     processes.wait()

@@ -272,6 +272,14 @@ def test_the_distortion_of_tiny_values_says_that_a_code_would_ruin_them(size):
     assert true.mean() < 10 * lost.mean()
 
 
+def test_a_value_that_is_zero_among_others_is_no_loss():
+    values = torch.randn(1, 1, 300, 64)
+    values[0, 0, 7] = 0
+    lost = distortions(torch.randn(1, 1, 300, 64), values, [Precision(8, 4)], 0.125, torch.ones(1)).values[4]
+    assert lost[0, 0, 7] < 1e-3
+    assert lost[0, 0, 8] > 1e-3
+
+
 @pytest.mark.parametrize(
     "wrong", ["best", [], [(7, 4)], [(8, 4), (8, 4)], [8, 4], 8, [(8,)], [(True, 4)], [(8, 4.0)], {"a": 1}]
 )

@@ -19,7 +19,7 @@ from kvpress_moe import MoERouterPress
 from kvpress_moe.benchmark.kvzip_scores import ReplayScores, chat_suffix
 from kvpress_moe.benchmark.prompts import encode
 from kvpress_moe.benchmark.tasks import make_sample
-from kvpress_moe.errors import ExpertError, SettingError
+from kvpress_moe.errors import ExpertError, NotFiniteError, SettingError
 from kvpress_moe.experts.registry import make_expert
 from kvpress_moe.model.hooks import prepared
 from kvpress_moe.model.layers import full_attention_layers
@@ -355,6 +355,28 @@ def test_what_values_write_is_compared_with_the_residual_stream(llama, chat_toke
         expected = written_norm(decoder(llama).layers[layer_idx].self_attn, cache.layers[layer_idx].values)[0].log()
         expected = expected - streams[layer_idx].norm(dim=-1).log().mean()
         assert_close(writes.float(), expected.detach(), atol=2e-2, rtol=2e-2)
+
+
+def test_a_token_whose_embedding_is_zero_leaves_all_that_is_captured_finite(llama, chat_tokenizer, prompt):
+    """Token 0 is the padding token of the tiny Llama."""
+    context = prompt.context.clone()
+    context[0, 50] = 0
+    assert not llama.get_input_embeddings().weight[0].any()
+    shard = capture(llama, chat_tokenizer, replace(prompt, context=context), [make_expert("keydiff")])
+    assert shard["writes"].isfinite().all()
+    assert shard["power"].isfinite().all()
+
+
+def test_the_learned_expert_is_trained_alone(llama, chat_tokenizer, tmp_path):
+    config = replace(CONFIG, experts=("learned",), top_k=1, samples=2, epochs=1, end_to_end=1)
+    routers, _ = train(llama, chat_tokenizer, config, tmp_path)
+    assert routers.config.experts == ("learned",)
+
+
+def test_a_fit_that_is_not_finite_is_not_kept(llama, chat_tokenizer, tmp_path):
+    with pytest.raises(NotFiniteError, match="loss: got nan for layer 0.*learning_rate"):
+        train(llama, chat_tokenizer, replace(CONFIG, samples=2, learning_rate=1e30, end_to_end=0), tmp_path)
+    assert not list(tmp_path.rglob("layer-*"))
 
 
 def test_what_a_value_writes_is_its_norm_after_the_output_projection(llama):
