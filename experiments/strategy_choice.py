@@ -140,7 +140,12 @@ def main() -> None:
     kl: dict[str, dict[float, list[float]]] = {name: {share: [] for share in shares} for name in names}
     done: dict[str, list[float]] = {}
     records = arguments.out.with_suffix(".jsonl") if arguments.out else None
-    asked = {"router": str(arguments.router), "also": arguments.also, "shares": shares, "hub": arguments.hub}
+    asked = {
+        "router": arguments.router and str(arguments.router),
+        "also": arguments.also,
+        "shares": shares,
+        "hub": arguments.hub,
+    }
     if records and records.exists():
         first, *lines = map(json.loads, records.read_text().splitlines())
         if first != asked:
@@ -164,7 +169,7 @@ def main() -> None:
     if arguments.out:
         about = (
             f"Mean KL to the full cache at shares of the bytes of a 16-bit cache; {len(evaluator.samples)} samples "
-            f"({arguments.hub or 'test split, seed 0, 1,024 tokens'}); {model.config.name_or_path or 'SmolLM2'}, "
+            f"({arguments.hub or 'test split, seed 0, 1,024 tokens'}); {arguments.model or 'SmolLM2-135M-Instruct'}, "
             f"float32; torch {torch.__version__.split('+')[0]}, transformers {version('transformers')}, kvpress "
             f"{version('kvpress')}.\nIn brackets: 95 % bootstrap intervals of the difference from the first row."
         )
