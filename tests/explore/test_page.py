@@ -13,6 +13,7 @@ from kvpress_moe.budget.eviction import best
 from kvpress_moe.budget.shared_bytes import decide_strategies, strategy_costs
 from kvpress_moe.explore import explore, make_press, page
 from kvpress_moe.explore.payload import as_steps
+from kvpress_moe.press.packing import N_SINK
 from tests.explore.made import TEXT, calibrated_routers, drawn_strategies, reading, still, synthetic
 
 pytestmark = pytest.mark.browser
@@ -153,7 +154,7 @@ def test_with_a_precision_the_slider_is_a_share_of_bytes_and_shows_the_strategie
 
 
 def test_colours_and_details_are_those_of_the_precision(opened, llama, read_text):
-    press = make_press({"compression_ratio": 0.8, "budget": "uniform", "precision": "mixed"})
+    press = make_press({"compression_ratio": 0.9, "budget": "uniform", "precision": "mixed"})
     tab = opened(explore(read_text, press, still))
     record, menu = press.records[1], press.records[1].strategies.menu
     tab.page.select_option("#layer", "1")
@@ -194,7 +195,7 @@ def test_a_head_whose_pairs_are_worth_nothing_keeps_its_minimum_of_bytes_in_the_
     losses = torch.tensor([4.0 ** -(p.key_bits + p.value_bits) for p in made.menu.precisions]).clamp(min=1e-9)
     costs = strategy_costs(scores[None], losses[:, None, None, None].expand(-1, 1, *scores.shape))
     steps_of = as_steps(made.prices).flatten().tolist()
-    given = {"menu": [str(p) for p in made.menu.precisions], "nbytes": made.menu.nbytes[1:].tolist(), "n_whole": 4}
+    given = {"menu": [str(p) for p in made.menu.precisions], "nbytes": made.menu.nbytes[1:].tolist(), "n_whole": N_SINK}
     given |= {"pair_bytes": 256, "table_bytes": 4 * len(losses), "whole_share": 0.25, "prices": steps_of}
     cases = [(ratio, scope) for ratio in (0.5, 0.75, 0.9, 0.97) for scope in SCOPES]
     tab = opened(synthetic(1, 1, 10))
