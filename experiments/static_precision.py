@@ -82,7 +82,7 @@ class StaticPrecision(EndToEnd):
         low, high = -60.0, 60.0
         for _ in range(40):
             middle = (low + high) / 2
-            spent = float((stays(middle).exp() * mean_bytes).sum())
+            spent = float((stays(middle).exp() * mean_bytes).detach().sum())
             low, high = (middle, high) if spent > budget else (low, middle)
         at = stays(high).detach().exp()
         slope = -(at * (1 - at) * mean_bytes.detach()).sum() / temperature
@@ -166,8 +166,11 @@ def main() -> None:
         tuner.run(states, progress)
         tuned[share] = tuner
     kl: dict[tuple[str, float], list[float]] = defaultdict(list)
-    press = MoERouterPress(router=routers, precision="mixed", cache_aware=False)
-    method = Method("routed", "ours", lambda protect: press, "global", "routed", precision="own")
+
+    def routed_press(protect):  # a new one each time: the benchmark remembers the scores of a press
+        return MoERouterPress(router=routers, precision="mixed", cache_aware=False)
+
+    method = Method("routed", "ours", routed_press, "global", "routed", precision="own")
     for index in range(arguments.samples):
         for task in CORE:
             sample = make_sample(
