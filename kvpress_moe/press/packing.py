@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from kvpress_moe.cache.packed_layer import PackedLayer
 from kvpress_moe.cache.tier import TABLE_BYTES
 from kvpress_moe.codes.distortion import distortions
 from kvpress_moe.codes.exact import exact
-from kvpress_moe.codes.key_transform import KeyBasis
+from kvpress_moe.codes.key_transform import KeyBasis, KeyTransform
 from kvpress_moe.codes.precision import WHOLE, Precision
 from kvpress_moe.codes.rotary import Rotary
 from kvpress_moe.experts.layer_call import LayerCall, latest_queries
@@ -97,10 +97,15 @@ def key_basis(call: LayerCall, layer_idx: int, routers: Routers | None, position
     transforms = None if routers is None else routers.key_transforms
     if not transforms:
         return None
-    n_positions = int(positions.max()) + 1
-    probes = torch.tensor([[0, 1, n_positions - 1]], device=call.keys.device)  # LongRoPE looks at the largest
-    cos, sin = call.view.rotary_emb(torch.zeros(1, device=call.keys.device), probes)
-    return KeyBasis(transforms[layer_idx].to(call.keys.device), Rotary.of(cos[0, :2], sin[0, :2]), n_positions)
+    return basis_at(transforms[layer_idx].to(call.keys.device), call.view.rotary_emb, int(positions.max()) + 1)
+
+
+def basis_at(transform: KeyTransform, rotary_emb: Callable[[Tensor, Tensor], Any], n_positions: int) -> KeyBasis:
+    """The basis of a transform for keys at positions below ``n_positions``, on the transform's device."""
+    device = transform.mean.device
+    probes = torch.tensor([[0, 1, n_positions - 1]], device=device)  # LongRoPE looks at the largest
+    cos, sin = rotary_emb(torch.zeros(1, device=device), probes)
+    return KeyBasis(transform, Rotary.of(cos[0, :2], sin[0, :2]), n_positions)
 
 
 def positions_of(call: LayerCall, text_starts: Sequence[int] | None) -> Tensor:

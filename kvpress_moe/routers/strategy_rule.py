@@ -22,7 +22,8 @@ class StrategyRule(nn.Module):
     To evict a pair with score s costs ``exp(p * s)``. To store it so that its key loses ``dk`` and its value ``dv``
     costs ``exp(p * s) * (exp(wk) * dk + exp(wv) * dv) ** q``. The powers p and q belong to the layer. The worths wk and
     wv are the sum of a part for the head and a part for the token and head, which the router reads from the hidden
-    state. The losses are measured, see :class:`kvpress_moe.codes.distortion.Distortion`. So the rule serves any menu.
+    state. The losses are computed from the pair, see :class:`kvpress_moe.codes.distortion.Distortion`. So the rule
+    serves any menu.
 
     A new rule has no worths and two equal powers: it is :func:`kvpress_moe.budget.shared_bytes.strategy_costs`.
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from kvpress_moe.codes.distortion import Distortion, distortions
 from kvpress_moe.codes.key_transform import KeyBasis, KeyTransform
 from kvpress_moe.codes.precision import WHOLE, Precision
-from kvpress_moe.codes.rotary import Rotary
 from kvpress_moe.codes.rotation import rotation
 from kvpress_moe.codes.transform_codes import TRANSFORM_BITS, encode_coefficients
 from kvpress_moe.codes.vector_codes import encode
 from kvpress_moe.model.layers import language_model, of_layer
+from kvpress_moe.press.packing import basis_at
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,4 @@ def layer_basis(
         return None
     stack = language_model(model)
     rotary_emb = of_layer(stack.rotary_emb, stack.layers[layer_idx].self_attn)
-    probes = torch.tensor([[0, 1, n_tokens - 1]], device=model.device)  # LongRoPE looks at the largest
-    cos, sin = rotary_emb(torch.zeros(1, device=model.device), probes)
-    return KeyBasis(transforms[layer_idx].to(model.device), Rotary.of(cos[0, :2], sin[0, :2]), n_tokens)
+    return basis_at(transforms[layer_idx].to(model.device), rotary_emb, n_tokens)
