@@ -62,6 +62,9 @@ def test_a_press_of_ones_own_with_a_precision_is_judged_by_its_own_rule(llama, t
     kept = select_pairs(llama, input_ids, {"own": own, "mine": mixed(llama)}, cells, 4, 16).kept
     for ours, theirs in zip(*(kept[cell].coded.strategies for cell in cells), strict=True):
         assert torch.equal(ours, theirs)
+    unaware = replace(mixed(llama), name="own", budget="uniform")  # named before the press has seen the model
+    again = select_pairs(llama, input_ids, {"own": unaware}, cells[:1], 4, 16).kept["own", 0.8].coded.strategies
+    assert all(torch.equal(*both) for both in zip(again, kept["mine", 0.8].coded.strategies, strict=True))
     with pytest.raises(SettingError, match="methods: got"):  # its bytes are no share of the pairs
         replace(PLAN, methods=(spec,), by_bytes=False).check()
 
