@@ -107,12 +107,10 @@ class StaticPrecision(EndToEnd):
         costs[0] = (self.powers() * scores + self.bonus.detach()[..., None]).exp()
         costs.scatter_(0, self.choice.argmax(0)[None, ..., None].expand(1, -1, -1, n_tokens) + 1, 0.0)
         costs[0, ..., :SINKS] = costs[0, ..., -RECENT:] = torch.inf
-        allowed = menu.budget(n_tokens, share)
-        whole = menu.whole(allowed)
-        costs[-1, ..., :whole] = 0.0
-        floor = menu.floor(allowed, MIN_SHARE * share * n_tokens)
+        allowed = menu.plan(n_tokens, share, MIN_SHARE * share * n_tokens)
+        costs[-1, ..., : allowed.whole] = 0.0
         flat = costs.flatten(1, 2)[:, None].bfloat16()
-        chosen = decide_strategies(flat, menu.nbytes, allowed, False, floor, whole)[0]
+        chosen = decide_strategies(flat, menu.nbytes, allowed, False)[0]
         return list(chosen.unflatten(0, scores.shape[:2]))
 
 

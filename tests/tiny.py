@@ -263,3 +263,22 @@ def greedy(model: PreTrainedModel, input_ids: Tensor, cache, position: int, n_to
         input_ids = logits[:, -1].argmax(-1, keepdim=True)
         answer.append(input_ids)
     return torch.cat(answer, dim=1)
+
+
+def promised_routers(model: PreTrainedModel, n_prompts: int = 24, **settings: Any) -> Routers:
+    """Calibrated routers that can promise a KL divergence, for ``"mixed"`` and for no precision; on random prompts."""
+    from kvpress_moe.benchmark.prompts import Prompt
+    from kvpress_moe.training.calibration import calibrate
+
+    routers = calibrated_routers(model, **settings)
+
+    def prompts(first: int) -> list[Prompt]:
+        lengths = [60 + 7 * (number % 5) for number in range(n_prompts)]
+        return [
+            Prompt(*(tokens(n, seed=first + 3 * number + part) for part, n in enumerate((length, 5, 6))))
+            for number, length in enumerate(lengths)
+        ]
+
+    about = {"prompts": "random tokens", "seed": 0}
+    routers.promises = calibrate(model, routers, ["mixed", None], prompts(1000), lambda: prompts(2000), about)
+    return routers

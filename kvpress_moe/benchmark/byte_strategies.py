@@ -58,6 +58,33 @@ class Coded:
         return list(decoded_keys), list(decoded_values)
 
 
+def decode_all(coded: Sequence[Coded], number: int, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """
+    A layer's keys and values (H, S, D) after coding and decoding, for several caches of one prompt and one menu.
+
+    Every pair is coded once with each precision that any of the caches uses for it, however many caches there are.
+    Evicted pairs have arbitrary keys and values.
+    """
+    if not coded:
+        return []
+    precisions, basis = coded[0].menu.precisions, coded[0].bases[number]
+    chosen = torch.stack([one.strategies[number] for one in coded])  # (N, H, S)
+    found = [(torch.empty_like(keys[0]), torch.empty_like(values[0])) for _ in coded]
+    for strategy in range(1, len(precisions) + 1):
+        wanted = chosen == strategy
+        used = wanted.any(0)
+        if not used.any():
+            continue
+        packed = PackedLayer.from_strategies(keys, values, used[None] * strategy, precisions, basis)
+        with_precision = (torch.zeros_like(keys[0]), torch.zeros_like(values[0]))
+        for all_pairs, heads in zip(with_precision, zip(*packed.heads()[0], strict=True), strict=True):
+            all_pairs[used] = torch.cat(heads)
+        for own, mask in zip(found, wanted, strict=True):
+            for pairs, all_pairs in zip(own, with_precision, strict=True):
+                pairs[mask] = all_pairs[mask]
+    return found
+
+
 class CostTaker:
     """
     What each strategy costs for the pairs of a prompt, layer by layer.
@@ -170,10 +197,8 @@ def by_cost(
     min_share : float
     """
     n_pairs = costs[0].shape[-1]
-    allowed = menu.budget(n_pairs, 1 - ratio)
-    floor = menu.floor(allowed, 1 if budget == "uniform" else min_share * (1 - ratio) * n_pairs)
+    allowed = menu.plan(n_pairs, 1 - ratio, 1 if budget == "uniform" else min_share * (1 - ratio) * n_pairs)
     groups = [torch.cat(list(costs), dim=2)] if budget == "global" else list(costs)
-    settings = (menu.nbytes, allowed, budget == "uniform", floor, menu.whole(allowed))
-    chosen = [decide_strategies(group.clone(), *settings)[0] for group in groups]
+    chosen = [decide_strategies(group.clone(), menu.nbytes, allowed, budget == "uniform")[0] for group in groups]
     strategies = list(torch.cat(chosen).split([layer.shape[2] for layer in costs]))
     return Coded(strategies, menu, list(bases))

@@ -221,6 +221,13 @@ def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-p
     """A method from a function that makes a press. The press shows whether it only scores, or selects too."""
     press = make()
     if isinstance(press, MoERouterPress):
+        if press.max_kl is not None:
+            raise SettingError(
+                "max_kl",
+                press.max_kl,
+                "None in a benchmark, which sets the ratio itself",
+                "Promises are checked by python -m experiments.promise.",
+            )
         calibrated = press.router is not None  # its scope when it has seen the model
         budget = cast(Budget, press.budget or ("global" if calibrated else "uniform"))
         if press.precision is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,17 +51,21 @@ class SharedBudget:
         """Let a layer wait. Each part of the batch has its scores, and what was observed."""
         self._waiting[layer_idx] = parts
 
-    def decide(self, n_kept: Sequence[int], min_share: float) -> dict[int, list[tuple[Tensor, Observation]]]:
+    def decide(
+        self, n_kept: Callable[[int, Mapping[int, Tensor]], int], min_share: float
+    ) -> dict[int, list[tuple[Tensor, Observation]]]:
         """
         The pairs (B, H, S) that stay in each waiting layer, part by part.
 
-        A head keeps ``n_kept`` of its part on average, and the total is exact.
+        ``n_kept(part, scores)`` tells how many pairs a head of a part keeps on average. The total is exact. ``scores``
+        are those (B, H, S) of the waiting layers, by layer.
 
         Memory: two float32 copies and one int64 copy of all scores (H · S numbers per layer), on the device of the
         first layer.
         """
         decided: dict[int, list[tuple[Tensor, Observation]]] = {layer_idx: [] for layer_idx in self._waiting}
-        for n_kept_of_part, *layers in zip(n_kept, *self._waiting.values(), strict=True):
+        for number, layers in enumerate(zip(*self._waiting.values(), strict=True)):
+            n_kept_of_part = n_kept(number, {index: parts[number][0] for index, parts in self._waiting.items()})
             device = layers[0][0].device
             pooled = torch.cat([scores.float().to(device) for scores, _ in layers], dim=1)  # (B, L·H, S)
             kept = share(pooled, n_kept_of_part, min_share).split([scores.shape[1] for scores, _ in layers], dim=1)

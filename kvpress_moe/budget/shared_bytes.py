@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,25 @@ from kvpress_moe.budget.eviction import best
 #: The cost of a loss d for a pair with score s is ``(exp(s) * d) ** POWER``.
 POWER = 0.85
 HIGHEST = 80.0  # log weights are cut off here, so that no cost is infinite
+
+
+class ByteBudget(NamedTuple):
+    """
+    What the heads of a prompt may take.
+
+    Attributes
+    ----------
+    nbytes : int
+        Bytes of a head, on average.
+    floor : int
+        Number of pairs that each head keeps at least: those whose eviction costs most.
+    whole : int
+        Number of first tokens whose pairs get the last strategy.
+    """
+
+    nbytes: int
+    floor: int
+    whole: int
 
 
 def strategy_costs(log_weights: Tensor, losses: Tensor) -> Tensor:
@@ -48,7 +67,7 @@ def as_costs(log_costs: Tensor) -> Tensor:
     return log_costs.clamp(max=HIGHEST).exp().to(torch.bfloat16)
 
 
-def decide_strategies(costs: Tensor, nbytes: Tensor, budget: int, each_head: bool, floor: int, whole: int) -> Tensor:
+def decide_strategies(costs: Tensor, nbytes: Tensor, budget: ByteBudget, each_head: bool) -> Tensor:
     """
     The strategy of each pair.
 
@@ -57,24 +76,20 @@ def decide_strategies(costs: Tensor, nbytes: Tensor, budget: int, each_head: boo
     costs : Tensor, shape (M, B, U, S)
         Infinity forbids a strategy. The last one must be allowed. More is forbidden here, in place.
     nbytes : Tensor, shape (M,), int64
-    budget : int
-        Bytes of a head, on average.
+    budget : ByteBudget
     each_head : bool
         Whether each head has its own budget. Otherwise all heads of a row share.
-    floor : int
-        Number of pairs that each head keeps at least: those whose eviction costs most.
-    whole : int
-        Number of first tokens whose pairs get the last strategy.
 
     Returns
     -------
     Tensor, shape (B, U, S), uint8
     """
     n_rows, n_units = costs.shape[1:3]
-    costs[:-1, ..., :whole] = torch.inf
-    costs[0].masked_fill_(best(costs[0].float(), floor), torch.inf)
+    costs[:-1, ..., : budget.whole] = torch.inf
+    costs[0].masked_fill_(best(costs[0].float(), budget.floor), torch.inf)
     groups = costs.flatten(1, 2) if each_head else costs.flatten(2, 3)
-    budgets = torch.full((groups.shape[1],), budget if each_head else budget * n_units, device=costs.device)
+    allowed = budget.nbytes if each_head else budget.nbytes * n_units
+    budgets = torch.full((groups.shape[1],), allowed, device=costs.device)
     return allocate_bytes(groups, nbytes.to(costs.device), budgets).view(n_rows, n_units, -1)
 
 
@@ -109,7 +124,7 @@ class SharedBytes:
         self.notes[layer_idx] = note
 
     def decide(
-        self, nbytes: Tensor, budgets: Sequence[int], floors: Sequence[int], wholes: Sequence[int], each_head: bool
+        self, nbytes: Tensor, budget: Callable[[int, Tensor], ByteBudget], each_head: bool
     ) -> dict[int, list[tuple[Tensor, Tensor, Observation]]]:
         """
         The strategies (B, H, S) of the pairs in each waiting layer, with their costs (M, B, H, S), part by part.
@@ -118,16 +133,17 @@ class SharedBytes:
         ----------
         nbytes : Tensor, shape (M,), int64
             Bytes of a pair with each strategy.
-        budgets, floors, wholes : sequence of int
-            For each part, as in :func:`decide_strategies`.
+        budget : callable
+            ``budget(part, costs)`` gives the budget of a part of the batch. ``costs`` (M, B, U, S) are those of all
+            waiting layers; they must not be changed.
         each_head : bool
             Whether each head has its own budget.
         """
         decided: dict[int, list[tuple[Tensor, Tensor, Observation]]] = {layer_idx: [] for layer_idx in self._waiting}
-        for budget, floor, whole, *layers in zip(budgets, floors, wholes, *self._waiting.values(), strict=True):
+        for number, layers in enumerate(zip(*self._waiting.values(), strict=True)):
             device = layers[0][0].device
             pooled = torch.cat([costs.to(device) for costs, _ in layers], dim=2)
-            chosen = decide_strategies(pooled, nbytes, budget, each_head, floor, whole)
+            chosen = decide_strategies(pooled, nbytes, budget(number, pooled), each_head)
             split = chosen.split([costs.shape[2] for costs, _ in layers], dim=1)
             for parts, strategies, (costs, observation) in zip(decided.values(), split, layers, strict=True):
                 parts.append((strategies.to(costs.device), costs, observation))

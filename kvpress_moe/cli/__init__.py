@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from kvpress_moe import __version__
-from kvpress_moe.cli import ask, bench, compress, explore, report, speed, train
+from kvpress_moe.cli import ask, bench, calibrate, compress, explore, report, speed, train
 from kvpress_moe.cli.command import Command, Group
 from kvpress_moe.errors import KVPressMoEError, WriteError
 
@@ -31,6 +31,7 @@ benchmarks.command(cls=Command, epilog=speed.EPILOG)(speed.speed)
 app.add_typer(benchmarks, name="bench")
 app.command(cls=Command, epilog=report.EPILOG)(report.report)
 app.command(cls=Command, epilog=train.EPILOG)(train.train)
+app.command(cls=Command, epilog=calibrate.EPILOG)(calibrate.calibrate)
 
 
 def _print_version(wanted: bool) -> None:

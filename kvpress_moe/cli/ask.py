@@ -10,18 +10,24 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpress_moe.cli.ask_tables import show, show_answers
+from kvpress_moe.cli.ask_tables import promise_of, show, show_answers
 from kvpress_moe.cli.options import (
     AsJson,
     Budget,
+    Confidence,
     Device,
     Experts,
+    MaxBytes,
+    MaxKL,
     MaxNewTokens,
     Model,
     Precision,
     Ratio,
     Router,
+    check_promise,
     check_settings,
+    dashed,
+    is_given,
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
@@ -41,6 +47,8 @@ cat notes.txt | kvpress-moe ask - "Who signed?"
 
 kvpress-moe ask --ratio 0.9 --precision mixed
 
+kvpress-moe ask --max-kl 0.02 --precision mixed
+
 kvpress-moe ask --cache book.kv "Who signed?"
 """
 
@@ -59,6 +67,9 @@ def ask(
     budget: Budget = None,
     router: Router = None,
     precision: Precision = None,
+    max_kl: MaxKL = None,
+    confidence: Confidence = 0.9,
+    max_bytes: MaxBytes = None,
     cache: Annotated[str | None, typer.Option(help="Answer from a cache file that `compress` wrote.")] = None,
     model: Model = None,
     device: Device = "cpu",
@@ -75,6 +86,7 @@ def ask(
     from rich.console import Console
 
     check_settings(ratio, budget, router, max_new_tokens)
+    check_promise(max_kl, confidence, max_bytes, budget, cache is None and is_given(context, "ratio"))
     menu = parse_precision(precision)
     console = Console(stderr=as_json)
     if cache is not None:
@@ -97,6 +109,9 @@ def ask(
                 "budget": budget,
                 "router": router,
                 "precision": menu,
+                "max_kl": max_kl,
+                "confidence": confidence,
+                "max_bytes": max_bytes,
             }
             result = run(read, questions, settings, model, device, max_new_tokens, step)
         show(result, layers, console)
@@ -114,12 +129,15 @@ def refuse_recipe(context: typer.Context) -> None:
         "experts": "experts are",
         "budget": "budget is",
         "precision": "precision is",
+        "max_kl": "promise is",
+        "confidence": "promise is",
+        "max_bytes": "promise is",
     }.items():
         if is_given(context, name):
             raise SettingError(
                 name,
                 context.params[name],
-                f"no --{name} with --cache",
+                f"no --{dashed(name)} with --cache",
                 f"The {what} the cache's. For another one, compress the text again.",
             )
     if is_given(context, "layers"):
@@ -130,12 +148,6 @@ def refuse_recipe(context: typer.Context) -> None:
             "The experts were at work when the cache was made. To see them, compress the text again: "
             "kvpress-moe ask TEXT QUESTION --layers.",
         )
-
-
-def is_given(context: typer.Context, name: str) -> bool:
-    """Whether an option was given by the user."""
-    source = context.get_parameter_source(name)
-    return source is not None and not source.name.startswith("DEFAULT")
 
 
 def require_questions(questions: list[str]) -> None:
@@ -177,7 +189,8 @@ def run(
     press.post_init_from_model(model)  # trained routers may bring their own experts
     names = list(press.expert_strategies.values())
     alone = [name for name in names if name != "learned"]  # it is a part of its router
-    singles = [MoERouterPress(**{**settings, "router": None, "experts": [name]}) for name in alone]
+    of_promise = dict.fromkeys(("max_kl", "max_bytes"))
+    singles = [MoERouterPress(**{**settings, **of_promise, "router": None, "experts": [name]}) for name in alone]
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     tokens = pipeline.preprocess(context, questions, "", sys.maxsize)
     context_ids = tokens["context_ids"]
@@ -195,9 +208,13 @@ def run(
     ]
     step("asking", total=len(methods) * len(questions))
     rows, full_bytes = [], cache_bytes(prefill.cache)
+    promise: dict[str, Any] = {}
     for name, method in methods:
         started = time.perf_counter()
+        if method in singles and promise:  # the size that the router chose
+            method.compression_ratio = promise["promise"]["compression_ratio"]
         cache = prefill.compress(method)
+        promise = promise or (promise_of(press.get_stats()) if method is press else {})
         row = {"method": name, "compression_seconds": time.perf_counter() - started if method else 0.0}
         row |= {"mib": cache_bytes(cache) / 2**20, "kept_share": cache_bytes(cache) / full_bytes}
         advance = partial(step, f"asking: {name}", advance=1)
@@ -217,6 +234,7 @@ def run(
         **{name: value for name, value in settings.items() if name in ("compression_ratio", "budget", "precision")},
         "questions": questions,
         "prefill_seconds": prefill_seconds,
+        **promise,
         "methods": rows,
         "strategies": totals([stats.get("strategy_stats", {}) for stats in layers.values()]),
         "experts": names,

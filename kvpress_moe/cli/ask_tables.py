@@ -6,6 +6,26 @@ import math
 from typing import Any
 
 
+def promise_of(stats: dict[str, Any]) -> dict[str, Any]:
+    """``{"promise": …}``: what was promised for the latest prompt, of a press's statistics. Empty if nothing was."""
+    return {"promise": stats["promises"][-1]} if "promises" in stats else {}
+
+
+def say_promise(promise: dict[str, Any], precision: str | None) -> str:
+    """One sentence about what was promised and what it took."""
+    what = "pairs" if precision is None else "bytes of a 16-bit cache"
+    if not promise["is_kept"]:
+        held = "max_bytes is too small for it"
+    elif promise["is_unlike"]:
+        held = "nothing is promised, because the text is unlike those of the calibration; it keeps more"
+    else:
+        held = f"it holds for {promise['confidence']:.0%} of texts like those of the calibration"
+    return (
+        f"max_kl {promise['max_kl']:g}: {promise['share']:.1%} of the {what} kept, expected KL divergence "
+        f"{promise['expected_kl']:.2g}; {held}"
+    )
+
+
 def show_answers(result: dict[str, Any], console: Any) -> None:
     """Print the answers from a cache file."""
     from rich.table import Table
@@ -33,12 +53,15 @@ def show(result: dict[str, Any], layers: bool, console: Any) -> None:
     n_pressed, n_layers = len(result["expert_usage_ratios"]), result["num_hidden_layers"]
     of_what = "pairs" if result["precision"] is None else "bytes"
     of_layers = f"of {n_pressed} of {n_layers} layers " if n_pressed < n_layers else ""  # rest: sliding window
+    removed = f"{result['compression_ratio']:.0%} of the {of_what} {of_layers}removed, "
     console.print(
         f"[bold]{result['context_tokens']}[/] tokens, prefilled once in [bold]{result['prefill_seconds']:.1f} s[/] on "
-        f"{result['device']}; {result['compression_ratio']:.0%} of the {of_what} {of_layers}removed, cache "
+        f"{result['device']}; {'' if 'promise' in result else removed}cache "
         f"[bold]{full['mib']:.1f}[/] → [bold]{result['methods'][1]['mib']:.1f} MiB[/]",
         highlight=False,
     )
+    if "promise" in result:
+        console.print(say_promise(result["promise"], result["precision"]), highlight=False)
     for number, question in enumerate(result["questions"]):
         table = Table(title=Text(question), title_justify="left", title_style="bold", show_lines=False)
         table.add_column("cache")

@@ -11,17 +11,23 @@ from typing import Annotated
 
 import typer
 
+from kvpress_moe.cli.ask_tables import promise_of, say_promise
 from kvpress_moe.cli.options import (
     AsJson,
     Budget,
+    Confidence,
     Device,
     Experts,
+    MaxBytes,
+    MaxKL,
     Model,
     Precision,
     Ratio,
     Router,
     check_out_file,
+    check_promise,
     check_settings,
+    is_given,
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
@@ -34,6 +40,8 @@ kvpress-moe compress book.txt --ratio 0.75 --out book.kv
 
 kvpress-moe compress book.txt --ratio 0.9 --precision mixed --out book.kv
 
+kvpress-moe compress book.txt --max-kl 0.02 --precision mixed --out book.kv
+
 kvpress-moe compress book.txt --experts expected_attention --budget global --out book.kv
 
 kvpress-moe ask --cache book.kv "Who signed the lease?"
@@ -41,6 +49,7 @@ kvpress-moe ask --cache book.kv "Who signed the lease?"
 
 
 def compress(
+    command: typer.Context,
     text: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
     out: Annotated[Path, typer.Option(help="The file to write.")],
     ratio: Ratio = 0.5,
@@ -48,12 +57,16 @@ def compress(
     budget: Budget = None,
     router: Router = None,
     precision: Precision = None,
+    max_kl: MaxKL = None,
+    confidence: Confidence = 0.9,
+    max_bytes: MaxBytes = None,
     model: Model = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Compress the cache of a text and write it to a file. `ask --cache` then needs no prefill."""
     check_settings(ratio, budget, router)
+    check_promise(max_kl, confidence, max_bytes, budget, is_given(command, "ratio"))
     menu = parse_precision(precision)
     check_out_file(out, "book.kv", text)
     context = read_context(text)
@@ -72,9 +85,19 @@ def compress(
         from kvpress_moe.model.transformers_api import with_cache
         from kvpress_moe.press.moe_router_press import MoERouterPress
 
-        press = MoERouterPress(ratio, experts=parse_experts(experts), budget=budget, router=router, precision=menu)
+        press = MoERouterPress(
+            ratio,
+            experts=parse_experts(experts),
+            budget=budget,
+            router=router,
+            precision=menu,
+            max_kl=max_kl,
+            confidence=confidence,
+            max_bytes=max_bytes,
+        )
         step("loading the model", total=1)
         loaded, tokenizer = load_model(model, device)
+        press.post_init_from_model(loaded)  # refuses a promise that cannot be made before the text is read
         pipeline = KVPressTextGenerationPipeline(model=loaded, tokenizer=tokenizer)
         input_ids = pipeline.preprocess(context, [""], "", sys.maxsize)["context_ids"].to(device)
         check_length(loaded, input_ids.shape[1])
@@ -93,11 +116,14 @@ def compress(
         "prefill_seconds": prefill_seconds,
         "cache_mib": cache_bytes(cache) / 2**20,
         "file_mib": out.stat().st_size / 2**20,
+        **promise_of(press.get_stats()),
     }
     typer.echo(
         f"{result['context_tokens']} tokens prefilled in {prefill_seconds:.1f} s; cache {result['cache_mib']:.1f} MiB; "
         f"file {result['file_mib']:.1f} MiB: {out}",
         err=as_json,
     )
+    if "promise" in result:
+        typer.echo(say_promise(result["promise"], precision), err=as_json)
     if as_json:
         print(json.dumps(result, separators=(",", ":")))

@@ -13,8 +13,11 @@ from kvpress_moe.cli.ask import BUILT_IN_QUESTION
 from kvpress_moe.cli.options import (
     AsJson,
     Budget,
+    Confidence,
     Device,
     Experts,
+    MaxBytes,
+    MaxKL,
     MaxNewTokens,
     Model,
     Precision,
@@ -22,7 +25,9 @@ from kvpress_moe.cli.options import (
     Router,
     check_number,
     check_out_file,
+    check_promise,
     check_settings,
+    is_given,
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
@@ -37,11 +42,14 @@ kvpress-moe explore notes.txt --question "Who signed the lease?" --question "Whe
 
 kvpress-moe explore --ratio 0.9 --precision mixed --out page.html
 
+kvpress-moe explore --max-kl 0.02 --precision mixed --out page.html
+
 kvpress-moe explore --serve
 """
 
 
 def explore(
+    command: typer.Context,
     text: Annotated[
         str | None,
         typer.Argument(help="A text file, or - for standard input. Default: a built-in text. Not with --serve."),
@@ -53,6 +61,9 @@ def explore(
     experts: Experts = None,
     budget: Budget = None,
     precision: Precision = None,
+    max_kl: MaxKL = None,
+    confidence: Confidence = 0.9,
+    max_bytes: MaxBytes = None,
     router: Router = None,
     out: Annotated[Path | None, typer.Option(help="The HTML file to write.")] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Start a web app on this machine; write no page.")] = False,
@@ -68,6 +79,7 @@ def explore(
     The page needs no network and no Python. It contains the scores, and the budget rule runs in the browser.
     """
     check_settings(ratio, budget, router, max_new_tokens)
+    check_promise(max_kl, confidence, max_bytes, budget, is_given(command, "ratio"))
     menu = parse_precision(precision)
     if ratio == 0:
         raise SettingError(
@@ -82,8 +94,10 @@ def explore(
             raise SettingError("serve", True, "no TEXT, --question or --out with it", "Paste the text in the browser.")
         if as_json:
             raise SettingError("serve", True, "no --json with it", "The figures are in the browser.")
+        if max_bytes is not None or is_given(command, "confidence"):
+            raise SettingError("serve", True, "no --confidence or --max-bytes with it", "The form has no field for it.")
         settings: dict[str, Any] = {"ratio": ratio, "experts": experts, "budget": budget, "router": router}
-        settings["precision"] = precision
+        settings |= {"precision": precision, "max_kl": max_kl}
         run_app(port, settings, model, device, max_new_tokens)
         return
     out = check_out_file(out, "page.html", text)
@@ -98,7 +112,8 @@ def explore(
         from kvpress_moe.model.loading import load_model
 
         settings = {"compression_ratio": ratio, "experts": parse_experts(experts), "budget": budget, "router": router}
-        press = make_press({**settings, "precision": menu})
+        promise = {"max_kl": max_kl, "confidence": confidence, "max_bytes": max_bytes}
+        press = make_press({**settings, **promise, "precision": menu})
         step("loading the model", total=1)
         loaded, tokenizer = load_model(model, device)
         press.post_init_from_model(loaded)

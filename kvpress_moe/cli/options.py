@@ -43,6 +43,19 @@ Precision = Annotated[
         "values; 16: as the model wrote them). --ratio is then a share of the bytes. Default: pairs are not coded."
     ),
 ]
+MaxKL = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl",
+        help="Name the quality instead of the size: keep as little as the mean KL divergence from the full cache's "
+        "answers allows, in nats. 0.02 is hardly noticed. Not with --ratio.",
+    ),
+]
+Confidence = Annotated[
+    float,
+    typer.Option(help="With --max-kl: share of the prompts like those of the calibration that stay within the bound."),
+]
+MaxBytes = Annotated[int | None, typer.Option(help="With --max-kl: largest number of bytes of the cache.")]
 Router = Annotated[
     str | None,
     typer.Option(help="Trained routers: a directory or a hub id. Default: those in the package for the model."),
@@ -105,6 +118,47 @@ def check_settings(ratio: float, budget: str | None, router: str | None, max_new
             "None takes the routers that ship for the model, else untrained ones.",
         )
     check_number("max_new_tokens", max_new_tokens, 1, remedy="The default is 32.")
+
+
+def check_promise(
+    max_kl: float | None, confidence: float, max_bytes: int | None, budget: str | None, ratio_given: bool
+) -> None:
+    """
+    Check the settings of a promise before torch is imported. The press checks them again, with the same words.
+
+    Raises
+    ------
+    SettingError
+    """
+    if max_kl is None:
+        if max_bytes is not None:
+            raise SettingError(
+                "max_bytes", max_bytes, "None without max_kl", "Set max_kl, or choose the size with compression_ratio."
+            )
+        return
+    if not (0 < max_kl < math.inf):
+        raise SettingError(
+            "max_kl",
+            max_kl,
+            "a finite number above 0, the largest mean KL divergence in nats, or None",
+            "0.02 is hardly noticed. None: compression_ratio decides.",
+        )
+    if not 0 < confidence < 1:
+        raise SettingError(
+            "confidence", confidence, "a number between 0 and 1", "0.9: nine prompts of ten stay within max_kl."
+        )
+    if ratio_given:
+        raise SettingError(
+            "ratio", "--ratio", "no --ratio with --max-kl, which decides how much each prompt keeps", "Leave one out."
+        )
+    if budget not in (None, "global"):
+        raise SettingError(
+            "budget",
+            budget,
+            "'global' or None with max_kl",
+            "The estimate of the KL divergence is made for a budget that all heads share.",
+        )
+    check_number("max_bytes", max_bytes, 1)
 
 
 def check_number(field: str, value: float | None, low: float, high: float = math.inf, remedy: str = "") -> None:
@@ -191,3 +245,9 @@ def numbers(field: str, text: str, kind: type) -> tuple[Any, ...]:
         raise SettingError(
             field, text, "numbers separated by commas", "For example --ratios 0.5,0.9 or --lengths 1024,4096."
         ) from error
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given by the user."""
+    source = context.get_parameter_source(name)
+    return source is not None and not source.name.startswith("DEFAULT")

@@ -64,7 +64,7 @@ def make_press(settings: Mapping[str, Any]) -> RecordingPress:
         If a setting is wrong, or if the ratio is 0: then no pair is scored.
     """
     press = RecordingPress(**settings)
-    if not press.compression_ratio:
+    if press.max_kl is None and not press.compression_ratio:
         raise SettingError(
             "ratio",
             press.compression_ratio,
@@ -160,13 +160,15 @@ def explore(prefilled: PrefilledText, press: RecordingPress, step: Step) -> dict
     for question, full, compressed in zip(prefilled.questions, prefilled.answers, answers, strict=True):
         in_full, in_compressed = mark_matches(tokens_of(full), tokens_of(compressed))
         marked.append({"question": question, "full": in_full, "compressed": in_compressed})
+    promises = press.get_stats().get("promises", [])
+    ratio = promises[-1]["compression_ratio"] if promises else press.compression_ratio
     layers = len(press.records)
     trained = cast(Routers, press.routers).config.trained
     return payload(
         tokens=pieces(pipeline.tokenizer, prefilled.input_ids[0].tolist()),
         records=dict(sorted(press.records.items())),
         experts=list(press.expert_strategies.values()),
-        budget={"ratio": press.compression_ratio, "scope": press.scope, "min_share": press.min_share},
+        budget={"ratio": ratio, "scope": press.scope, "min_share": press.min_share},
         bound_to_ratio=press.bound_to_ratio(),
         about={
             "model": pipeline.model.config.name_or_path.rstrip("/").split("/")[-1],
@@ -178,4 +180,5 @@ def explore(prefilled: PrefilledText, press: RecordingPress, step: Step) -> dict
             "compressed_mib": round(cache_bytes(cache) / 2**20, 2),
         },
         answers=marked,
+        promise=promises[-1] if promises else None,
     )

@@ -15,6 +15,7 @@ PROGRAM = (
     "bytes.js",
     "text.js",
     "panels.js",
+    "promise.js",
     "main.js",
 )  # each file uses the ones before it
 STYLE = ("colours.css", "page.css")

@@ -13,7 +13,7 @@ from kvpress_moe.cache.tier import TABLE_BYTES
 from kvpress_moe.explore.recording_press import LayerRecord, Strategies
 from kvpress_moe.press.packing import N_SINK, SINKS_SHARE
 
-FORMAT = 2
+FORMAT = 3
 
 
 def arrays(records: Mapping[int, LayerRecord]) -> dict[str, Any]:
@@ -108,6 +108,7 @@ def payload(
     bound_to_ratio: Sequence[str],
     about: Mapping[str, Any],
     answers: Sequence[Mapping[str, Any]],
+    promise: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     The page's data, ready for JSON.
@@ -126,6 +127,8 @@ def payload(
         Facts to print: the model, sizes.
     answers : sequence of mapping
         ``question``, and ``full`` and ``compressed`` as :func:`~kvpress_moe.explore.tokens.mark_matches` marks them.
+    promise : mapping, optional
+        What was promised, see :meth:`kvpress_moe.press.statistics.RoutingStats.as_dict`.
     """
     return {
         "format": FORMAT,
@@ -136,5 +139,6 @@ def payload(
         "about": dict(about),
         "answers": [dict(answer) for answer in answers],
         "strategies": strategies(records),
+        "promise": None if promise is None else dict(promise),
         **arrays(records),
     }

@@ -51,7 +51,7 @@ def make_app(runner: JobRunner, defaults: Mapping[str, Any]) -> Starlette:
     runner : JobRunner
     defaults : mapping
         What the form shows at first: ``text``, ``question``, ``ratio``, ``experts``, ``budget``, ``router``,
-        ``precision``.
+        ``precision``, ``max_kl``.
     """
     form, form_policy = form_page(runner, defaults)
 
@@ -123,7 +123,7 @@ def parse(body: bytes | bytearray) -> tuple[str, list[str], list[dict[str, Any]]
         context, question, settings = str(request["text"]), str(request["question"]), request["settings"]
         presses = [
             {
-                "compression_ratio": float(setting["ratio"]),
+                **size_of(setting),
                 "experts": parse_experts(str(setting["experts"]).strip() or None),
                 "budget": str(setting["budget"]) or None,
                 "router": str(setting["router"]).strip() or None,
@@ -140,6 +140,12 @@ def parse(body: bytes | bytearray) -> tuple[str, list[str], list[dict[str, Any]]
     if not 1 <= len(presses) <= 2:
         raise SettingError("settings", len(presses), "one, or two to compare", "Use the form.")
     return context, [question] if question.strip() else [], presses
+
+
+def size_of(setting: Mapping[str, Any]) -> dict[str, float]:
+    """How much stays: by a bound on the KL divergence if there is one, else by the ratio."""
+    bound = str(setting.get("max_kl", "")).strip()
+    return {"max_kl": float(bound)} if bound else {"compression_ratio": float(setting["ratio"])}
 
 
 def form_page(runner: JobRunner, defaults: Mapping[str, Any]) -> tuple[str, str]:

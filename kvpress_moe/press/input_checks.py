@@ -224,14 +224,21 @@ def check_mask(mask: Tensor | None) -> None:
         raise UnsupportedInputError(PADDED)
 
 
-def check_attention(eager: bool, experts: Sequence[Expert], budget: str | None, precision: Any = None) -> None:
+def check_attention(
+    eager: bool,
+    experts: Sequence[Expert],
+    budget: str | None,
+    precision: Any = None,
+    max_kl: float | None = None,
+) -> None:
     """
-    Raise if experts, budget or precision need another kind of attention than the model was loaded with.
+    Raise if experts, budget, precision or promise need another kind of attention than the model was loaded with.
 
     Raises
     ------
     SettingError
-        For ``observed_attention`` without eager attention; for a budget that heads share, or a precision, with it.
+        For ``observed_attention`` without eager attention; for a budget that heads share, a precision, or ``max_kl``
+        with it.
     """
     if not eager and any(expert.name == "observed_attention" for expert in experts):
         raise SettingError(
@@ -247,11 +254,18 @@ def check_attention(eager: bool, experts: Sequence[Expert], budget: str | None, 
             "'uniform' with eager attention, which transformers does not let others replace",
             "Load the model with attn_implementation='sdpa'.",
         )
-    check_sees_codes(eager, precision)
+    check_sees_codes(eager, precision, max_kl)
 
 
-def check_sees_codes(eager: bool, precision: Any) -> None:
-    """Raise SettingError if there is a precision, and attention is eager, which cannot see codes."""
+def check_sees_codes(eager: bool, precision: Any, max_kl: float | None = None) -> None:
+    """Raise SettingError if attention is eager, which cannot see codes, and there is a precision or a promise."""
+    if eager and max_kl is not None:
+        raise SettingError(
+            "max_kl",
+            max_kl,
+            "None with eager attention, which transformers does not let others replace",
+            "Load the model with attn_implementation='sdpa'.",
+        )
     if eager and precision is not None:
         raise SettingError(
             "precision",
@@ -261,7 +275,9 @@ def check_sees_codes(eager: bool, precision: Any) -> None:
         )
 
 
-def check_wrapped(attention: Attention, compression_ratio: float | None, precision: Any = None) -> None:
+def check_wrapped(
+    attention: Attention, compression_ratio: float | None, precision: Any = None, max_kl: float | None = None
+) -> None:
     """
     Raise if a wrapper of kvpress asks for scores that it could not use correctly.
 
@@ -269,7 +285,7 @@ def check_wrapped(attention: Attention, compression_ratio: float | None, precisi
     ------
     SettingError
         If ``compression_ratio`` is None, because the wrapper reads its budget from this setting, or if ``precision`` is
-        set, because the wrapper stores keys and values itself.
+        set, because the wrapper stores keys and values itself, or if ``max_kl`` is set.
     UnsupportedModelError
         If the layer has sliding-window attention. The wrapper would evict from it.
     """
@@ -285,6 +301,13 @@ def check_wrapped(attention: Attention, compression_ratio: float | None, precisi
             "precision",
             precision,
             "None inside a kvpress wrapper, which stores keys and values itself",
+            "Use MoERouterPress without a wrapper.",
+        )
+    if max_kl is not None:
+        raise SettingError(
+            "max_kl",
+            max_kl,
+            "None inside a kvpress wrapper, which decides how much is kept",
             "Use MoERouterPress without a wrapper.",
         )
     if slides(attention.config, attention.layer_idx):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,10 +102,22 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         ``compression_ratio`` is the share of *bytes* to remove, against the cache in the model's type, and the layers
         of the DynamicCache in use become :class:`~kvpress_moe.cache.PackedLayer`, whatever ``budget`` is.
 
+    max_kl : float, optional
+        The mean KL divergence, in nats, of the compressed cache's answers from the full cache's that must not be
+        exceeded. Each prompt then keeps as few bytes (or pairs, without a precision) as its estimate allows, and
+        ``compression_ratio`` is not used. Needs routers that were calibrated for the precision, see ``kvpress-moe
+        calibrate``; the shipped ones are, for ``"mixed"`` and ``None``.
+    confidence : float, default=0.9
+        Share of the prompts like those of the calibration for which the bound must hold.
+    max_bytes, min_bytes : int, optional
+        Hard bounds on the bytes of each row's pairs, in the layers that are compressed. Only with ``max_kl``. If
+        ``max_bytes`` is too small for the promise, a warning says so.
+
     Raises
     ------
     SettingError
-        If a setting is wrong. It is a ``ValueError``, and it is raised as soon as the setting is set.
+        If a setting is wrong. It is a ``ValueError``, and it is raised as soon as the setting is set. Whether the
+        routers can promise ``max_kl`` is checked as soon as the press sees the model.
 
     Notes
     -----
@@ -130,6 +142,10 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
     budget: str | None = None
     min_share: float = 0.2
     precision: str | Iterable[Any] | None = None
+    max_kl: float | None = None
+    confidence: float = 0.9
+    max_bytes: int | None = None
+    min_bytes: int | None = None
 
     _experts: list[Expert] = field(init=False, repr=False, compare=False)
     _routers: Routers | None = field(default=None, init=False, repr=False, compare=False)
@@ -159,12 +175,14 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         if self.router is None and self._routers is not None and not belong(self._routers, attention):
             del self.routers  # shipped for another model of this size, or with its feedback
         routers = self._routers_for(attention)
-        check_attention(self._eager, self._experts, self.budget, self.precision)
+        check_attention(self._eager, self._experts, self.budget, self.precision, self.max_kl)
         for expert in self._experts:
             if isinstance(expert.scorer, ScorerPress):
                 expert.scorer.post_init_from_model(model)
         if self.router is not None:  # each time: the next model may be another one of the same size
             check_routers(routers, self.router_type, self._expert_names, attention, self.router)
+        if self.max_kl is not None:
+            self._find_promise()
         if not routers.config.trained and self.num_experts > 1:  # one expert needs no routing
             warn_untrained()
 
@@ -212,7 +230,7 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Tensor | None, kwargs: Any
     ) -> Tensor:
         """Route, then mix the experts' scores: (B, H, S), higher = keep. Wrappers of kvpress call only this method."""
-        check_wrapped(module, self.compression_ratio, self.precision)
+        check_wrapped(module, self.compression_ratio, self.precision, self.max_kl)
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs)
         routing = self.route(call)
         scores = self.mix(call, routing)
@@ -227,6 +245,8 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
             return keys, values
         if is_in_use(self):
             check_unmasked(module, self)
+        elif self.max_kl is not None:
+            check_wrapped(module, self.compression_ratio, self.precision, self.max_kl)
         keys, values = keys.to(hidden_states.device), values.to(hidden_states.device)  # a cache may offload them
         projected = self._session.projections.of(module, hidden_states)
         call = LayerCall(module, hidden_states, keys, values, attentions, kwargs, projected=projected)
@@ -301,7 +321,13 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
     ) -> tuple[Tensor, Tensor]:
         """Shared budget: heads compete. Once it is decided, the layers of the cache are replaced by ragged ones."""
         budget = (self.scope, self.min_share, not is_in_use(self))
-        for layer_idx, parts in evict_shared(self._shared, call, scores, observed, n_kept, *budget):
+
+        def pairs_of(part: int, waiting: Mapping[int, Tensor]) -> int:
+            if self.max_kl is None:
+                return n_kept[part]
+            return self._promised_pairs(waiting, call.keys.shape[-1], call.keys.element_size())
+
+        for layer_idx, parts in evict_shared(self._shared, call, scores, observed, pairs_of, *budget):
             for kept, observation in parts:
                 self.record(layer_idx, observation, kept)
         return call.keys, call.values  # kvpress's hook stores them in the old layer object, which is no longer in use

@@ -8,17 +8,19 @@ from typing import Any
 from torch import Tensor
 
 from kvpress_moe.budget.cross_layer import Observation
-from kvpress_moe.budget.shared_bytes import SharedBytes
+from kvpress_moe.budget.shared_bytes import ByteBudget, SharedBytes
 from kvpress_moe.codes.precision import WHOLE, Precision, menu_of
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.press.exclusive_use import is_in_use
 from kvpress_moe.press.feedback import Feedback
 from kvpress_moe.press.packing import Menu, PackedPart, cost_of_strategies, key_basis, pack_shared, positions_of
+from kvpress_moe.press.promised_budget import pair_sizes
+from kvpress_moe.press.promising import Promising
 from kvpress_moe.press.session import Session
 from kvpress_moe.routers import Routers, Routing
 
 
-class Packer:
+class Packer(Promising):
     """What a press does if ``precision`` is set. The press itself declares the settings."""
 
     compression_ratio: float | None
@@ -66,23 +68,28 @@ class Packer:
         positions = positions_of(call, starts)
         basis = key_basis(call, call.layer_idx, self._routers, positions)
         menu = Menu.of(self.menu, call.keys.shape[-1], call.keys.element_size(), basis)
-        costs, budgets, floors, wholes = [], [], [], []
-        for number, (row, routing, score, kept) in enumerate(zip(rows, routed, scores, n_kept, strict=True)):
+        costs = []
+        for number, (row, routing, score) in enumerate(zip(rows, routed, scores, strict=True)):
             own = positions if starts is None else positions[min(number, len(positions) - 1)][None, starts[number] :]
             costs.append(cost_of_strategies(row, routing, score, menu, basis, own))
-            keep = kept / row.k_len if self.compression_ratio is None else 1 - self.compression_ratio
-            budgets.append(menu.budget(row.k_len, keep))
-            floors.append(menu.floor(budgets[-1], 1 if self.scope == "uniform" else kept * self.min_share))
-            wholes.append(menu.whole(budgets[-1]))
+
+        def plan(part: int, pooled: Tensor) -> ByteBudget:
+            k_len, kept = rows[part].k_len, n_kept[part]
+            keep = kept / k_len if self.compression_ratio is None else 1 - self.compression_ratio
+            if self.max_kl is not None:
+                sizes = pair_sizes(menu, call.keys.shape[-1], basis)
+                layers = pooled.split(call.keys.shape[1], dim=2)
+                keep = self._promised_share(layers, sizes, menu.pair_bytes, len(menu.precisions))
+                kept = int(keep * k_len)
+            return menu.plan(k_len, keep, 1 if self.scope == "uniform" else kept * self.min_share)
+
         for layer_idx, parts in pack_shared(
             self._shared_bytes,
             call,
             costs,
             observed,
-            budgets,
-            floors,
-            wholes,
             menu,
+            plan,
             self.scope,
             basis,
             positions,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpress_moe.budget.cross_layer import Observation
-from kvpress_moe.budget.shared_bytes import SharedBytes, as_costs, strategy_costs
+from kvpress_moe.budget.shared_bytes import ByteBudget, SharedBytes, as_costs, strategy_costs
 from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.cache.packed_layer import PackedLayer
 from kvpress_moe.cache.tier import TABLE_BYTES
@@ -85,6 +85,11 @@ class Menu:
     def whole(self, budget: int) -> int:
         """Number of first tokens whose pairs stay as the model wrote them, with ``budget`` bytes for a head."""
         return N_SINK if self.has_whole and N_SINK * self.pair_bytes <= SINKS_SHARE * budget else 0
+
+    def plan(self, k_len: int, keep: float, n_pairs: float) -> ByteBudget:
+        """The budget of a head with ``k_len`` pairs, of which the share ``keep`` of the bytes stays."""
+        nbytes = self.budget(k_len, keep)
+        return ByteBudget(nbytes, self.floor(nbytes, n_pairs), self.whole(nbytes))
 
     @property
     def has_whole(self) -> bool:
@@ -171,10 +176,8 @@ def pack_shared(
     call: LayerCall,
     costs: Sequence[Tensor],
     observed: Sequence[Observation],
-    budgets: Sequence[int],
-    floors: Sequence[int],
-    wholes: Sequence[int],
     menu: Menu,
+    plan: Callable[[int, Tensor], ByteBudget],
     budget: str,
     basis: KeyBasis | None,
     positions: Tensor,
@@ -188,9 +191,12 @@ def pack_shared(
     shared : SharedBytes
         It contains the layers of the prompt that are already waiting.
     call : LayerCall
-    costs, observed, budgets, floors, wholes : sequence
+    costs, observed : sequence
         One entry for the whole batch, or one for each row of a padded batch.
     menu : Menu
+    plan : callable
+        ``plan(part, costs)`` gives the budget of a part of the batch, see
+        :meth:`kvpress_moe.budget.shared_bytes.SharedBytes.decide`.
     budget : {"uniform", "layer", "global"}
     basis : KeyBasis or None
         Of this layer's keys.
@@ -215,7 +221,7 @@ def pack_shared(
     shared.add(call.layer_idx, list(zip(costs, observed, strict=True)), basis)
     if budget == "global" and not last_to_compress(call.module):
         return []
-    decided = shared.decide(menu.nbytes, budgets, floors, wholes, each_head=budget == "uniform")
+    decided = shared.decide(menu.nbytes, plan, each_head=budget == "uniform")
     cache: Any = call.cache
     check_still_there(cache, dict.fromkeys(decided, call.k_len))
     found = []

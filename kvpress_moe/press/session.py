@@ -26,6 +26,7 @@ from kvpress_moe.press.input_checks import (
     warn_of_labels,
 )
 from kvpress_moe.press.padding import rows_alone, text_starts
+from kvpress_moe.press.promising import rows_apart
 from kvpress_moe.press.transaction import Transaction
 from kvpress_moe.routers.active import restore, snapshot
 
@@ -128,10 +129,12 @@ class Session:
         self.text_starts, self.n_prompt = None, 0
         press._eager = has_eager_attention(model)  # it may have been changed inside the block
         if check_forward(model, arguments) and not press._keeps_everything:
-            check_sees_codes(press._eager, press.precision)
+            check_sees_codes(press._eager, press.precision, press.max_kl)
             inputs = arguments.get("input_ids")
-            self.n_prompt = (arguments["inputs_embeds"] if inputs is None else inputs).shape[1]
-            self.text_starts = text_starts(arguments.get("attention_mask"), arguments.get("position_ids"))
+            shape = (arguments["inputs_embeds"] if inputs is None else inputs).shape
+            self.n_prompt = shape[1]
+            starts = text_starts(arguments.get("attention_mask"), arguments.get("position_ids"))
+            self.text_starts = rows_apart(press, shape[0], starts)
             if self.text_starts is not None:
                 check_can_serve_padding(given_cache(arguments), press._eager, press.track_misses)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,8 @@ from typing import Any, cast
 from kvpress_moe.codes.precision import menu_of
 from kvpress_moe.errors import SettingError
 from kvpress_moe.routers import ROUTERS, Routers
+
+DEFAULT_RATIO = 0.5
 
 
 def _is_whole(value: Any) -> bool:
@@ -85,6 +88,78 @@ def check_precision(value: Any) -> None:
         menu_of(value)
 
 
+def check_max_kl(value: Any) -> None:
+    right = value is None or (_is_number(value, 0, math.inf) and value > 0)
+    _require(
+        right,
+        "max_kl",
+        value,
+        "a finite number above 0, the largest mean KL divergence in nats, or None",
+        "0.02 is hardly noticed. None: compression_ratio decides.",
+    )
+
+
+def check_confidence(value: Any) -> None:
+    _require(
+        _is_number(value, 0, 1) and value > 0,
+        "confidence",
+        value,
+        "a number between 0 and 1",
+        "0.9: nine prompts of ten stay within max_kl.",
+    )
+
+
+def check_bytes(field: str, value: Any) -> None:
+    right = value is None or (_is_whole(value) and value >= 1)
+    _require(right, field, value, "a whole number of bytes, at least 1, or None", "None sets no bound.")
+
+
+def check_promise(settings: Mapping[str, Any]) -> None:
+    """
+    Raise if a promise cannot be kept together with the other settings.
+
+    Parameters
+    ----------
+    settings : mapping
+        All settings of a press, by name.
+    """
+    low, high, promised = settings["min_bytes"], settings["max_bytes"], settings["max_kl"] is not None
+    for field in ("min_bytes", "max_bytes"):
+        _require(
+            promised or settings[field] is None,
+            field,
+            settings[field],
+            "None without max_kl",
+            "Set max_kl, or choose the size with compression_ratio.",
+        )
+    _require(
+        low is None or high is None or low <= high,
+        "min_bytes",
+        low,
+        f"at most max_bytes = {high}",
+        "Lower min_bytes, or raise max_bytes.",
+    )
+    if not promised:
+        return
+    _require(
+        settings["compression_ratio"] == DEFAULT_RATIO,
+        "compression_ratio",
+        settings["compression_ratio"],
+        "none with max_kl, which decides how much each prompt keeps",
+        "Leave it out. Use max_bytes or min_bytes for hard bounds.",
+    )
+    _require(
+        settings["budget"] in (None, "global"),
+        "budget",
+        settings["budget"],
+        "'global' or None with max_kl",
+        "The estimate of the KL divergence is made for a budget that all heads share.",
+    )
+    _require(
+        not settings["track_misses"], "track_misses", True, "False with max_kl", "Its budget is shared by all heads."
+    )
+
+
 def check_tracking(track_misses: bool, budget: str | None, precision: Any = None) -> None:
     """Raise if ``track_misses`` is on with a budget that heads share, or with a precision."""
     _require(
@@ -154,6 +229,10 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "budget": check_budget,
     "min_share": check_min_share,
     "precision": check_precision,
+    "max_kl": check_max_kl,
+    "confidence": check_confidence,
+    "max_bytes": partial(check_bytes, "max_bytes"),
+    "min_bytes": partial(check_bytes, "min_bytes"),
 }
 
 

@@ -13,6 +13,7 @@ from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.press.setting_checks import (
     CHECKS,
     check_number_of_experts,
+    check_promise,
     check_strategies,
     check_top_k_fits,
     check_tracking,
@@ -21,6 +22,7 @@ from kvpress_moe.routers import Routers
 from kvpress_moe.routers.active import set_in_routers
 
 DEFAULT_TOP_K = 2
+_OF_PROMISE = ("compression_ratio", "budget", "track_misses", "max_kl", "max_bytes", "min_bytes")
 
 
 class Following:
@@ -99,6 +101,7 @@ class Settings(CustomStrategies):
         if top_k is not None:
             check_top_k_fits(top_k, len(experts))
         check_tracking(self.track_misses, self.budget, self.precision)
+        check_promise({name: getattr(self, name) for name in _OF_PROMISE})
         self._experts = experts
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -114,6 +117,8 @@ class Settings(CustomStrategies):
 
     def _change(self, name: str, value: Any) -> Any:
         """Update what depends on a setting, and return the value to store. Raises before anything has changed."""
+        if name in _OF_PROMISE:
+            check_promise({**{other: getattr(self, other) for other in _OF_PROMISE}, name: value})
         if name == "top_k" and value is not None:
             check_top_k_fits(value, self.num_experts)
         elif name == "num_experts":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,7 @@ def evict_shared(
     call: LayerCall,
     scores: Sequence[Tensor],
     observed: Sequence[Observation],
-    n_kept: Sequence[int],
+    n_kept: Callable[[int, Mapping[int, Tensor]], int],
     budget: str,
     min_share: float,
     inside_wrapper: bool,
@@ -36,8 +36,10 @@ def evict_shared(
     shared : SharedBudget
         It contains the layers of the prompt that are already waiting.
     call : LayerCall
-    scores, observed, n_kept : sequence
+    scores, observed : sequence
         One entry for the whole batch, or one for each row of a padded batch.
+    n_kept : callable
+        See :meth:`kvpress_moe.budget.cross_layer.SharedBudget.decide`.
     budget : {"uniform", "layer", "global"}
     min_share : float
         Share of the mean that each head keeps at least.

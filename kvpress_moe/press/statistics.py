@@ -25,19 +25,26 @@ class RoutingStats:
 
     def __init__(self) -> None:
         self._layers: dict[int, dict[str, Any]] = defaultdict(dict)
+        self._promises: list[dict[str, Any]] = []
 
     def reset(self) -> None:
         """Forget all counts."""
         self._layers.clear()
+        self._promises = []
 
-    def snapshot(self) -> dict[int, dict[str, Any]]:
+    def snapshot(self) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
         """The counts, for :meth:`restore`. Sums are never changed in place, so no tensor is copied."""
-        return {layer_idx: dict(sums) for layer_idx, sums in self._layers.items()}
+        return {layer_idx: dict(sums) for layer_idx, sums in self._layers.items()}, list(self._promises)
 
-    def restore(self, snapshot: dict[int, dict[str, Any]]) -> None:
+    def restore(self, snapshot: tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]) -> None:
         """Go back to the counts of a snapshot."""
+        layers, self._promises = snapshot
         self._layers.clear()
-        self._layers.update(snapshot)
+        self._layers.update(layers)
+
+    def add_promise(self, report: dict[str, Any]) -> None:
+        """Note what was chosen for a row of a prompt to keep a promise, as plain data."""
+        self._promises.append(report)
 
     def add(self, layer_idx: int, **counts: int | Tensor) -> None:
         """Add to a layer's sums."""
@@ -100,6 +107,12 @@ class RoutingStats:
               ``bytes`` (codes with their scales and positions), ``usage_ratio`` and ``attention_ratio`` (these pairs'
               shares of all pairs, and of the attention of the latest queries without the first four tokens; each sums
               to 1) and ``mean_distortion`` (mean expected cost of these pairs; 1 is the cost of evicting them).
+
+            With ``max_kl`` also ``promises``: for each row of each prompt a dict of ``max_kl``, ``confidence``,
+            ``share`` (of the bytes of a 16-bit cache, or of the pairs, that stayed), ``expected_kl`` (the estimate, a
+            median, in nats), ``is_unlike`` (whether the prompt is unlike those of the calibration), ``is_kept``
+            (False if ``max_bytes`` forbids it), ``n_tokens``, ``compression_ratio`` (the one that keeps as much), and
+            the curve: ``expected_kls`` at ``shares``.
         """
         layers = {layer_idx: self._layer(sums, num_experts) for layer_idx, sums in sorted(self._layers.items())}
         calls = [int(sums.get("calls", 0)) for sums in self._layers.values()]
@@ -109,6 +122,7 @@ class RoutingStats:
             "avg_aux_loss": total / sum(calls) if any(calls) else 0.0,
             "forward_count": max(calls, default=0),
             "layer_stats": layers,
+            **({"promises": [dict(report) for report in self._promises]} if self._promises else {}),
         }
 
     @staticmethod

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
+from kvpress_moe.budget.shared_bytes import POWER
 from kvpress_moe.routers.calibration import Calibration
 from kvpress_moe.routers.gate import gate, load_balance
 from kvpress_moe.routers.learned_expert import LearnedExpert
@@ -118,6 +119,11 @@ class BaseMoERouter(nn.Module):
         None if the router was not trained to choose strategies.
         """
         return None if self.rule is None else self.rule.worths(self.features(hidden_states))
+
+    @property
+    def score_power(self) -> Tensor | float:
+        """Evicting a pair with score s costs ``exp(score_power * s)``."""
+        return POWER if self.rule is None else self.rule.powers[0]
 
     def forward(self, hidden_states: Tensor, top_k: int, capacity_factor: float) -> RouterOutput:
         """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from safetensors.torch import save_file
 from kvpress_moe.codes.transform_files import FILE as TRANSFORMS
 from kvpress_moe.codes.transform_files import read_transforms, writer
 from kvpress_moe.errors import CheckpointError
-from kvpress_moe.files import fill, open_tensors, read_json, read_shapes, write_together
+from kvpress_moe.files import fill, is_text, open_tensors, read_json, read_shapes, write_together
 from kvpress_moe.model.fingerprint import check_form
 from kvpress_moe.routers import RouterConfig, Routers
+from kvpress_moe.routers.promise import Promise
 
 WEIGHTS = "routers.safetensors"
 CONFIG = "routers.json"
+PROMISES = "promises.json"
 
 
 def save_routers(
@@ -37,8 +41,8 @@ def save_routers(
     ----------
     routers : Routers
     directory : path
-        ``routers.safetensors`` and ``routers.json`` are written into it, and ``key_transforms.safetensors`` if the
-        routers have key transforms.
+        ``routers.safetensors`` and ``routers.json`` are written into it, ``key_transforms.safetensors`` if the routers
+        have key transforms, and ``promises.json`` if they were calibrated.
     metrics : dict, optional
         Anything that should be kept with the weights.
     dtype : torch.dtype, default=torch.float32
@@ -65,10 +69,44 @@ def save_routers(
     }
     if routers.key_transforms:
         files[directory / TRANSFORMS] = writer(routers.key_transforms)
-    else:
-        (directory / TRANSFORMS).unlink(missing_ok=True)  # of routers that are replaced
+    if routers.promises:
+        files[directory / PROMISES] = _promise_writer(routers.promises)
+    for left in {directory / TRANSFORMS, directory / PROMISES} - files.keys():
+        left.unlink(missing_ok=True)  # of routers that are replaced
     write_together(files)
     return directory
+
+
+def save_promises(promises: Mapping[str, Promise], source: Path, directory: Path) -> None:
+    """
+    Write promises beside the routers that they belong to.
+
+    Parameters
+    ----------
+    promises : mapping of str -> Promise
+    source : Path
+        Directory of the routers. Its files are copied if ``directory`` is another one.
+    directory : Path
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    files: dict[Path, Any] = {directory / PROMISES: _promise_writer(promises)}
+    if directory.resolve() != source.resolve():
+        for name in (WEIGHTS, CONFIG, TRANSFORMS):
+            if (source / name).exists():
+                files[directory / name] = partial(shutil.copyfile, source / name)
+            else:
+                (directory / name).unlink(missing_ok=True)  # of routers that are replaced
+    write_together(files)
+
+
+def _promise_writer(promises: Mapping[str, Promise]) -> Any:
+    text = json.dumps({name: promise.as_dict() for name, promise in promises.items()}, separators=(",", ":"))
+    return lambda path: path.write_text(text)
+
+
+def directory_at(source: str | Path) -> Path:
+    """The directory of saved routers: itself, or where a repository of the hub was downloaded to."""
+    return Path(source) if Path(source).is_dir() else _download(str(source))
 
 
 def push_routers(routers: Routers, repo_id: str, private: bool, metrics: dict[str, Any] | None = None) -> str:
@@ -98,9 +136,7 @@ def load_routers(source: str | Path) -> Routers:
         If there are no routers, if the files are broken, or if the weights are not finite. No memory is allocated for
         sizes that the files only declare.
     """
-    directory = Path(source)
-    if not directory.is_dir():
-        directory = _download(str(source))
+    directory = directory_at(source)
     try:
         card = read_json(directory / CONFIG)
         config = RouterConfig.from_dict(card["config"])
@@ -117,12 +153,28 @@ def load_routers(source: str | Path) -> Routers:
             routers.key_transforms = read_transforms(
                 directory / TRANSFORMS, config.num_layers, config.num_heads or None
             )
+        if (directory / PROMISES).exists():
+            routers.promises = _read_promises(directory / PROMISES, config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"router: {source} cannot be read ({type(error).__name__}: {error}), expected {WEIGHTS} and {CONFIG} as "
             "written by save_routers. Save it again."
         ) from error
     return routers
+
+
+def _read_promises(path: Path, config: RouterConfig) -> dict[str, Promise]:
+    """The promises in a file. They read a feature of each KV head in the layers that are compressed."""
+    saved = read_json(path)
+    if not isinstance(saved, dict) or not all(map(is_text, saved)):
+        raise ValueError(f"{PROMISES}: expected promises by name")
+    found = {}
+    for name, promise in saved.items():
+        n_features = len(promise["mean"])
+        if not 1 < n_features <= 1 + config.num_layers * max(1, config.num_heads):
+            raise ValueError(f"{PROMISES}: {n_features} features")
+        found[name] = Promise.from_dict(promise, n_features)
+    return found
 
 
 @cache
@@ -136,7 +188,7 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[WEIGHTS, CONFIG, TRANSFORMS]))
+        return Path(snapshot_download(repo_id, allow_patterns=[WEIGHTS, CONFIG, TRANSFORMS, PROMISES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"router: {repo_id!r} is no directory here and could not be loaded from the hub ({type(error).__name__}). "

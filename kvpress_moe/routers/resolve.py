@@ -13,7 +13,7 @@ from kvpress_moe.errors import CheckpointError
 from kvpress_moe.model.fingerprint import check_fingerprint, fingerprint
 from kvpress_moe.model.layers import Attention, slides
 from kvpress_moe.routers import RouterConfig, Routers
-from kvpress_moe.routers.checkpoint import load_routers, read_fingerprint
+from kvpress_moe.routers.checkpoint import directory_at, load_routers, read_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,36 @@ def trained_routers(router: str | Path | Routers) -> Routers:
 
 def shipped_routers(attention: Attention) -> Routers | None:
     """The routers that ship with the package for the model of an attention layer. None if there are none."""
+    directory = shipped_directory(attention)
+    return None if directory is None else load_routers(directory)
+
+
+def shipped_directory(attention: Attention) -> Path | None:
+    """Where the routers that ship for the model of an attention layer are. None if there are none."""
     if attention.layer_idx != 0:  # the weights of a model are compared at its first layer
         return None
     own = fingerprint(attention.config, attention)
     for directory in sorted(SHIPPED.glob("*/")):
         if agree(read_fingerprint(directory), own):
-            return load_routers(directory)
+            return directory
     return None
+
+
+def directory_of(router: str | Path | None, attention: Attention) -> Path:
+    """
+    The directory of routers: those that were given, or those that ship for the model of a first attention layer.
+
+    Raises
+    ------
+    CheckpointError
+        If there are none.
+    """
+    directory = shipped_directory(attention) if router is None else directory_at(router)
+    if directory is None:
+        raise CheckpointError(
+            "router: got None, expected routers, because none ship for this model. Train some: kvpress-moe train."
+        )
+    return directory
 
 
 def check_transforms(routers: Routers, attention: Attention, source: str) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from kvpress_moe.codes.key_transform import KeyTransform
 from kvpress_moe.routers.base import BaseMoERouter
 from kvpress_moe.routers.config import ROUTERS, RouterConfig
+from kvpress_moe.routers.promise import Promise
 
 
 class Routers(nn.Module):
@@ -27,6 +28,9 @@ class Routers(nn.Module):
     ----------
     key_transforms : dict of int -> KeyTransform, or None
         Static transforms of keys, by layer. None: keys are coded without them.
+    promises : dict of str -> Promise
+        What ``max_kl`` needs, by the name of the precisions that a press may choose from, see
+        :func:`kvpress_moe.press.promised_budget.setting_of`. Empty: the routers were not calibrated.
     """
 
     layers: Any  # one BaseMoERouter per layer; to torch's types the members of a ModuleList are only Modules
@@ -35,6 +39,7 @@ class Routers(nn.Module):
         super().__init__()
         self.config = config
         self.key_transforms: dict[int, KeyTransform] | None = None
+        self.promises: dict[str, Promise] = {}
         self.fingerprint = fingerprint
         router_class = ROUTERS[config.router_type]
         self.layers = nn.ModuleList(

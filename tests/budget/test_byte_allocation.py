@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvpress_moe.budget.byte_allocation import allocate_bytes
-from kvpress_moe.budget.shared_bytes import SharedBytes, decide_strategies, strategy_costs
+from kvpress_moe.budget.shared_bytes import ByteBudget, SharedBytes, decide_strategies, strategy_costs
 from kvpress_moe.budget.switch_prices import switch_prices
 
 NBYTES = torch.tensor([0, 40, 56, 88, 136, 256])
@@ -72,7 +72,7 @@ def test_forbidden_strategies_are_never_chosen():
 def test_each_head_keeps_its_floor_and_the_first_tokens_stay_whole(each_head):
     costs = costs_of(2 * 3, 60).view(6, 2, 3, 60)
     costs[:, :, 0] *= 1e-4  # a head whose pairs hardly matter
-    chosen = decide_strategies(costs.clone(), NBYTES, 60 * 26, each_head, floor=5, whole=2)
+    chosen = decide_strategies(costs.clone(), NBYTES, ByteBudget(60 * 26, floor=5, whole=2), each_head)
     taken = NBYTES[chosen.long()].sum(-1)
     assert ((chosen > 0).sum(-1) >= 5).all()
     assert (chosen[..., :2] == 5).all()
@@ -83,10 +83,18 @@ def test_layers_that_wait_are_decided_as_one_and_rows_do_not_compete():
     shared, layers = SharedBytes(), [costs_of(2 * 3, 60, seed).view(6, 2, 3, 60).bfloat16() for seed in (1, 2)]
     for layer_idx, layer in enumerate(layers):
         shared.add(layer_idx, [(layer[:, :1], None), (layer[:, 1:], None)])
-    decided = shared.decide(NBYTES, [900, 400], [1, 1], [0, 0], each_head=False)
-    for row, budget in enumerate((900, 400)):
+    budgets = [ByteBudget(900, 1, 0), ByteBudget(400, 1, 0)]
+    seen: list[torch.Tensor] = []
+
+    def budget_of(part: int, costs: torch.Tensor) -> ByteBudget:
+        seen.append(costs.clone())
+        return budgets[part]
+
+    decided = shared.decide(NBYTES, budget_of, each_head=False)
+    for row, budget in enumerate(budgets):
         pooled = torch.cat([layer[:, row : row + 1] for layer in layers], dim=2)
-        expected = decide_strategies(pooled, NBYTES, budget, False, 1, 0)
+        assert torch.equal(seen[row], pooled)
+        expected = decide_strategies(pooled, NBYTES, budget, False)
         together = torch.cat([decided[0][row][0], decided[1][row][0]], dim=1)
         assert torch.equal(together, expected)
 

@@ -203,15 +203,11 @@ def test_a_head_whose_pairs_are_worth_nothing_keeps_its_minimum_of_bytes_in_the_
         RULE_OF_BYTES, [given, len(scores), n_tokens, n_heads, min_share, scores.flatten().tolist(), cases]
     )
     for (ratio, scope), chosen in zip(cases, found, strict=True):
-        budget = made.menu.budget(n_tokens, 1 - ratio)
-        floor = made.menu.floor(budget, 1 if scope == "uniform" else compute_n_kept(n_tokens, ratio) * min_share)
+        floor = 1 if scope == "uniform" else compute_n_kept(n_tokens, ratio) * min_share
+        budget = made.menu.plan(n_tokens, 1 - ratio, floor)
         parts = costs.clone().split({"layer": n_heads}.get(scope, len(scores)), dim=2)
         wanted = torch.cat(
-            [
-                decide_strategies(part, made.menu.nbytes, budget, scope == "uniform", floor, made.menu.whole(budget))
-                for part in parts
-            ],
-            dim=1,
+            [decide_strategies(part, made.menu.nbytes, budget, scope == "uniform") for part in parts], dim=1
         )[0]
         chosen = torch.tensor(chosen).view(wanted.shape)
         assert (chosen != wanted).float().mean() < 0.005, (ratio, scope)

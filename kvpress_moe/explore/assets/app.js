@@ -13,7 +13,7 @@ function addSetting(title) {
   const field = find("setting").content.cloneNode(true).firstElementChild;
   field.querySelector("legend").textContent = title;
   const output = field.querySelector("output"), ratio = field.querySelector("[name=ratio]");
-  for (const name of ["ratio", "budget", "precision", "experts", "router"]) field.querySelector(`[name=${name}]`).value = defaults[name] ?? "";
+  for (const name of ["ratio", "max_kl", "budget", "precision", "experts", "router"]) field.querySelector(`[name=${name}]`).value = defaults[name] ?? "";
   const say = () => { output.textContent = `${Math.round(100 * ratio.value)} %`; };
   ratio.addEventListener("input", say);
   say();
@@ -31,9 +31,10 @@ compare();
 
 const values = (field) => Object.fromEntries([...field.querySelectorAll("[name]")].map((input) => [input.name, input.value]));
 
-function title({ ratio, budget, precision, experts, router }) {
+function title({ ratio, max_kl, budget, precision, experts, router }) {
   const shared = { "": "default budget", uniform: "uniform budget", layer: "budget shared by the heads of a layer", global: "budget shared by all heads" };
-  return [`${Math.round(100 * ratio)} % of the ${precision ? "bytes" : "pairs"} removed`, precision, shared[budget], experts, router].filter(Boolean).join(", ");
+  const size = max_kl.trim() ? `KL divergence at most ${max_kl.trim()}` : `${Math.round(100 * ratio)} % of the ${precision ? "bytes" : "pairs"} removed`;
+  return [size, precision, shared[budget], experts, router].filter(Boolean).join(", ");
 }
 
 // The answer of the app. A failure becomes an Error with a readable message.

@@ -37,6 +37,7 @@ const entry = (name, e) => make("li", {}, make("span", { className: `swatch k8 e
 const legend = record.experts.map(entry), menu = precise ? record.strategies.menu.map(entry) : [];
 find("legend").append(...legend, ...menu);
 answers(find("answers"), record);
+if (record.promise) showPromise(record.promise, precise ? "bytes of a 16-bit cache" : "pairs");
 find("bound").textContent = `Judged at ${exact(record.budget.ratio)} removed: at another ratio, ${record.bound_to_ratio.join(" and ")} would give the pairs other scores than shown.`;
 
 const showDetails = (position) => {

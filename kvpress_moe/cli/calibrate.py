@@ -1,0 +1,147 @@
+"""kvpress-moe calibrate: measure how much new prompts lose, so that routers can promise a KL divergence."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvpress_moe.budget.confidence import prompts_needed
+from kvpress_moe.cli.options import (
+    Device,
+    Model,
+    Router,
+    check_between,
+    check_number,
+    check_out_directory,
+)
+from kvpress_moe.cli.progress import timed_bar
+from kvpress_moe.codes.precision_names import parse_precision
+from kvpress_moe.errors import SettingError
+
+EPILOG = """Examples:
+
+kvpress-moe calibrate --router routers/mine --out routers/mine
+
+kvpress-moe calibrate --texts contracts --out routers/contracts
+
+kvpress-moe calibrate --texts contracts --confidence 0.95 --out routers/contracts
+
+kvpress-moe ask book.txt "Who signed?" --router routers/contracts --precision mixed --max-kl 0.02
+"""
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Directory for the routers with the new calibration. May be --router.")],
+    router: Router = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of your own texts (.txt, .md, .rst). The model asks questions about them. Default: prompts "
+            "of the built-in tasks."
+        ),
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="What can be promised: mixed, none (pairs are evicted or stay), or a menu such as k8v4,k4v2. Several "
+            "are separated by ;"
+        ),
+    ] = "mixed;none",
+    prompts: Annotated[int, typer.Option(help="Number of calibration prompts.")] = 100,
+    confidence: Annotated[
+        float, typer.Option(help="The highest confidence that you will ask for. It tells the least number of prompts.")
+    ] = 0.9,
+    fit: Annotated[
+        int, typer.Option(help="Number of prompts of the built-in tasks that the estimate is fitted to.")
+    ] = 144,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Fit the estimate again. Default: only if the routers have none.")
+    ] = False,
+    length: Annotated[int, typer.Option(help="Tokens of a context.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 1,
+    shards: Annotated[
+        Path | None, typer.Option(help="Directory for measurements. An interrupted run continues from it.")
+    ] = None,
+    model: Model = None,
+    device: Device = "cpu",
+) -> None:
+    """
+    Calibrate routers, so that `--max-kl` can be promised.
+
+    Each prompt is read once, and its cache is compressed to many sizes. The KL divergence of the answers from the full
+    cache's is measured at each size. What is promised holds for prompts like these.
+    """
+    check_out_directory(out)
+    if shards is not None:
+        check_out_directory(shards, "shards")
+    check_between("confidence", confidence)
+    check_number("prompts", prompts, 2)
+    check_number("fit", fit, 36, remedy="An estimate needs two prompts of each kind.")
+    check_number("length", length, 128)
+    check_number("seed", seed, 1, 2**63 - 1, remedy="Seed 0 makes the prompts that the estimate is fitted to.")
+    needed = prompts_needed(confidence)
+    if prompts < needed:
+        raise SettingError(
+            "prompts",
+            prompts,
+            f"at least {needed} for confidence {confidence}",
+            f"For example --prompts {max(100, needed)}.",
+        )
+    menus = [parse_precision(None if name.strip() == "none" else name.strip()) for name in precision.split(";")]
+    if texts is not None and not texts.is_dir():
+        raise SettingError("texts", str(texts), "a directory with texts", "Check the path.")
+
+    started = time.perf_counter()
+    with timed_bar() as step:
+        step("importing", 0, 1)
+        from kvpress_moe.model.layers import language_model
+        from kvpress_moe.model.loading import load_model
+        from kvpress_moe.press.moe_router_press import MoERouterPress
+        from kvpress_moe.routers.checkpoint import save_promises
+        from kvpress_moe.routers.resolve import directory_of
+        from kvpress_moe.training.calibration import calibrate as calibrated
+        from kvpress_moe.training.calibration import task_prompts
+        from kvpress_moe.training.text_prompts import contexts, read_texts, text_prompts
+
+        read = None if texts is None else read_texts(texts)
+        step("loading the model", 0, 1)
+        loaded, tokenizer = load_model(model, device)
+        press = MoERouterPress(router=router)
+        press.post_init_from_model(loaded)
+        routers = press.routers
+        assert routers is not None
+        if not routers.config.trained or not routers.config.num_heads:
+            raise SettingError(
+                "router", router, "trained routers", "Train some for this model: kvpress-moe train --out DIR."
+            )
+        limit = language_model(loaded).config.max_position_embeddings
+        if read is None:
+            made = task_prompts(tokenizer, prompts, length, seed, limit)
+        else:
+            pieces = contexts(read, tokenizer, length, prompts, seed)
+            made = text_prompts(loaded, tokenizer, pieces, seed, step)
+        found = calibrated(
+            loaded,
+            routers,
+            menus,
+            made,
+            lambda: task_prompts(tokenizer, fit, length, 0, limit),
+            {"prompts": "tasks" if texts is None else f"texts: {texts.name}", "seed": seed, "length": length},
+            refit,
+            shards,
+            step,
+        )
+        attention = language_model(loaded).layers[0].self_attn
+        save_promises({**routers.promises, **found}, directory_of(router, attention), out)
+    summary: dict[str, Any] = {
+        "router": str(out),
+        "prompts": prompts,
+        "highest_confidence": round(prompts / (prompts + 1), 4),
+        "max_kl": {name: [float(f"{bound:.2g}") for bound in one.bounds] for name, one in found.items()},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    print(json.dumps(summary, separators=(",", ":")))

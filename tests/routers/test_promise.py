@@ -1,0 +1,208 @@
+"""Promises: the estimate never rises with the bytes, margins are what a search finds, and coverage holds."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from kvpress_moe.budget.confidence import prompts_needed
+from kvpress_moe.budget.loss_curve import LossCurve
+from kvpress_moe.errors import CheckpointError, SettingError
+from kvpress_moe.routers.promise import Estimate, Promise, share_at
+from kvpress_moe.routers.sight import Sight
+
+SHARES = torch.tensor([0.01, 0.02, 0.05, 0.1, 0.2, 0.4]).double()
+N_FEATURES = 5
+ABOUT = {
+    "precision": "none",
+    "prompts": "made",
+    "seed": 0,
+    "min_share": 0.2,
+    "top_k": 2,
+    "capacity_factor": 1.5,
+    "versions": {},
+}
+
+
+def population(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features, losses and KL divergences of prompts: the divergence depends on features, losses and luck."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, N_FEATURES, generator=generator).double()
+    lost = torch.exp(-12 * SHARES + 0.3 * torch.randn(n, 1, generator=generator).double())
+    luck = torch.randn(n, 1, generator=generator).double()
+    noise = 0.1 * torch.randn(n, len(SHARES), generator=generator).double()
+    logs = -4 + lost.log() - 0.8 * SHARES.log() + 0.9 * features[:, :1] + 0.6 * luck + noise
+    return features, lost, logs.exp()
+
+
+def promise_of(n_fit: int, n: int, seed: int) -> Promise:
+    fitted, new = population(n_fit, 2 * seed), population(n, 2 * seed + 1)
+    estimate = Estimate.fit(*fitted, SHARES)
+    features, lost, divergences = new
+    return Promise(
+        estimate,
+        SHARES,
+        estimate.at(features, lost, SHARES),
+        divergences.log(),
+        estimate.distances(features),
+        dict(ABOUT),
+    )
+
+
+def sight(features: torch.Tensor, lost: torch.Tensor) -> Sight:
+    """A sight that loses ``lost`` at the shares."""
+    return Sight(LossCurve(torch.cat((torch.zeros(1), 1000 * SHARES)), torch.cat((lost[:1], lost))), features, 1000.0)
+
+
+def needed(divergences: torch.Tensor, bound: float) -> float:
+    """The smallest share from which on a prompt stays within the bound, by a walk over fine steps."""
+    fine = torch.linspace(math.log(0.01), math.log(0.4), 1000).double()
+    position = torch.searchsorted(SHARES.log(), fine).clamp(1, len(SHARES) - 1)
+    left, right = SHARES.log()[position - 1], SHARES.log()[position]
+    logs = torch.lerp(divergences.log()[position - 1], divergences.log()[position], (fine - left) / (right - left))
+    over = (logs > math.log(bound)).nonzero()
+    if len(over) == 0:
+        return 0.0
+    return 1.0 if int(over[-1]) == len(fine) - 1 else float(fine[int(over[-1]) + 1].exp())
+
+
+def test_the_estimate_finds_what_the_divergence_depends_on_and_never_rises():
+    features, lost, divergences = population(400, seed=7)
+    estimate = Estimate.fit(features, lost, divergences, SHARES)
+    assert estimate.weights[0] > 0.7
+    assert estimate.weights[1:].abs().max() < 0.15
+    assert bool((estimate.slopes >= 0).all())
+    strange = torch.tensor([[3.0, 1.0, 2.0, 2.5, 0.5, 0.4]]).double()  # losses that rise in between
+    assert bool((estimate.at(features[:1], strange, SHARES).diff() <= 0).all())
+
+
+def test_a_slope_is_never_negative():
+    features, _, divergences = population(200, seed=3)
+    rising = SHARES.expand(200, -1)  # more is lost with more bytes: nonsense
+    estimate = Estimate.fit(features, rising, divergences, SHARES)
+    assert estimate.slopes[0] == 0
+    assert estimate.slopes[1] > 0
+
+
+@pytest.mark.parametrize("bound", [0.005, 0.02, 0.1])
+@pytest.mark.parametrize("confidence", [0.8, 0.9])
+def test_new_prompts_stay_within_the_bound_as_often_as_promised(bound, confidence):
+    kept, spent = [], []
+    for seed in range(25):
+        promise = promise_of(60, 99, seed)
+        features, lost, divergences = population(40, 1000 + seed)
+        for one in range(40):
+            share = promise.decide(sight(features[one], lost[one]), bound, confidence).share
+            kept.append(share >= needed(divergences[one], bound) * (1 - 4e-3))
+            spent.append(share)
+    coverage = sum(kept) / len(kept)
+    assert confidence - 0.03 <= coverage <= confidence + 0.07, coverage
+    assert sum(spent) / len(spent) < 0.5
+
+
+def test_margins_are_what_a_search_finds():
+    promise = promise_of(60, 40, seed=2)
+    for bound in (0.01, 0.05):
+        margins = promise.margins(bound)
+        for row in range(40):
+            wanted = needed(promise.divergences[row].exp(), bound)
+            if wanted in (0.0, 1.0):
+                assert margins[row] == (-torch.inf if wanted == 0 else torch.inf)
+                continue
+            for step, fits in ((0.02, True), (-0.02, False)):
+                given = share_at(promise.estimates[row], SHARES, math.log(bound) - float(margins[row]) - step)
+                assert (given >= wanted * (1 - 4e-3)) == fits
+
+
+def test_more_confidence_and_a_lower_bound_keep_more():
+    promise = promise_of(60, 99, seed=4)
+    features, lost, _ = population(1, seed=5)
+    seen = sight(features[0], lost[0])
+    by_bound = [promise.decide(seen, bound, 0.9).share for bound in (0.1, 0.05, 0.02, 0.01, 0.005)]
+    by_confidence = [promise.decide(seen, 0.02, confidence).share for confidence in (0.5, 0.7, 0.9, 0.98)]
+    assert by_bound == sorted(by_bound)
+    assert by_confidence == sorted(by_confidence)
+    assert by_bound[0] < by_bound[-1]
+
+
+def test_a_prompt_unlike_the_others_keeps_what_the_worst_of_them_needed():
+    promise = promise_of(60, 99, seed=4)
+    features, lost, _ = population(1, seed=5)
+    usual = promise.decide(sight(features[0], lost[0]), 0.02, 0.9)
+    unlike = promise.decide(sight(features[0] + 9, lost[0]), 0.02, 0.9)
+    assert not usual.is_unlike
+    assert unlike.is_unlike
+    margin = float(promise.margins(0.02).max())
+    estimates = promise.estimate.at(features + 9, lost, SHARES)[0]
+    assert unlike.share == share_at(estimates, SHARES, math.log(0.02) - margin)
+
+
+def test_hard_bounds_hold_and_a_broken_promise_says_so():
+    promise = promise_of(60, 99, seed=4)
+    features, lost, _ = population(1, seed=5)
+    seen = sight(features[0], lost[0])
+    free = promise.decide(seen, 0.02, 0.9)
+    assert free.is_kept
+    less = promise.decide(seen, 0.02, 0.9, most=free.share / 2)
+    assert less.share == free.share / 2
+    assert not less.is_kept
+    assert less.expected_kl > free.expected_kl
+    more = promise.decide(seen, 0.02, 0.9, least=0.7)
+    assert more.share == 0.7
+    assert more.is_kept
+
+
+def test_what_was_not_measured_is_not_promised():
+    promise = promise_of(60, 40, seed=1)
+    low, high = promise.bounds
+    promise.check((low * high) ** 0.5, 0.9)
+    for bound in (low / 2, high * 2):
+        with pytest.raises(SettingError, match="max_kl: got .* calibrated range"):
+            promise.check(bound, 0.9)
+    with pytest.raises(SettingError, match="confidence: got 0.99, expected at most 0.9756 .* needs 99 prompts"):
+        promise.check((low * high) ** 0.5, 0.99)
+
+
+def test_how_many_prompts_a_confidence_needs():
+    assert [prompts_needed(confidence) for confidence in (0.5, 0.8, 0.9, 0.95, 0.99)] == [1, 4, 9, 19, 99]
+
+
+def test_a_promise_survives_a_file():
+    promise = promise_of(60, 99, seed=4)
+    text = json.dumps(promise.as_dict())
+    again = Promise.from_dict(json.loads(text), N_FEATURES)
+    features, lost, _ = population(30, seed=9)
+    for one in range(30):
+        seen = sight(features[one], lost[one])
+        assert again.decide(seen, 0.02, 0.9).share == pytest.approx(promise.decide(seen, 0.02, 0.9).share, rel=0.03)
+    assert again.about == ABOUT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shares": [0.1, 0.05, 0.2, 0.3, 0.4, 0.5]},
+        {"shares": [0.1]},
+        {"slopes": [-1.0, 0.5]},
+        {"spread": [0.0] * N_FEATURES},
+        {"weights": [1.0] * 3},
+        {"mean": [float("nan")] * N_FEATURES},
+        {"divergences": []},
+        {"intercept": "high"},
+        {"about": {}},
+        {"about": {**ABOUT, "top_k": 0}},
+    ],
+    ids=str,
+)
+def test_a_broken_file_is_refused(change):
+    saved = promise_of(60, 20, seed=4).as_dict() | change
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        Promise.from_dict(saved, N_FEATURES)
+
+
+def test_features_of_another_model_are_refused():
+    promise = promise_of(60, 20, seed=4)
+    _, lost, _ = population(1, seed=5)
+    with pytest.raises(CheckpointError, match="4 compressed KV heads, this one has 7"):
+        promise.decide(sight(torch.zeros(8).double(), lost[0]), 0.02, 0.9)

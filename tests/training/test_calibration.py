@@ -1,0 +1,163 @@
+"""Calibration: pieces of texts, measurements that survive an interruption, and the command from texts to a promise."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvpress_moe import MoERouterPress
+from kvpress_moe.benchmark.prompts import Prompt
+from kvpress_moe.cli import app
+from kvpress_moe.errors import CheckpointError, SettingError
+from kvpress_moe.routers.checkpoint import PROMISES, load_routers, save_routers
+from kvpress_moe.training import calibration
+from kvpress_moe.training.calibration import BYTE_SHARES, PAIR_SHARES, calibrate, measure, task_prompts
+from kvpress_moe.training.text_prompts import contexts, read_texts, text_prompts
+from tests.tiny import calibrated_routers, prefill, promised_routers, tokens
+
+TEXT = "".join(
+    f"The lease of mill {n} was signed by Anna Brandt in {1900 + n}.\nIts wheel stood still.\n\n" for n in range(40)
+)
+
+
+def prompts(n: int, first: int = 0) -> list[Prompt]:
+    return [Prompt(*(tokens(k, seed=first + 3 * i + j) for j, k in enumerate((60, 4, 4)))) for i in range(n)]
+
+
+def test_pieces_of_texts_do_not_overlap_and_end_with_lines(chat_tokenizer):
+    found = contexts({"mill": TEXT, "short": "Too short."}, chat_tokenizer, 300, 5, seed=0)
+    assert len(set(found)) == 5
+    for name, piece in found:
+        assert name == "mill"
+        assert piece in TEXT
+        assert 225 <= len(piece) <= 300  # a byte is a token
+        assert piece.endswith("\n")
+    ordered = contexts({"mill": TEXT}, chat_tokenizer, 300, 11, seed=1)
+    starts = sorted(TEXT.find(piece) for _, piece in ordered)
+    assert starts[0] == 0
+    assert sum(len(piece) for _, piece in ordered) <= len(TEXT)
+
+
+def test_too_few_texts_are_refused_with_their_number(chat_tokenizer, tmp_path):
+    with pytest.raises(SettingError, match="prompts: got 50, expected at most 1[0-9], the number of pieces"):
+        contexts({"mill": TEXT}, chat_tokenizer, 300, 50, seed=0)
+    with pytest.raises(SettingError, match="texts: got .* a directory with texts"):
+        read_texts(tmp_path)
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(SettingError, match="a readable text in UTF-8"):
+        read_texts(tmp_path)
+
+
+def test_prompts_about_texts_ask_and_answer(llama, chat_tokenizer):
+    pieces = contexts({"mill": TEXT}, chat_tokenizer, 300, 3, seed=0)
+    made = text_prompts(llama, chat_tokenizer, pieces, seed=0)
+    for (_, piece), prompt in zip(pieces, made, strict=True):
+        assert piece in chat_tokenizer.decode(prompt.context[0])
+        assert prompt.question.shape[1] > 1
+        assert 1 <= prompt.answer.shape[1] <= 32
+    again = text_prompts(llama, chat_tokenizer, pieces, seed=0)
+    assert all(
+        torch.equal(a.answer, b.answer) and torch.equal(a.question, b.question)
+        for a, b in zip(made, again, strict=True)
+    )
+
+
+def test_an_interrupted_run_measures_only_what_is_missing(llama, tmp_path, monkeypatch):
+    press = MoERouterPress(router=calibrated_routers(llama))
+    press.post_init_from_model(llama)
+    store = tmp_path / "measured.jsonl"
+    first = measure(llama, prompts(3), {"None": press}, store)
+    with store.open("a") as file:
+        file.write('{"key": "half')
+    measured = []
+    own = calibration._measure
+    monkeypatch.setattr(calibration, "_measure", lambda *given: measured.append(given) or own(*given))
+    both = measure(llama, prompts(5), {"None": press}, store)
+    assert len(measured) == 2
+    assert both["None"][:3] == first["None"]
+    store.write_text("nonsense\n" + store.read_text())
+    with pytest.raises(CheckpointError, match="shards: .* cannot be read"):
+        measure(llama, prompts(5), {"None": press}, store)
+
+
+def test_other_routers_are_measured_anew(llama, tmp_path):
+    store, found = tmp_path / "measured.jsonl", []
+    for seed in (0, 1):
+        press = MoERouterPress(router=calibrated_routers(llama, seed=seed))
+        press.post_init_from_model(llama)
+        found.append(measure(llama, prompts(1), {"None": press}, store)["None"][0])
+    assert found[0].features != found[1].features
+
+
+def test_calibration_fits_once_and_then_only_measures_new_margins(llama):
+    routers = calibrated_routers(llama)
+    about = {"prompts": "random", "seed": 1}
+    routers.promises = calibrate(llama, routers, ["mixed", None], prompts(6), lambda: prompts(8, 500), about)
+    assert [p.shares.tolist() for p in routers.promises.values()] == [list(BYTE_SHARES), list(PAIR_SHARES)]
+
+    def never() -> list[Prompt]:
+        raise AssertionError("there is an estimate already")
+
+    again = calibrate(llama, routers, [None], prompts(9, 900), never, about)
+    (promise,) = again.values()
+    assert promise.n_prompts == 9
+    assert torch.equal(promise.estimate.weights, routers.promises["none"].estimate.weights)
+
+
+def test_built_in_prompts_are_of_the_tune_split_and_of_three_lengths(chat_tokenizer):
+    made = task_prompts(chat_tokenizer, 20, 2000, seed=1, limit=4096)
+    lengths = [prompt.context.shape[1] for prompt in made]
+    assert max(lengths[:18]) <= 2100
+    assert max(lengths[18:]) <= 1100
+    others = task_prompts(chat_tokenizer, 20, 2000, seed=0, limit=4096)
+    assert not any(torch.equal(a.context, b.context) for a, b in zip(made, others, strict=True))
+
+
+def command(*arguments: str):
+    return CliRunner().invoke(app, ["calibrate", *arguments])
+
+
+def test_the_command_calibrates_for_texts_and_leaves_the_weights_alone(tmp_path, model_directory):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    save_routers(promised_routers(model), tmp_path / "routers")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "mill.txt").write_text(TEXT)
+    common = ("--model", str(model_directory), "--router", str(tmp_path / "routers"), "--texts", str(texts))
+    result = command(*common, "--out", str(tmp_path / "new"), "--prompts", "12", "--length", "200")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["prompts"] == 12
+    assert summary["highest_confidence"] == pytest.approx(12 / 13, abs=1e-4)
+    for name in ("routers.safetensors", "routers.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "routers" / name).read_bytes()
+    promises = load_routers(tmp_path / "new").promises
+    assert {promise.about["prompts"] for promise in promises.values()} == {"texts: texts"}
+    low, high = promises["none"].bounds
+    made = MoERouterPress(router=tmp_path / "new", max_kl=(low * high) ** 0.5)
+    prefill(model, tokens(90), made)
+    assert made.get_stats()["promises"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "20", "--confidence", "0.99"], "prompts: got 20, expected at least 99 for confidence 0.99"),
+        (["--confidence", "1.5"], "confidence: got 1.5"),
+        (["--prompts", "1"], "prompts: got 1"),
+        (["--fit", "3"], "fit: got 3"),
+        (["--seed", "0"], "seed: got 0"),
+        (["--length", "5"], "length: got 5"),
+        (["--precision", "k9v9"], "precision: got 'k9v9'"),
+        (["--texts", "no/such/directory"], "texts: got 'no/such/directory'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_named_before_a_model_is_loaded(tmp_path, arguments, message, monkeypatch):
+    monkeypatch.setattr("kvpress_moe.model.loading.load_model", lambda *_: 1 / 0)
+    result = command("--out", str(tmp_path / "out"), *arguments)
+    assert message in str(result.exception), result.output
+    assert not (tmp_path / "out" / PROMISES).exists()
