@@ -16,18 +16,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from kvpress_moe.benchmark.prompts import Prompt, encode
 from kvpress_moe.benchmark.tasks import CORE, make_sample
 from kvpress_moe.benchmark.tasks.hub import load_hub_samples
 from kvpress_moe.model.loading import load_model
+from kvpress_moe.model.transformers_api import with_cache
 from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.press.promised_budget import setting_of
 from kvpress_moe.routers.promise import LEAST, Promise, share_at
@@ -54,16 +59,6 @@ def prompts_of(kind: str, tokenizer: Any, limit: int, hub: str | None) -> Iterat
         for task in tasks:
             sample = make_sample(task, count_tokens, 3072 if kind == "longer" else 1024, index, 0, "test")
             yield task, encode(sample, tokenizer)
-
-
-def needed_shares(divergences: Tensor, shares: Tensor, bound: float) -> Tensor:
-    """The share that each prompt really needed (N,), between the measured ones on a line; 1 if none was enough."""
-    found = []
-    for row in divergences:
-        over = (row > bound).nonzero()
-        first = 0 if len(over) == 0 else int(over[-1])
-        found.append(share_at(row[first:].cummin(0).values, shares[first:], bound))
-    return torch.tensor(found)
 
 
 def divergence_at(logs: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
@@ -140,6 +135,56 @@ def say(kind: str, done: int, total: int) -> None:
     print(f"{kind} {done}/{total}", flush=True)
 
 
+def verified(
+    model: Any, prompt: Prompt, *, router: str | None, bound: float, precision: str | None
+) -> dict[str, float]:
+    """Compress a prompt with the press itself: the KL divergence of its cache's answer, and what it kept."""
+    press = MoERouterPress(router=router, precision=precision, max_kl=bound)
+    context, rest = prompt.context, torch.cat((prompt.question, prompt.answer[:, :-1]), dim=1)
+    n_logits = prompt.answer.shape[1]
+    cache, whole = DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        model.model(input_ids=context, **with_cache(whole))
+        with press(model):
+            model.model(input_ids=context, **with_cache(cache))
+        logs = [
+            model(rest, past_key_values=one, logits_to_keep=n_logits).logits[0].float().log_softmax(-1)
+            for one in (whole, cache)
+        ]
+    (report,) = press.get_stats()["promises"]
+    kl = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().clamp(min=0))
+    return {"max_kl": bound, "kl": kl, "share": report["share"], "expected_kl": report["expected_kl"]}
+
+
+def as_markdown(found: dict[str, list[dict[str, float]]], about: Sequence[str]) -> str:
+    """The tables of all sets."""
+    columns = {
+        "max_kl": "`max_kl`",
+        "coverage": "stay within",
+        "covered_or_warned": "stay within, or warned",
+        "warned": "warned",
+        "mean_share": "mean share kept",
+        "fixed_share": "fixed share, same 90th percentile",
+        "ratio": "ratio",
+        "kl_p95": "95th percentile",
+        "fixed_kl_p95": "of the fixed share, same mean",
+        "tail": "ratio",
+    }
+    lines = ["# Is the promise kept?", "", *about]
+    for name, rows in found.items():
+        lines += ["", f"## {name}", "", "| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+        for row in rows:
+            row = row | {"ratio": row["mean_share"] / row["fixed_share"], "tail": row["kl_p95"] / row["fixed_kl_p95"]}
+            lines.append("| " + " | ".join(_shown(key, row[key]) for key in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(name: str, value: float) -> str:
+    if name in ("coverage", "covered_or_warned", "warned", "mean_share", "fixed_share"):
+        return f"{100 * value:.1f} %"
+    return f"{value:.2f}" if name in ("ratio", "tail") else f"{value:.3g}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for measurements and tables")
@@ -149,7 +194,8 @@ def main() -> None:
     parser.add_argument("--hub", help="directory of prompts in kvpress's columns")
     parser.add_argument("--model", help="hub id or directory; default: SmolLM2-135M-Instruct")
     parser.add_argument("--confidence", type=float, default=0.9)
-    parser.add_argument("--measure-only", action="store_true", help="write no tables")
+    parser.add_argument("--verify", type=int, default=0, help="prompts of each set that the press itself compresses")
+    parser.add_argument("--measure-only", action="store_true", help="write no tables; the routers need no calibration")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(arguments.model)
@@ -157,19 +203,37 @@ def main() -> None:
     for press in presses.values():
         press.post_init_from_model(model)
     found: dict[str, Any] = {}
+    checked: dict[str, Any] = {}
     for kind in arguments.sets:
         prompts = [prompt for _, prompt in prompts_of(kind, tokenizer, arguments.limit, arguments.hub)]
-        store = arguments.out / f"{kind}.jsonl"
-        measured = measure(model, prompts, presses, store, partial(say, kind))
+        measured = measure(model, prompts, presses, arguments.out / f"{kind}.jsonl", partial(say, kind))
         if arguments.measure_only:
             continue
         for name, press in presses.items():
             assert press.routers is not None
             promise = press.routers.promises[setting_of(press.menu)]
-            found[f"{kind} {name}"] = table(promise, measured[name], arguments.confidence)
-            print(kind, name, json.dumps(found[f"{kind} {name}"], indent=1))
-    if not arguments.measure_only:
-        (arguments.out / "promise.json").write_text(json.dumps(found, indent=1) + "\n")
+            title = f"{kind}, precision {PRECISIONS[name] or 'None'}, {len(prompts)} prompts"
+            found[title] = table(promise, measured[name], arguments.confidence)
+            some = prompts[:: max(1, len(prompts) // arguments.verify)] if arguments.verify else []
+            own = partial(verified, model, router=arguments.router, precision=PRECISIONS[name])
+            checked[title] = [own(prompt, bound=bound) for prompt in some for bound in BOUNDS]
+    if arguments.measure_only:
+        return
+    name = "-".join(arguments.sets)
+    versions = ", ".join(f"{package} {version(package)}" for package in ("kvpress-moe", "torch", "transformers"))
+    command = shlex.join(["python", "-m", "experiments.promise", *sys.argv[1:]])
+    model_name = model.config.name_or_path.rstrip("/").split("/")[-1]
+    about = [
+        f"Command: `{command}`. Confidence {arguments.confidence:g}; model {model_name}; seed 0; {versions}; float32.",
+        "",
+        "*Stay within*: share of the prompts whose KL divergence is at most `max_kl`. *Warned*: share that is unlike "
+        "the calibration. *Fixed share*: the one share for all prompts that has the same 90th percentile of the KL "
+        "divergence. Last columns: 95th percentiles of the KL divergence at the same mean share.",
+    ]
+    (arguments.out / f"{name}.json").write_text(json.dumps({"tables": found, "verified": checked}, indent=1) + "\n")
+    text = as_markdown(found, about)
+    (arguments.out / f"{name}.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ import re
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kvpress_moe.cli import app, main
 from kvpress_moe.cli.ask import run
 from kvpress_moe.cli.options import read_context
+from kvpress_moe.routers.checkpoint import save_routers
 from kvpress_moe.training.config import TrainingConfig
-from tests.tiny import tiny_model
+from tests.tiny import promised_routers, tiny_model
 
 TEXT = "The council has promised an answer before the spring. " * 8
 
@@ -204,3 +206,60 @@ def test_a_missing_or_foreign_cache_file_is_refused(text_file, model_directory):
         result = ask("--cache", path, "What?", "--model", str(model_directory))
         assert re.match("cache: .* cannot be read", str(result.exception))
     assert re.match("QUESTION", str(ask("--cache", text_file).exception))
+
+
+@pytest.fixture(scope="module")
+def promising(model_directory, tmp_path_factory):
+    """A directory of calibrated routers for the saved model, and a bound that they can promise."""
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    routers = promised_routers(model)
+    directory = save_routers(routers, tmp_path_factory.mktemp("promising"))
+    low, high = routers.promises["none"].bounds
+    return str(directory), str((low * high) ** 0.5)
+
+
+def test_ask_and_compress_keep_what_a_promise_needs_and_say_so(text_file, model_directory, promising, tmp_path):
+    router, bound = promising
+    common = ["--model", str(model_directory), "--router", router, "--max-kl", bound, "--confidence", "0.8", "--json"]
+    asked = ask(text_file, "What?", *common, "--max-new-tokens", "2")
+    got = figures(asked)
+    promise = got["promise"]
+    assert "expected KL divergence" in asked.output
+    _, ours, *others = got["methods"]
+    assert ours["kept_share"] == pytest.approx(promise["share"], abs=0.02)
+    assert {row["kept_share"] for row in others} == {ours["kept_share"]}  # experts alone get the same size
+    out = tmp_path / "text.kv"
+    written = CliRunner().invoke(app, ["compress", text_file, "--out", str(out), *common])
+    assert figures(written)["promise"]["share"] == pytest.approx(promise["share"])
+    assert "expected KL divergence" in written.output
+    page = tmp_path / "page.html"
+    explored = CliRunner().invoke(app, ["explore", text_file, "--out", str(page), *common])
+    assert explored.exit_code == 0, explored.output
+    assert '"promise":{' in page.read_text()
+
+
+@pytest.mark.parametrize("name", ["ask", "compress", "explore"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-kl", "0"], "max_kl: got 0.0"),
+        (["--max-kl", "0.02", "--ratio", "0.9"], "ratio: got '--ratio', expected no --ratio with --max-kl"),
+        (["--max-kl", "0.02", "--budget", "uniform"], "budget: got 'uniform'"),
+        (["--max-kl", "0.02", "--confidence", "1"], "confidence: got 1.0"),
+        (["--max-bytes", "7"], "max_bytes: got 7, expected None without max_kl"),
+        (["--max-kl", "0.02", "--max-bytes", "0"], "max_bytes: got 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_promises_that_contradict_are_refused_before_anything_is_loaded(
+    name, arguments, message, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("kvpress_moe.model.loading.load_model", lambda *_: 1 / 0)
+    out = [] if name == "ask" else ["--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [name, text_file, *(["What?"] if name == "ask" else []), *out, *arguments])
+    assert message in str(result.exception), result.output
+
+
+def test_a_saved_cache_takes_no_promise():
+    result = ask("--cache", "book.kv", "What?", "--max-kl", "0.02")
+    assert "max_kl: got 0.02, expected no --max-kl with --cache" in str(result.exception)

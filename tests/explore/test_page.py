@@ -11,10 +11,13 @@ from kvpress.utils import compute_n_kept
 from kvpress_moe.budget.allocation import share
 from kvpress_moe.budget.eviction import best
 from kvpress_moe.budget.shared_bytes import decide_strategies, strategy_costs
+from kvpress_moe.codes.precision import menu_of
 from kvpress_moe.explore import explore, make_press, page
 from kvpress_moe.explore.payload import as_steps
 from kvpress_moe.press.packing import N_SINK
+from kvpress_moe.press.promised_budget import setting_of
 from tests.explore.made import TEXT, calibrated_routers, drawn_strategies, reading, still, synthetic
+from tests.tiny import promised_routers
 
 pytestmark = pytest.mark.browser
 
@@ -418,3 +421,23 @@ def test_8k_tokens_of_30_layers_paint_within_two_seconds_and_follow_the_slider_w
     print(json.dumps({"paint_ms": painted, "slider_ms": [[round(ms) for ms in took] for took in rounds]}))
     assert max(painted) < 2000
     assert min(map(max, rounds)) < 100
+
+
+@pytest.mark.parametrize("precision", ["mixed", None])
+def test_a_promise_is_shown_as_a_curve_with_the_point_that_was_taken(opened, llama, read_text, precision):
+    routers = promised_routers(llama)
+    low, high = routers.promises[setting_of(() if precision is None else menu_of("mixed"))].bounds
+    made = {"router": routers, "precision": precision, "max_kl": (low * high) ** 0.5, "confidence": 0.8}
+    payload = explore(read_text, make_press(made), still)
+    promise = payload["promise"]
+    tab = opened(payload, viewport={"width": 360, "height": 740})
+    said = tab.text("#promised")
+    assert f"{100 * promise['share']:.1f} %" in said
+    assert ("bytes" if precision else "pairs") in said
+    assert tab.page.evaluate("document.querySelector('#curve polyline').points.length") == len(promise["shares"])
+    assert tab.page.locator("#curve circle").count() == 1
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == 360
+    assert tab.page.evaluate("explorer.view.ratio") == pytest.approx(promise["compression_ratio"])
+    assert tab.page.locator("#moved").is_hidden()
+    plain = opened(explore(read_text, make_press({"compression_ratio": 0.5}), still))
+    assert plain.page.locator("#promise").is_hidden()

@@ -118,6 +118,9 @@ def test_an_unforeseen_failure_is_told_and_frees_the_model(client, runner, monke
         ({"ratio": "much"}, TEXT, "request: got"),
         ({"budget": "heads"}, TEXT, "budget: got"),
         ({"precision": "few"}, TEXT, "precision: got 'few'"),
+        ({"max_kl": "0"}, TEXT, "max_kl: got 0.0"),
+        ({"max_kl": "nan"}, TEXT, "max_kl: got nan"),
+        ({"max_kl": "little"}, TEXT, "request: got"),
     ],
 )
 def test_wrong_input_is_refused_with_the_reason(client, runner, changes, text, error):
