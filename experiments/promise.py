@@ -76,7 +76,7 @@ def chosen_shares(
 ) -> tuple[Tensor, Tensor]:
     """What the promise gives each prompt (N,), and which prompts are unlike those of the calibration."""
     estimates = promise.estimate.at(features, lost, promise.shares)
-    unlike = promise.estimate.distances(features) > promise.distances.quantile(0.98)
+    unlike = promise.are_unlike(features)
     usual, safe = promise.margin(bound, confidence), float(promise.margins(bound).max())
     given = [
         share_at(row, promise.shares, math.log(bound) - (safe if is_unlike else usual))
@@ -148,7 +148,7 @@ def verified(
         with press(model):
             model.model(input_ids=context, **with_cache(cache))
         logs = [
-            model(rest, past_key_values=one, logits_to_keep=n_logits).logits[0].float().log_softmax(-1)
+            model(rest, **with_cache(one), logits_to_keep=n_logits).logits[0].float().log_softmax(-1)
             for one in (whole, cache)
         ]
     (report,) = press.get_stats()["promises"]

@@ -82,7 +82,7 @@ class MeasuredPrompt:
         self._bases.append(basis)
 
     def _sight(self, name: str) -> Sight:
-        sizes = pair_sizes(self._menus.get(name), self.prefilled(0).keys.shape[-1], self._bases[0])
+        sizes = pair_sizes(self._menus.get(name), self.prefilled(0).keys.shape[-1])
         return Sight.of(self._costs[name], *sizes)
 
     def prefilled(self, number: int) -> Any:

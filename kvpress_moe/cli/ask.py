@@ -86,7 +86,8 @@ def ask(
     from rich.console import Console
 
     check_settings(ratio, budget, router, max_new_tokens)
-    check_promise(max_kl, confidence, max_bytes, budget, cache is None and is_given(context, "ratio"))
+    if cache is None:
+        check_promise(context, max_kl, confidence, max_bytes, budget)
     menu = parse_precision(precision)
     console = Console(stderr=as_json)
     if cache is not None:
@@ -207,12 +208,13 @@ def run(
         *((f"only {n}", p) for n, p in zip(alone, singles, strict=True)),
     ]
     step("asking", total=len(methods) * len(questions))
-    rows, full_bytes = [], cache_bytes(prefill.cache)
+    rows: list[dict[str, Any]] = []
+    full_bytes = cache_bytes(prefill.cache)
     promise: dict[str, Any] = {}
     for name, method in methods:
         started = time.perf_counter()
         if method in singles and promise:  # the size that the router chose
-            method.compression_ratio = promise["promise"]["compression_ratio"]
+            method.compression_ratio = max(0.0, 1 - rows[1]["kept_share"])
         cache = prefill.compress(method)
         promise = promise or (promise_of(press.get_stats()) if method is press else {})
         row = {"method": name, "compression_seconds": time.perf_counter() - started if method else 0.0}
@@ -231,7 +233,8 @@ def run(
         "device": device,
         "num_hidden_layers": model.config.get_text_config().num_hidden_layers,
         "context_tokens": context_ids.shape[1],
-        **{name: value for name, value in settings.items() if name in ("compression_ratio", "budget", "precision")},
+        "compression_ratio": None if promise else settings["compression_ratio"],
+        **{name: settings[name] for name in ("budget", "precision")},
         "questions": questions,
         "prefill_seconds": prefill_seconds,
         **promise,

@@ -14,8 +14,8 @@ def promise_of(stats: dict[str, Any]) -> dict[str, Any]:
 def say_promise(promise: dict[str, Any], precision: str | None) -> str:
     """One sentence about what was promised and what it took."""
     what = "pairs" if precision is None else "bytes of a 16-bit cache"
-    if not promise["is_kept"]:
-        held = "max_bytes is too small for it"
+    if not promise["is_enough"]:
+        held = "max_bytes or the menu is too small for it"
     elif promise["is_unlike"]:
         held = "nothing is promised, because the text is unlike those of the calibration; it keeps more"
     else:

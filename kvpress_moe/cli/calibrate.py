@@ -79,7 +79,7 @@ def calibrate(
     if shards is not None:
         check_out_directory(shards, "shards")
     check_between("confidence", confidence)
-    check_number("prompts", prompts, 2)
+    check_number("prompts", prompts, 2, 2000, "A confidence of 0.99 needs 99, and few promises need more than 1000.")
     check_number("fit", fit, 36, remedy="An estimate needs two prompts of each kind.")
     check_number("length", length, 128)
     check_number("seed", seed, 1, 2**63 - 1, remedy="Seed 0 makes the prompts that the estimate is fitted to.")
@@ -98,6 +98,7 @@ def calibrate(
     started = time.perf_counter()
     with timed_bar() as step:
         step("importing", 0, 1)
+        from kvpress_moe.model.context_length import check_length
         from kvpress_moe.model.layers import language_model
         from kvpress_moe.model.loading import load_model
         from kvpress_moe.press.moe_router_press import MoERouterPress
@@ -107,7 +108,7 @@ def calibrate(
         from kvpress_moe.training.calibration import task_prompts
         from kvpress_moe.training.text_prompts import contexts, read_texts, text_prompts
 
-        read = None if texts is None else read_texts(texts)
+        read, n_texts = None if texts is None else read_texts(texts), 0
         step("loading the model", 0, 1)
         loaded, tokenizer = load_model(model, device)
         press = MoERouterPress(router=router)
@@ -122,7 +123,9 @@ def calibrate(
         if read is None:
             made = task_prompts(tokenizer, prompts, length, seed, limit)
         else:
+            check_length(loaded, length, 64, 64)
             pieces = contexts(read, tokenizer, length, prompts, seed)
+            n_texts = len({name for name, _ in pieces})
             made = text_prompts(loaded, tokenizer, pieces, seed, step)
         found = calibrated(
             loaded,
@@ -140,8 +143,15 @@ def calibrate(
     summary: dict[str, Any] = {
         "router": str(out),
         "prompts": prompts,
+        **({} if texts is None else {"texts": n_texts}),
         "highest_confidence": round(prompts / (prompts + 1), 4),
         "max_kl": {name: [float(f"{bound:.2g}") for bound in one.bounds] for name, one in found.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }
+    if 0 < n_texts < needed:
+        typer.echo(
+            f"The pieces are of {n_texts} texts only. What is promised holds for more pieces of these texts, not for "
+            f"others: for a confidence of {confidence:g} take at least {needed} texts.",
+            err=True,
+        )
     print(json.dumps(summary, separators=(",", ":")))

@@ -27,7 +27,6 @@ from kvpress_moe.cli.options import (
     check_out_file,
     check_promise,
     check_settings,
-    is_given,
     read_context,
 )
 from kvpress_moe.cli.progress import progress_bar
@@ -66,7 +65,7 @@ def compress(
 ) -> None:
     """Compress the cache of a text and write it to a file. `ask --cache` then needs no prefill."""
     check_settings(ratio, budget, router)
-    check_promise(max_kl, confidence, max_bytes, budget, is_given(command, "ratio"))
+    check_promise(command, max_kl, confidence, max_bytes, budget)
     menu = parse_precision(precision)
     check_out_file(out, "book.kv", text)
     context = read_context(text)

@@ -79,7 +79,7 @@ def explore(
     The page needs no network and no Python. It contains the scores, and the budget rule runs in the browser.
     """
     check_settings(ratio, budget, router, max_new_tokens)
-    check_promise(max_kl, confidence, max_bytes, budget, is_given(command, "ratio"))
+    check_promise(command, max_kl, confidence, max_bytes, budget)
     menu = parse_precision(precision)
     if ratio == 0:
         raise SettingError(

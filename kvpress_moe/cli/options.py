@@ -121,7 +121,7 @@ def check_settings(ratio: float, budget: str | None, router: str | None, max_new
 
 
 def check_promise(
-    max_kl: float | None, confidence: float, max_bytes: int | None, budget: str | None, ratio_given: bool
+    command: typer.Context, max_kl: float | None, confidence: float, max_bytes: int | None, budget: str | None
 ) -> None:
     """
     Check the settings of a promise before torch is imported. The press checks them again, with the same words.
@@ -131,6 +131,8 @@ def check_promise(
     SettingError
     """
     if max_kl is None:
+        if is_given(command, "confidence"):
+            raise SettingError("confidence", confidence, "none without --max-kl", "Add --max-kl 0.02, or leave it out.")
         if max_bytes is not None:
             raise SettingError(
                 "max_bytes", max_bytes, "None without max_kl", "Set max_kl, or choose the size with compression_ratio."
@@ -147,7 +149,7 @@ def check_promise(
         raise SettingError(
             "confidence", confidence, "a number between 0 and 1", "0.9: nine prompts of ten stay within max_kl."
         )
-    if ratio_given:
+    if is_given(command, "ratio"):
         raise SettingError(
             "ratio", "--ratio", "no --ratio with --max-kl, which decides how much each prompt keeps", "Leave one out."
         )

@@ -161,7 +161,7 @@ def explore(prefilled: PrefilledText, press: RecordingPress, step: Step) -> dict
         in_full, in_compressed = mark_matches(tokens_of(full), tokens_of(compressed))
         marked.append({"question": question, "full": in_full, "compressed": in_compressed})
     promises = press.get_stats().get("promises", [])
-    ratio = promises[-1]["compression_ratio"] if promises else press.compression_ratio
+    ratio = 1 - promises[-1]["share"] if promises else press.compression_ratio
     layers = len(press.records)
     trained = cast(Routers, press.routers).config.trained
     return payload(

@@ -140,7 +140,7 @@ class RecordingPress(MoERouterPress):
         self.records[layer_idx].mass = observation.mass[0].float().cpu()
         self.records[layer_idx].kept = kept[0].cpu()
 
-    def record_strategies(self, layer_idx: int, menu: Menu, part: PackedPart) -> None:
-        super().record_strategies(layer_idx, menu, part)
+    def record_strategies(self, layer_idx: int, menu: Menu, part: PackedPart, element_size: int) -> None:
+        super().record_strategies(layer_idx, menu, part, element_size)
         prices = switch_prices(part.costs[:, 0], menu.nbytes.to(part.costs.device)).cpu()
         self.records[layer_idx].strategies = Strategies(menu, part.strategies[0].cpu(), prices)

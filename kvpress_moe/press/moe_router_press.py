@@ -106,12 +106,12 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         The mean KL divergence, in nats, of the compressed cache's answers from the full cache's that must not be
         exceeded. Each prompt then keeps as few bytes (or pairs, without a precision) as its estimate allows, and
         ``compression_ratio`` is not used. Needs routers that were calibrated for the precision, see ``kvpress-moe
-        calibrate``; the shipped ones are, for ``"mixed"`` and ``None``.
+        calibrate``; those that ship for SmolLM2 were, for ``"mixed"`` and ``None``.
     confidence : float, default=0.9
         Share of the prompts like those of the calibration for which the bound must hold.
     max_bytes, min_bytes : int, optional
-        Hard bounds on the bytes of each row's pairs, in the layers that are compressed. Only with ``max_kl``. If
-        ``max_bytes`` is too small for the promise, a warning says so.
+        Hard bounds on the bytes that the pairs of each row would take in a 16-bit cache, in the layers that are
+        compressed. Only with ``max_kl``. If ``max_bytes`` is too small for the promise, a warning says so.
 
     Raises
     ------
@@ -125,7 +125,7 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
     and the layers become ragged under every ``budget``. In the statistics each row counts as a call.
 
     Cache feedback is state: what the first call counts changes the routing of the second call. ``del press.routers``
-    forgets it. With ``cache_aware=False`` it is not used.
+    forgets it. With ``cache_aware=False``, and with ``max_kl``, it is not used.
     """
 
     compression_ratio: float | None = 0.5
@@ -220,7 +220,7 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
             may_ship = self._follows_routers and self.router_type == "pikv"
             trained = find_trained(self.router, attention, may_ship)
             self._follow(trained)
-            settings = (self.router_type, self._expert_names, self.dropout, self.cache_aware)
+            settings = (self.router_type, self._expert_names, self.dropout, self._uses_feedback)
             self._routers = activate(trained, self.router, *settings, attention)
         return self._routers
 
@@ -325,7 +325,7 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         def pairs_of(part: int, waiting: Mapping[int, Tensor]) -> int:
             if self.max_kl is None:
                 return n_kept[part]
-            return self._promised_pairs(waiting, call.keys.shape[-1], call.keys.element_size())
+            return self._promised_pairs(waiting, call.keys.shape[-1])
 
         for layer_idx, parts in evict_shared(self._shared, call, scores, observed, pairs_of, *budget):
             for kept, observation in parts:

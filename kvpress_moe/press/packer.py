@@ -9,12 +9,13 @@ from torch import Tensor
 
 from kvpress_moe.budget.cross_layer import Observation
 from kvpress_moe.budget.shared_bytes import ByteBudget, SharedBytes
+from kvpress_moe.cache.tier import TABLE_BYTES
 from kvpress_moe.codes.precision import WHOLE, Precision, menu_of
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.press.exclusive_use import is_in_use
 from kvpress_moe.press.feedback import Feedback
 from kvpress_moe.press.packing import Menu, PackedPart, cost_of_strategies, key_basis, pack_shared, positions_of
-from kvpress_moe.press.promised_budget import pair_sizes
+from kvpress_moe.press.promised_budget import ELEMENT_SIZE, pair_sizes
 from kvpress_moe.press.promising import Promising
 from kvpress_moe.press.session import Session
 from kvpress_moe.routers import Routers, Routing
@@ -48,10 +49,11 @@ class Packer(Promising):
         """Whether no pair has to change: the whole cache fits into the budget, as the model wrote it."""
         return self.compression_ratio == 0 and (self.precision is None or Precision(WHOLE, WHOLE) in self.menu)
 
-    def record_strategies(self, layer_idx: int, menu: Menu, part: PackedPart) -> None:
-        """Note which strategies the pairs of a layer got."""
+    def record_strategies(self, layer_idx: int, menu: Menu, part: PackedPart, element_size: int) -> None:
+        """Note which strategies the pairs of a layer got. Numbers of the cache take ``element_size`` bytes."""
+        nbytes = menu.nbytes_in(element_size)
         self._feedback.stats.add_strategies(
-            layer_idx, menu.precisions, menu.nbytes, part.strategies, part.costs, part.observation.mass
+            layer_idx, menu.precisions, nbytes, part.strategies, part.costs, part.observation.mass
         )
 
     def _pack(
@@ -67,7 +69,9 @@ class Packer(Promising):
         starts = self._session.text_starts
         positions = positions_of(call, starts)
         basis = key_basis(call, call.layer_idx, self._routers, positions)
-        menu = Menu.of(self.menu, call.keys.shape[-1], call.keys.element_size(), basis)
+        promises = self.max_kl is not None  # what was calibrated are the strategies in a 16-bit cache
+        element_size = ELEMENT_SIZE if promises else call.keys.element_size()
+        menu = Menu.of(self.menu, call.keys.shape[-1], element_size, basis)
         costs = []
         for number, (row, routing, score) in enumerate(zip(rows, routed, scores, strict=True)):
             own = positions if starts is None else positions[min(number, len(positions) - 1)][None, starts[number] :]
@@ -76,10 +80,10 @@ class Packer(Promising):
         def plan(part: int, pooled: Tensor) -> ByteBudget:
             k_len, kept = rows[part].k_len, n_kept[part]
             keep = kept / k_len if self.compression_ratio is None else 1 - self.compression_ratio
-            if self.max_kl is not None:
-                sizes = pair_sizes(menu, call.keys.shape[-1], basis)
+            if promises:
                 layers = pooled.split(call.keys.shape[1], dim=2)
-                keep = self._promised_share(layers, sizes, menu.pair_bytes, len(menu.precisions))
+                smallest = int(menu.nbytes[1]) + TABLE_BYTES * len(menu.precisions)
+                keep = self._promised_share(layers, pair_sizes(menu, menu.head_dim), smallest, menu.has_whole)
                 kept = int(keep * k_len)
             return menu.plan(k_len, keep, 1 if self.scope == "uniform" else kept * self.min_share)
 
@@ -97,5 +101,5 @@ class Packer(Promising):
         ):
             for part in parts:
                 self.record(layer_idx, part.observation, part.strategies > 0)
-                self.record_strategies(layer_idx, menu, part)
+                self.record_strategies(layer_idx, menu, part, call.keys.element_size())
         return call.keys, call.values  # kvpress's hook stores them in the old layer object, which is no longer in use

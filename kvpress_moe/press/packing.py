@@ -61,18 +61,20 @@ class Menu:
         Bytes of a pair with each strategy. The first strategy evicts.
     pair_bytes : int
         Bytes of a pair as the model wrote it.
+    head_dim : int
     """
 
     precisions: tuple[Precision, ...]
     nbytes: Tensor
     pair_bytes: int
+    head_dim: int
 
     @classmethod
     def of(cls, precisions: Sequence[Precision], head_dim: int, element_size: int, basis: KeyBasis | None) -> Menu:
         """Sorted by bytes."""
         by_bytes = sorted(precisions, key=lambda precision: precision.nbytes(head_dim, element_size, basis))
         nbytes = [0, *(precision.nbytes(head_dim, element_size, basis) for precision in by_bytes)]
-        return cls(tuple(by_bytes), torch.tensor(nbytes), 2 * head_dim * element_size)
+        return cls(tuple(by_bytes), torch.tensor(nbytes), 2 * head_dim * element_size, head_dim)
 
     def budget(self, k_len: int, keep: float) -> int:
         """Bytes of a head's pairs that stay within the share ``keep`` of ``k_len`` whole pairs, tables included."""
@@ -86,9 +88,18 @@ class Menu:
         """Number of first tokens whose pairs stay as the model wrote them, with ``budget`` bytes for a head."""
         return N_SINK if self.has_whole and N_SINK * self.pair_bytes <= SINKS_SHARE * budget else 0
 
+    def nbytes_in(self, element_size: int) -> Tensor:
+        """Bytes of a pair with each strategy (M,), in a cache whose numbers take ``element_size`` bytes."""
+        n_whole = [0, *((p.key_bits == WHOLE) + (p.value_bits == WHOLE) for p in self.precisions)]
+        return self.nbytes + torch.tensor(n_whole) * (self.head_dim * element_size - self.pair_bytes // 2)
+
     def plan(self, k_len: int, keep: float, n_pairs: float) -> ByteBudget:
-        """The budget of a head with ``k_len`` pairs, of which the share ``keep`` of the bytes stays."""
-        nbytes = self.budget(k_len, keep)
+        """
+        The budget of a head with ``k_len`` pairs, of which the share ``keep`` of the bytes stays.
+
+        If everything stays, tables come on top.
+        """
+        nbytes = self.budget(k_len, keep) if keep < 1 else k_len * self.pair_bytes
         return ByteBudget(nbytes, self.floor(nbytes, n_pairs), self.whole(nbytes))
 
     @property

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from kvpress_moe.budget.shared_bytes import as_costs
-from kvpress_moe.cache.tier import TABLE_BYTES
-from kvpress_moe.codes.key_transform import KeyBasis
 from kvpress_moe.codes.precision import Precision
 from kvpress_moe.errors import SettingError
 from kvpress_moe.press.packing import Menu
@@ -20,7 +18,6 @@ from kvpress_moe.routers.promise import Decision, Promise
 from kvpress_moe.routers.sight import Sight
 
 ELEMENT_SIZE = 2  # shares are those of a 16-bit cache, whatever type the model has
-JUST_BELOW_1 = 0.9999  # a share of 1 means that nothing changes
 
 
 class PairSizes(NamedTuple):
@@ -30,27 +27,12 @@ class PairSizes(NamedTuple):
     whole: int
 
 
-def pair_sizes(menu: Menu | None, head_dim: int, basis: KeyBasis | None = None) -> PairSizes:
-    """
-    Bytes of a pair with the strategies of a menu. ``None``: a pair is evicted or stays as it is.
-
-    Raises
-    ------
-    SettingError
-        If the precisions have another order in a 16-bit cache than in this one.
-    """
+def pair_sizes(menu: Menu | None, head_dim: int) -> PairSizes:
+    """Bytes of a pair with the strategies of a menu of a 16-bit cache. ``None``: a pair is evicted or stays whole."""
+    if menu is not None:
+        return PairSizes(menu.nbytes, menu.pair_bytes)
     whole = 2 * head_dim * ELEMENT_SIZE
-    if menu is None:
-        return PairSizes(torch.tensor([0, whole]), whole)
-    nbytes = [0, *(precision.nbytes(head_dim, ELEMENT_SIZE, basis) for precision in menu.precisions)]
-    if nbytes != sorted(nbytes):
-        raise SettingError(
-            "precision",
-            setting_of(menu.precisions),
-            "precisions that have the same order by bytes in a 16-bit cache, with max_kl",
-            "Leave out those that are whole in one part only.",
-        )
-    return PairSizes(torch.tensor(nbytes), whole)
+    return PairSizes(torch.tensor([0, whole]), whole)
 
 
 def setting_of(menu: Sequence[Precision]) -> str:
@@ -85,6 +67,13 @@ def find_promise(routers: Routers, press: Any) -> Promise:
             f"one that the routers were calibrated for ({'; '.join(sorted(routers.promises))}), with max_kl",
             "Run kvpress-moe calibrate --precision …",
         )
+    if press.scope != "global" or not routers.config.num_heads:
+        raise SettingError(
+            "budget",
+            press.scope,
+            "'global' with max_kl",
+            "Its heads cannot share a budget. Use trained routers.",
+        )
     promise = routers.promises[name]
     for field in ("min_share", "top_k", "capacity_factor"):
         if getattr(press, field) != promise.about[field]:
@@ -98,9 +87,7 @@ def find_promise(routers: Routers, press: Any) -> Promise:
     return promise
 
 
-def decide(
-    promise: Promise, press: Any, sight: Sight, n_heads: int, n_tokens: int, pair_bytes: int, n_tables: int
-) -> Decision:
+def decide(promise: Promise, press: Any, sight: Sight, n_heads: int, smallest: int, has_whole: bool) -> Decision:
     """
     What a row keeps.
 
@@ -111,32 +98,27 @@ def decide(
     sight : Sight
     n_heads : int
         Number of heads of all layers.
-    n_tokens : int
-    pair_bytes : int
-        Bytes of a pair as the model wrote it, in the cache in use.
-    n_tables : int
-        Number of tables of each head. ``max_bytes`` counts them.
+    smallest : int
+        Bytes of a head that keeps one pair.
+    has_whole : bool
+        Whether pairs may stay as the model wrote them.
 
     Raises
     ------
     SettingError
         If ``max_bytes`` is less than what one pair of each head takes.
     """
-    full = n_heads * n_tokens * pair_bytes
-    counted = sight.full_bytes if n_tables else full  # codes have the same size in every cache, whole pairs do not
-    least = 0.0 if press.min_bytes is None else min(1.0, press.min_bytes / counted)
-    most = 1.0
-    if press.max_bytes is not None and press.max_bytes < full:
-        smallest = n_heads * (pair_bytes + n_tables * TABLE_BYTES)
-        if press.max_bytes < smallest:
-            raise SettingError(
-                "max_bytes",
-                press.max_bytes,
-                f"at least {smallest} bytes, one pair of each head",
-                "Raise it, or leave it out.",
-            )
-        most = min(JUST_BELOW_1, press.max_bytes / counted)
-    return promise.decide(sight, press.max_kl, press.confidence, least, most)
+    low, high, full = press.min_bytes, press.max_bytes, sight.full_bytes
+    if high is not None and high < n_heads * smallest:
+        raise SettingError(
+            "max_bytes",
+            high,
+            f"at least {n_heads * smallest} bytes, one pair of each head",
+            "Raise it, or leave it out.",
+        )
+    least = 0.0 if low is None else min(1.0, low / full)
+    most = 1.0 if high is None or high >= full else high / full
+    return promise.decide(sight, press.max_kl, press.confidence, least, most, has_whole)
 
 
 def report_of(promise: Promise, press: Any, sight: Sight, decision: Decision, n_tokens: int) -> dict[str, Any]:

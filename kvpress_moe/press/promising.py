@@ -32,26 +32,24 @@ class Promising:
         assert self._routers is not None
         return find_promise(self._routers, self)
 
-    def _promised_share(self, costs: Sequence[Tensor], sizes: PairSizes, pair_bytes: int, n_tables: int) -> float:
+    def _promised_share(self, costs: Sequence[Tensor], sizes: PairSizes, smallest: int, has_whole: bool) -> float:
         """
-        The share of a row's bytes, in the cache in use, that the promise needs. It is noted in the statistics.
+        The share of a row's bytes, in a 16-bit cache, that the promise needs. It is noted in the statistics.
 
         Parameters
         ----------
         costs : sequence of Tensor, each (M, 1, H, S)
             For each compressed layer.
         sizes : PairSizes
-        pair_bytes : int
-            Bytes of a pair as the model wrote it, in the cache in use.
-        n_tables : int
-            Number of tables of each head; 0 without a precision.
+        smallest : int
+            Bytes of a head that keeps one pair.
+        has_whole : bool
+            Whether pairs may stay as the model wrote them.
         """
         promise, sight = self._find_promise(), Sight.of(costs, *sizes)
         n_heads, n_tokens = sum(layer.shape[2] for layer in costs), costs[0].shape[-1]
-        decision = decide(promise, self, sight, n_heads, n_tokens, pair_bytes, n_tables)
-        keep = decision.share * sizes.whole / pair_bytes if n_tables and decision.share < 1 else decision.share
-        report = report_of(promise, self, sight, decision, n_tokens)
-        self._feedback.stats.add_promise({**report, "compression_ratio": 1 - keep})
+        decision = decide(promise, self, sight, n_heads, smallest, has_whole)
+        self._feedback.stats.add_promise(report_of(promise, self, sight, decision, n_tokens))
         if decision.is_unlike:
             logger.warning(
                 "MoERouterPress: a prompt of %d tokens is unlike the prompts that max_kl was calibrated with. It keeps "
@@ -60,23 +58,24 @@ class Promising:
                 n_tokens,
                 100 * decision.share,
             )
-        if not decision.is_kept:
+        if not decision.is_enough:
             logger.warning(
-                "MoERouterPress: max_bytes=%s is too small for max_kl=%s with a prompt of %d tokens; the expected KL "
-                "divergence is %.2g.",
+                "MoERouterPress: max_bytes=%s, or the menu, is too small for max_kl=%s with a prompt of %d tokens; the "
+                "expected KL divergence is %.2g.",
                 self.max_bytes,
                 self.max_kl,
                 n_tokens,
                 decision.expected_kl,
             )
-        return keep
+        return decision.share
 
-    def _promised_pairs(self, scores: Mapping[int, Tensor], head_dim: int, element_size: int) -> int:
+    def _promised_pairs(self, scores: Mapping[int, Tensor], head_dim: int) -> int:
         """Number of pairs that a head of a row keeps on average, from the scores (1, H, S) of all layers."""
         assert self._routers is not None
         costs = [eviction_costs(self._routers.layers[layer_idx], own) for layer_idx, own in scores.items()]
-        keep = self._promised_share(costs, pair_sizes(None, head_dim), 2 * head_dim * element_size, n_tables=0)
-        return max(1, int(costs[0].shape[-1] * keep))
+        sizes, k_len = pair_sizes(None, head_dim), costs[0].shape[-1]
+        share = self._promised_share(costs, sizes, sizes.whole, has_whole=True)
+        return max(1, min(k_len, int(k_len * share)))
 
 
 def rows_apart(press: Any, n_rows: int, starts: list[int] | None) -> list[int] | None:

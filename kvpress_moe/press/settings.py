@@ -75,6 +75,8 @@ class Settings(CustomStrategies):
     track_misses: bool
     budget: str | None
     precision: Any
+    cache_aware: bool
+    max_kl: float | None
     routers: Any
     reset_stats: Callable[[], None]
     _experts: list[Expert]
@@ -138,9 +140,17 @@ class Settings(CustomStrategies):
             check_tracking(self.track_misses, self.budget, value)
         elif name in ("router", "router_type"):
             del self.routers
-        elif name in ("cache_aware", "dropout"):
+        elif name == "dropout":
             set_in_routers(self.routers, name, value)
+        elif name in ("cache_aware", "max_kl"):
+            now = {"cache_aware": self.cache_aware, "max_kl": self.max_kl, name: value}
+            set_in_routers(self.routers, "cache_aware", now["cache_aware"] and now["max_kl"] is None)
         return value
+
+    @property
+    def _uses_feedback(self) -> bool:
+        """Whether hit rates change the routing. Not with a promise: it was calibrated without feedback."""
+        return self.cache_aware and self.max_kl is None
 
     # ── experts ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kvpress_moe.codes.precision import Precision
 
+MOST_PROMISES = 1000  # rows of prompts whose promises are kept
+
 
 class RoutingStats:
     """
@@ -34,7 +36,7 @@ class RoutingStats:
 
     def snapshot(self) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
         """The counts, for :meth:`restore`. Sums are never changed in place, so no tensor is copied."""
-        return {layer_idx: dict(sums) for layer_idx, sums in self._layers.items()}, list(self._promises)
+        return {layer_idx: dict(sums) for layer_idx, sums in self._layers.items()}, self._promises
 
     def restore(self, snapshot: tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]) -> None:
         """Go back to the counts of a snapshot."""
@@ -44,7 +46,7 @@ class RoutingStats:
 
     def add_promise(self, report: dict[str, Any]) -> None:
         """Note what was chosen for a row of a prompt to keep a promise, as plain data."""
-        self._promises.append(report)
+        self._promises = [*self._promises[1 - MOST_PROMISES :], report]
 
     def add(self, layer_idx: int, **counts: int | Tensor) -> None:
         """Add to a layer's sums."""
@@ -110,9 +112,9 @@ class RoutingStats:
 
             With ``max_kl`` also ``promises``: for each row of each prompt a dict of ``max_kl``, ``confidence``,
             ``share`` (of the bytes of a 16-bit cache, or of the pairs, that stayed), ``expected_kl`` (the estimate, a
-            median, in nats), ``is_unlike`` (whether the prompt is unlike those of the calibration), ``is_kept``
-            (False if ``max_bytes`` forbids it), ``n_tokens``, ``compression_ratio`` (the one that keeps as much), and
-            the curve: ``expected_kls`` at ``shares``.
+            median, in nats), ``is_unlike`` (whether the prompt is unlike those of the calibration; then nothing is
+            promised), ``is_enough`` (False if ``max_bytes`` forbids the share that is needed), ``n_tokens``, and the
+            curve: ``expected_kls`` at ``shares``. Of the latest 1,000 rows.
         """
         layers = {layer_idx: self._layer(sums, num_experts) for layer_idx, sums in sorted(self._layers.items())}
         calls = [int(sums.get("calls", 0)) for sums in self._layers.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -17,8 +18,8 @@ from safetensors.torch import save_file
 
 from kvpress_moe.codes.transform_files import FILE as TRANSFORMS
 from kvpress_moe.codes.transform_files import read_transforms, writer
-from kvpress_moe.errors import CheckpointError
-from kvpress_moe.files import fill, is_text, open_tensors, read_json, read_shapes, write_together
+from kvpress_moe.errors import CheckpointError, SettingError
+from kvpress_moe.files import MAX_JSON, fill, is_text, open_tensors, read_json, read_shapes, write_together
 from kvpress_moe.model.fingerprint import check_form
 from kvpress_moe.routers import RouterConfig, Routers
 from kvpress_moe.routers.promise import Promise
@@ -71,9 +72,9 @@ def save_routers(
         files[directory / TRANSFORMS] = writer(routers.key_transforms)
     if routers.promises:
         files[directory / PROMISES] = _promise_writer(routers.promises)
-    for left in {directory / TRANSFORMS, directory / PROMISES} - files.keys():
-        left.unlink(missing_ok=True)  # of routers that are replaced
     write_together(files)
+    for left in {directory / TRANSFORMS, directory / PROMISES} - files.keys():
+        left.unlink(missing_ok=True)  # of routers that were replaced
     return directory
 
 
@@ -89,19 +90,35 @@ def save_promises(promises: Mapping[str, Promise], source: Path, directory: Path
     directory : Path
     """
     directory.mkdir(parents=True, exist_ok=True)
-    files: dict[Path, Any] = {directory / PROMISES: _promise_writer(promises)}
+    files: dict[Path, Any] = {}
     if directory.resolve() != source.resolve():
-        for name in (WEIGHTS, CONFIG, TRANSFORMS):
-            if (source / name).exists():
-                files[directory / name] = partial(shutil.copyfile, source / name)
-            else:
-                (directory / name).unlink(missing_ok=True)  # of routers that are replaced
+        held = [name for name in (WEIGHTS, CONFIG, TRANSFORMS) if (source / name).exists()]
+        files = {directory / name: partial(shutil.copyfile, source / name) for name in held}
+    files[directory / PROMISES] = _promise_writer(promises)
     write_together(files)
+    if len(files) > 1 and directory / TRANSFORMS not in files:
+        (directory / TRANSFORMS).unlink(missing_ok=True)  # of routers that were replaced
 
 
 def _promise_writer(promises: Mapping[str, Promise]) -> Any:
     text = json.dumps({name: promise.as_dict() for name, promise in promises.items()}, separators=(",", ":"))
+    if len(text) > MAX_JSON:
+        raise SettingError("prompts", len(text), f"promises of at most {MAX_JSON} characters", "Take fewer prompts.")
     return lambda path: path.write_text(text)
+
+
+def weights_hash(routers: Routers) -> str:
+    """
+    SHA-256 of routers' weights and key transforms, in float16.
+
+    Running averages do not count. Routers that were saved in float16 and loaded again have the same hash.
+    """
+    found = hashlib.sha256()
+    for name, weight in routers.named_parameters():
+        found.update(name.encode() + weight.detach().half().cpu().numpy().tobytes())
+    for layer_idx, transform in sorted((routers.key_transforms or {}).items()):
+        found.update(str(layer_idx).encode() + transform.synthesis.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def directory_at(source: str | Path) -> Path:
@@ -155,10 +172,13 @@ def load_routers(source: str | Path) -> Routers:
             )
         if (directory / PROMISES).exists():
             routers.promises = _read_promises(directory / PROMISES, config)
+            own = weights_hash(routers)
+            if any(promise.about["routers"] != own for promise in routers.promises.values()):
+                raise ValueError(f"{PROMISES} is of other weights or key transforms. Calibrate again, or delete it")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"router: {source} cannot be read ({type(error).__name__}: {error}), expected {WEIGHTS} and {CONFIG} as "
-            "written by save_routers. Save it again."
+            f"written by save_routers, and {PROMISES} as written by calibrate. Save them again."
         ) from error
     return routers
 
@@ -171,7 +191,7 @@ def _read_promises(path: Path, config: RouterConfig) -> dict[str, Promise]:
     found = {}
     for name, promise in saved.items():
         n_features = len(promise["mean"])
-        if not 1 < n_features <= 1 + config.num_layers * max(1, config.num_heads):
+        if not 1 < n_features <= 1 + config.num_layers * config.num_heads:
             raise ValueError(f"{PROMISES}: {n_features} features")
         found[name] = Promise.from_dict(promise, n_features)
     return found

@@ -10,7 +10,7 @@ that are drawn like these then stays within the bound.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -23,6 +23,10 @@ from kvpress_moe.routers.sight import Sight
 
 LEAST = 1e-5  # of a measured KL divergence; smaller ones are noise of float32
 FITTED = (1e-4, 1.0)  # KL divergences that the estimate is fitted to
+LEAST_POINTS = 20
+LEAST_SLOPE = 1e-3
+LARGEST = 1e6  # of any number in a file; logarithms, weights and tokens are far smaller
+LONGER = 1.25  # times as long as the longest calibration prompt, or as short as the shortest, is not unlike yet
 RIDGE = 2.0  # penalty of the features' weights, if each had a variance of one over their number
 UNLIKE = 0.98  # share of the calibration prompts that are less far from the others than an unlike prompt
 
@@ -38,15 +42,17 @@ class Decision(NamedTuple):
     expected_kl : float
         Estimate of the mean KL divergence with this share, in nats. It is a median: half of the prompts have less.
     is_unlike : bool
-        Whether the prompt is unlike those of the calibration. The margin is then the largest one.
-    is_kept : bool
-        Whether the promise holds. Not if a bound on the bytes forbids it.
+        Whether the prompt is unlike those of the calibration. The margin is then the largest one, and nothing is
+        promised.
+    is_enough : bool
+        Whether the share is as large as the margin demands. Not if ``max_bytes`` forbids it, or if everything would be
+        needed but the menu has no whole pairs.
     """
 
     share: float
     expected_kl: float
     is_unlike: bool
-    is_kept: bool
+    is_enough: bool
 
 
 @dataclass(frozen=True)
@@ -54,23 +60,20 @@ class Estimate:
     """
     Logarithm of the KL divergence, read from what the routers know of a prompt.
 
-    It is linear in ``log(lost)``, ``-log(share)`` and the features. The first two slopes are not negative, so that more
-    bytes never have a higher estimate.
+    It is linear in ``log(lost)``, ``-log(share)`` and the features. The first slope is not negative and the second one
+    is positive, so that more bytes have a lower estimate.
 
     Attributes
     ----------
     slopes : Tensor, shape (2,)
     weights, mean : Tensor, shape (F,)
     intercept : float
-    spread : Tensor, shape (F,)
-        Standard deviation of each feature among the prompts that were fitted.
     """
 
     slopes: Tensor
     weights: Tensor
     mean: Tensor
     intercept: float
-    spread: Tensor
 
     @classmethod
     def fit(cls, features: Tensor, lost: Tensor, divergences: Tensor, shares: Tensor) -> Self:
@@ -87,16 +90,21 @@ class Estimate:
 
         Raises
         ------
-        ValueError
-            If there are fewer than two prompts.
+        SettingError
+            If there are fewer than two prompts, or fewer than ``LEAST_POINTS`` divergences in the range ``FITTED``.
         """
-        if len(features) < 2:
-            raise ValueError(f"features: got {len(features)} prompts, expected at least 2.")
         mean = features.mean(0)
         centred = features - mean
         curves = _of_curve(lost, shares)  # (N, K, 2)
         logs = divergences.double().clamp(min=LEAST).log()
         fitted = (logs > math.log(FITTED[0])) & (logs < math.log(FITTED[1]))
+        if len(features) < 2 or int(fitted.sum()) < LEAST_POINTS:
+            raise SettingError(
+                "fit",
+                len(features),
+                f"prompts with at least {LEAST_POINTS} KL divergences between {FITTED[0]:g} and {FITTED[1]:g}",
+                f"These have {int(fitted.sum())}. Take more prompts, or longer ones.",
+            )
         inputs = torch.cat((curves, centred[:, None].expand(-1, len(shares), -1)), dim=-1)[fitted]
         scale = features.std(0).clamp(min=1e-6) * len(mean) ** 0.5
         penalty = torch.cat((torch.full((2,), 1e-3).double(), RIDGE * scale**2))
@@ -106,7 +114,8 @@ class Estimate:
             if not bool((weights[:2] < 0).any()):
                 break
             used &= weights[:2] >= 0
-        return cls(weights[:2], weights[2:], mean, float(intercept), features.std(0).clamp(min=1e-3))
+        slopes = weights[:2].clamp(min=torch.tensor([0.0, LEAST_SLOPE]))  # a flat estimate would have no least share
+        return cls(slopes, weights[2:], mean, float(intercept))
 
     def at(self, features: Tensor, lost: Tensor, shares: Tensor) -> Tensor:
         """
@@ -120,10 +129,6 @@ class Estimate:
         """
         of_prompt = (features - self.mean) @ self.weights + self.intercept
         return (_of_curve(lost, shares) @ self.slopes + of_prompt[:, None]).cummin(-1).values
-
-    def distances(self, features: Tensor) -> Tensor:
-        """How far prompts' features (N, F) are from those of the fitted prompts, in standard deviations: (N,)."""
-        return ((features - self.mean) / self.spread).square().mean(-1).sqrt()
 
 
 def _of_curve(lost: Tensor, shares: Tensor) -> Tensor:
@@ -154,19 +159,68 @@ class Promise:
         Shares of the bytes (of a 16-bit cache) at which KL divergences were measured, rising.
     estimates, divergences : Tensor, shape (N, K)
         Logarithms of the estimated and of the measured KL divergences of the calibration prompts.
-    distances : Tensor, shape (N,)
-        See :meth:`Estimate.distance`.
+    centre, spread : Tensor, shape (F,)
+        Mean and standard deviation of the calibration prompts' features.
+    farthest : float
+        Distance from the centre that nearly all calibration prompts are within, see :meth:`distances`.
+    lengths : tuple of (int, int)
+        Smallest and largest number of tokens of a calibration prompt.
     about : dict
         What the calibration belongs to: ``precision``, ``min_share``, ``top_k`` and ``capacity_factor`` of the press;
-        ``prompts`` (their source), ``seed``, ``versions``.
+        ``routers`` (a hash of their weights), ``prompts`` (their source), ``seed``, ``versions``.
     """
 
     estimate: Estimate
     shares: Tensor
     estimates: Tensor
     divergences: Tensor
-    distances: Tensor
+    centre: Tensor
+    spread: Tensor
+    farthest: float
+    lengths: tuple[int, int]
     about: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        estimate: Estimate,
+        features: Tensor,
+        lost: Tensor,
+        divergences: Tensor,
+        shares: Tensor,
+        about: dict[str, Any],
+    ) -> Self:
+        """
+        Calibrate an estimate with measured prompts that it was not fitted to.
+
+        Parameters
+        ----------
+        estimate : Estimate
+        features : Tensor, shape (N, F)
+        lost, divergences : Tensor, shape (N, K)
+        shares : Tensor, shape (K,)
+        about : dict
+        """
+        logs = divergences.clamp(min=LEAST).log()
+        centre, spread = features.mean(0), features.std(0, correction=0).clamp(min=1e-3)
+        tokens = features[:, 0].exp().round()
+        made = cls(
+            estimate,
+            shares,
+            estimate.at(features, lost, shares),
+            logs,
+            centre,
+            spread,
+            0.0,
+            (int(tokens.min()), int(tokens.max())),
+            about,
+        )
+        others = len(features) / max(1, len(features) - 1)  # a prompt itself moves the centre
+        return replace(made, farthest=float((others * made.distances(features)).quantile(UNLIKE)))
+
+    def distances(self, features: Tensor) -> Tensor:
+        """How far prompts' features (N, F) are from those of the calibration prompts, in standard deviations: (N,)."""
+        return ((features - self.centre) / self.spread).square().mean(-1).sqrt()
 
     @property
     def n_prompts(self) -> int:
@@ -177,7 +231,9 @@ class Promise:
     def bounds(self) -> tuple[float, float]:
         """The smallest and the largest ``max_kl`` that can be promised: the range of the median measured divergence."""
         medians = self.divergences.median(0).values.exp()
-        return float(medians[-1].clamp(min=10 * LEAST)), float(medians[0])
+        low, high = max(float(medians[-1]), 10 * LEAST), float(medians[0])
+        digits = 10.0 ** (1 - math.floor(math.log10(low))), 10.0 ** (1 - math.floor(math.log10(high)))
+        return math.ceil(low * digits[0]) / digits[0], math.floor(high * digits[1]) / digits[1]  # two digits, inwards
 
     def check(self, max_kl: float, confidence: float) -> None:
         """
@@ -227,9 +283,15 @@ class Promise:
         rank = math.ceil((self.n_prompts + 1) * confidence)
         return float(self.margins(max_kl).sort().values[min(rank, self.n_prompts) - 1])
 
-    def is_unlike(self, sight: Sight) -> bool:
-        """Whether a prompt is further from the fitted ones than nearly all calibration prompts."""
-        return float(self.estimate.distances(sight.features[None])) > float(self.distances.quantile(UNLIKE))
+    def are_unlike(self, features: Tensor) -> Tensor:
+        """
+        Whether prompts, by their features (N, F), are unlike the calibration prompts: (N,), bool.
+
+        They are further from the centre than nearly all calibration prompts, or clearly longer or shorter than all.
+        """
+        tokens, (shortest, longest) = features[:, 0].exp(), self.lengths
+        of_other_length = (tokens < shortest / LONGER) | (tokens > longest * LONGER)
+        return (self.distances(features) > self.farthest) | of_other_length
 
     def curve(self, sight: Sight) -> Tensor:
         """Expected KL divergence of a prompt at the measured shares: (K,), float64."""
@@ -243,7 +305,15 @@ class Promise:
             )
         return self.estimate.at(sight.features[None], sight.lost(self.shares)[None], self.shares)[0]
 
-    def decide(self, sight: Sight, max_kl: float, confidence: float, least: float = 0.0, most: float = 1.0) -> Decision:
+    def decide(
+        self,
+        sight: Sight,
+        max_kl: float,
+        confidence: float,
+        least: float = 0.0,
+        most: float = 1.0,
+        has_whole: bool = True,
+    ) -> Decision:
         """
         Choose the smallest share of the bytes that keeps the promise.
 
@@ -255,14 +325,18 @@ class Promise:
         confidence : float
         least, most : float
             Hard bounds on the share.
+        has_whole : bool
+            Whether pairs may stay as the model wrote them. Then nothing is lost at a share of 1.
         """
         estimates = self._estimates(sight)
-        is_unlike = self.is_unlike(sight)
+        is_unlike = bool(self.are_unlike(sight.features[None]))
         margin = float(self.margins(max_kl).max()) if is_unlike else self.margin(max_kl, confidence)
         needed = share_at(estimates, self.shares, math.log(max_kl) - margin)
         share = min(max(needed, least), most)
-        expected = 0.0 if share == 1 else math.exp(float(_interpolated(estimates, self.shares, share)))
-        return Decision(share, expected, is_unlike, share >= needed)
+        if share == 1 and has_whole:
+            return Decision(1.0, 0.0, is_unlike, True)
+        expected = math.exp(min(float(_on_line(estimates, self.shares, share)), math.log(LARGEST)))
+        return Decision(share, expected, is_unlike, needed < 1 and share >= needed)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a JSON file."""
@@ -277,11 +351,13 @@ class Promise:
             "weights": _significant(estimate.weights),
             "mean": _significant(estimate.mean),
             "intercept": _significant(torch.tensor([estimate.intercept]).double())[0],
-            "spread": _significant(estimate.spread),
             "shares": self.shares.tolist(),
             "estimates": plain(self.estimates, 2),
             "divergences": plain(self.divergences, 2),
-            "distances": _significant(self.distances),
+            "centre": _significant(self.centre),
+            "spread": _significant(self.spread),
+            "farthest": float(f"{self.farthest:.4g}"),
+            "lengths": list(self.lengths),
         }
 
     @classmethod
@@ -300,10 +376,10 @@ class Promise:
             "slopes": (2,),
             "weights": (n_features,),
             "mean": (n_features,),
+            "centre": (n_features,),
             "spread": (n_features,),
             "estimates": (n_prompts, len(shares)),
             "divergences": (n_prompts, len(shares)),
-            "distances": (n_prompts,),
         }
         found = {name: _tensor(saved, name) for name in shapes}
         for name, shape in shapes.items():
@@ -313,18 +389,25 @@ class Promise:
             raise ValueError("shares: expected rising numbers between 0 and 1, and at least one prompt")
         if bool((found["spread"] <= 0).any()):
             raise ValueError("spread: expected positive numbers")
-        if bool((found["slopes"] < 0).any()) or not is_number(saved["intercept"]):
-            raise ValueError("slopes: expected no negative ones, and an intercept")
+        if bool((found["slopes"] < 0).any()) or float(found["slopes"][1]) < 0.9 * LEAST_SLOPE:
+            raise ValueError("slopes: expected a first one that is not negative and a positive second one")
+        if bool((found["estimates"].diff() > 0).any()):
+            raise ValueError("estimates: expected none that rise with the share")
+        numbers = {name: saved[name] for name in ("intercept", "farthest")}
+        if not all(is_number(value) and abs(value) <= LARGEST for value in numbers.values()):
+            raise ValueError("intercept, farthest: expected finite numbers")
+        lengths = saved["lengths"]
+        if not (isinstance(lengths, list) and len(lengths) == 2 and all(is_whole(length, 1) for length in lengths)):
+            raise ValueError("lengths: expected two numbers of tokens")
         about = saved["about"]
-        texts, numbers = ("precision", "prompts"), ("min_share", "capacity_factor")
-        if not all(is_text(about[name]) for name in texts) or not all(is_number(about[name]) for name in numbers):
-            raise ValueError("about: expected precision, prompts, min_share and capacity_factor")
+        texts, figures = ("precision", "prompts", "routers"), ("min_share", "capacity_factor")
+        if not all(is_text(about[name]) for name in texts) or not all(is_number(about[name]) for name in figures):
+            raise ValueError("about: expected precision, prompts, routers, min_share and capacity_factor")
         if not (is_whole(about["top_k"], 1) and is_whole(about["seed"]) and isinstance(about["versions"], dict)):
             raise ValueError("about: expected top_k, seed and versions")
-        estimate = Estimate(
-            found["slopes"], found["weights"], found["mean"], float(saved["intercept"]), found["spread"]
-        )
-        return cls(estimate, shares, found["estimates"], found["divergences"], found["distances"], about)
+        estimate = Estimate(found["slopes"], found["weights"], found["mean"], float(saved["intercept"]))
+        kept = (found["estimates"], found["divergences"], found["centre"], found["spread"])
+        return cls(estimate, shares, *kept, float(saved["farthest"]), (lengths[0], lengths[1]), about)
 
 
 def share_at(estimates: Tensor, shares: Tensor, bound: float) -> float:
@@ -339,12 +422,12 @@ def share_at(estimates: Tensor, shares: Tensor, bound: float) -> float:
     return float(torch.lerp(shares[right - 1].log(), shares[right].log(), at).exp())
 
 
-def _interpolated(estimates: Tensor, shares: Tensor, share: float) -> Tensor:
-    """The estimate at a share, on a line between those measured; beyond the ends that of the nearest."""
+def _on_line(estimates: Tensor, shares: Tensor, share: float) -> Tensor:
+    """The estimate at a share, on the line between those measured; beyond the ends on the nearest line."""
     logs, wanted = shares.log(), math.log(share)
     right = min(max(int(torch.searchsorted(logs, wanted)), 1), len(shares) - 1)
     at = float((wanted - logs[right - 1]) / (logs[right] - logs[right - 1]))
-    return torch.lerp(estimates[right - 1], estimates[right], min(max(at, 0.0), 1.0))
+    return torch.lerp(estimates[right - 1], estimates[right], at)
 
 
 def _significant(tensor: Tensor) -> list[float]:
@@ -354,6 +437,6 @@ def _significant(tensor: Tensor) -> list[float]:
 def _tensor(saved: Any, name: str) -> Tensor:
     rows = saved[name]
     flat = [x for row in rows for x in (row if isinstance(row, list) else [row])]
-    if not flat or not all(is_number(x) for x in flat):
-        raise ValueError(f"{name}: expected finite numbers")
+    if not flat or not all(is_number(x) and abs(x) <= LARGEST for x in flat):
+        raise ValueError(f"{name}: expected numbers of ordinary size")
     return torch.tensor(rows, dtype=torch.float64)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,13 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpress_moe.benchmark.measured_prompt import MeasuredPrompt
 from kvpress_moe.benchmark.prompts import Prompt, encode
 from kvpress_moe.benchmark.tasks import make_sample
-from kvpress_moe.errors import CheckpointError
+from kvpress_moe.errors import CheckpointError, NotFiniteError, SettingError
 from kvpress_moe.files import parse_json
 from kvpress_moe.model.fingerprint import model_fingerprint
 from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.press.promised_budget import setting_of
 from kvpress_moe.routers import Routers
-from kvpress_moe.routers.promise import LEAST, Estimate, Promise
+from kvpress_moe.routers.checkpoint import weights_hash
+from kvpress_moe.routers.promise import Estimate, Promise
 from kvpress_moe.training.config import TrainingConfig
 
 #: Shares of the bytes of a 16-bit cache at which the KL divergence is measured.
@@ -76,11 +78,13 @@ def task_prompts(tokenizer: PreTrainedTokenizerBase, n: int, length: int, seed: 
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
+    rounds = -(-n // len(tasks))
+    order = [(index, task) for index in range(rounds) for task in tasks]
+    Random(f"{seed}/calibration").shuffle(order)  # so that any number of prompts is a fair sample
     found = []
-    for number in range(n):
-        index, task = divmod(number, len(tasks))
+    for index, task in order[:n]:
         room = min(int(length * LENGTHS[index % len(LENGTHS)]), limit - 256)
-        found.append(encode(make_sample(tasks[task], count_tokens, room, index, seed, "tune"), tokenizer))
+        found.append(encode(make_sample(task, count_tokens, room, index, seed, "tune"), tokenizer))
     return found
 
 
@@ -114,8 +118,7 @@ def measure(
         if key not in known:
             known[key] = _measure(model, prompt, presses)
             if store is not None:
-                with store.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "presses": known[key]}) + "\n")
+                _append(store, {"key": key, "presses": known[key]})
         for name, one in known[key].items():
             found[name].append(Measurement(**one))
     progress(len(prompts), len(prompts))
@@ -126,7 +129,13 @@ def _measure(model: PreTrainedModel, prompt: Prompt, presses: Mapping[str, MoERo
     fresh = {name: new_press(press) for name, press in presses.items()}  # without the feedback of other prompts
     measured = MeasuredPrompt(model, prompt, fresh)
     requests = [(name, share) for name, press in presses.items() for share in shares_of(press)]
-    divergences = iter(measured.divergences(requests).tolist())
+    found = measured.divergences(requests)
+    if not bool(found.isfinite().all()):
+        raise NotFiniteError(
+            f"calibration: a prompt of {prompt.context.shape[1]} tokens has a KL divergence that is not finite, "
+            "expected finite numbers. Load the model in float32 or bfloat16."
+        )
+    divergences = iter(found.tolist())
     return {
         name: {
             "features": [round(x, 5) for x in measured.sights[name].features.tolist()],
@@ -139,20 +148,16 @@ def _measure(model: PreTrainedModel, prompt: Prompt, presses: Mapping[str, MoERo
 
 def new_press(press: MoERouterPress) -> MoERouterPress:
     """A press with the same routers and precision, which has seen no prompt."""
-    return MoERouterPress(router=press.router, precision=press.precision)
+    return MoERouterPress(router=press.router, precision=press.precision, cache_aware=press.cache_aware)
 
 
 def _about(model: PreTrainedModel, presses: Mapping[str, MoERouterPress]) -> str:
     """Hash of what a measurement depends on beside its prompt: the model, the routers, precisions and shares."""
     found = hashlib.sha256()
     settings = [sorted((name, str(press.precision)) for name, press in presses.items()), BYTE_SHARES, PAIR_SHARES]
-    found.update(json.dumps([model_fingerprint(model), settings]).encode())
     routers = next(iter(presses.values())).routers
     assert routers is not None
-    for name, weight in routers.named_parameters():
-        found.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
-    for transform in (routers.key_transforms or {}).values():
-        found.update(transform.synthesis.cpu().numpy().tobytes())
+    found.update(json.dumps([model_fingerprint(model), settings, weights_hash(routers)]).encode())
     return found.hexdigest()
 
 
@@ -161,16 +166,25 @@ def _digest(prompt: Prompt, about: str) -> str:
     return hashlib.sha256(json.dumps([ids, about]).encode()).hexdigest()[:16]
 
 
+def _append(store: Path, record: dict[str, Any]) -> None:
+    """Add a line. What an interrupted run left of its last line is cut off."""
+    if store.exists():
+        with store.open("r+b") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+    with store.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def _read(store: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not store.exists():
         return
-    for line in store.read_text(encoding="utf-8").splitlines():
+    complete, _, _ = store.read_text(encoding="utf-8").rpartition("\n")  # the last line may be half a line
+    for line in complete.splitlines():
         try:
             record = parse_json(line)
             yield record["key"], record["presses"]
         except (ValueError, KeyError, TypeError) as error:
-            if line == store.read_text(encoding="utf-8").splitlines()[-1]:
-                return  # an interrupted run wrote half of it
             raise CheckpointError(
                 f"shards: {store} cannot be read ({type(error).__name__}), expected lines that `calibrate` wrote. "
                 "Delete the file; it is made again."
@@ -217,14 +231,8 @@ def promise(
         estimate, shares = earlier.estimate, earlier.shares
     settings = {name: getattr(press, name) for name in ("min_share", "top_k", "capacity_factor")}
     versions = {name: version(name) for name in ("kvpress-moe", "torch", "transformers")}
-    return Promise(
-        estimate,
-        shares,
-        estimate.at(features, lost, shares),
-        divergences.clamp(min=LEAST).log(),
-        estimate.distances(features),
-        {"precision": setting_of(press.menu), **settings, **about, "versions": versions},
-    )
+    own = {"precision": setting_of(press.menu), **settings, "routers": weights_hash(cast(Routers, press.routers))}
+    return Promise.of(estimate, features, lost, divergences, shares, {**own, **about, "versions": versions})
 
 
 def calibrate(
@@ -261,9 +269,14 @@ def calibrate(
     progress : callable
         ``progress(what, done, total)``.
     """
-    presses = {str(precision): MoERouterPress(router=routers, precision=precision) for precision in precisions}
+    presses = {
+        str(precision): MoERouterPress(router=routers, precision=precision, cache_aware=False)
+        for precision in precisions
+    }
     for press in presses.values():
         press.post_init_from_model(model)
+        if press.scope != "global":
+            raise SettingError("router", press.scope, "trained routers, whose heads share a budget", "Train some.")
     names = {name: setting_of(press.menu) for name, press in presses.items()}
     store = None
     if shards is not None:

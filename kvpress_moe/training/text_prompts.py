@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -52,14 +53,22 @@ def contexts(
     texts: dict[str, str], tokenizer: PreTrainedTokenizerBase, length: int, n: int, seed: int
 ) -> list[tuple[str, str]]:
     """
-    ``n`` pieces of the texts that do not overlap, as (name of the text, piece), in random order.
+    ``n`` pieces of the texts that do not overlap, as (name of the text, piece).
+
+    The texts take turns, so that as many of them as possible are heard: pieces of one text say little about others.
 
     Raises
     ------
     SettingError
         If the texts do not have as many.
     """
-    found = [(name, piece) for name, text in texts.items() for piece in _pieces(text, tokenizer, length)]
+    random = Random(f"{seed}/texts")
+    names = list(texts)
+    random.shuffle(names)
+    of_text = [[(name, piece) for piece in _pieces(texts[name], tokenizer, length)] for name in names]
+    for pieces in of_text:
+        random.shuffle(pieces)
+    found = [piece for turn in zip_longest(*of_text) for piece in turn if piece is not None]
     if len(found) < n:
         raise SettingError(
             "prompts",
@@ -67,7 +76,6 @@ def contexts(
             f"at most {len(found)}, the number of pieces of {length} tokens that the texts have",
             "Add texts, or lower --prompts or --length.",
         )
-    Random(f"{seed}/texts").shuffle(found)
     return found[:n]
 
 

@@ -437,7 +437,7 @@ def test_a_promise_is_shown_as_a_curve_with_the_point_that_was_taken(opened, lla
     assert tab.page.evaluate("document.querySelector('#curve polyline').points.length") == len(promise["shares"])
     assert tab.page.locator("#curve circle").count() == 1
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 360
-    assert tab.page.evaluate("explorer.view.ratio") == pytest.approx(promise["compression_ratio"])
+    assert tab.page.evaluate("explorer.view.ratio") == pytest.approx(1 - promise["share"])
     assert tab.page.locator("#moved").is_hidden()
     plain = opened(explore(read_text, make_press({"compression_ratio": 0.5}), still))
     assert plain.page.locator("#promise").is_hidden()

@@ -17,6 +17,7 @@ N_FEATURES = 5
 ABOUT = {
     "precision": "none",
     "prompts": "made",
+    "routers": "a hash",
     "seed": 0,
     "min_share": 0.2,
     "top_k": 2,
@@ -29,25 +30,18 @@ def population(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     """Features, losses and KL divergences of prompts: the divergence depends on features, losses and luck."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(n, N_FEATURES, generator=generator).double()
+    features[:, 0] = features[:, 0] / 2 + 6  # logarithm of the number of tokens
     lost = torch.exp(-12 * SHARES + 0.3 * torch.randn(n, 1, generator=generator).double())
     luck = torch.randn(n, 1, generator=generator).double()
     noise = 0.1 * torch.randn(n, len(SHARES), generator=generator).double()
-    logs = -4 + lost.log() - 0.8 * SHARES.log() + 0.9 * features[:, :1] + 0.6 * luck + noise
+    logs = -4 + lost.log() - 0.8 * SHARES.log() + 1.8 * (features[:, :1] - 6) + 0.6 * luck + noise
     return features, lost, logs.exp()
 
 
 def promise_of(n_fit: int, n: int, seed: int) -> Promise:
     fitted, new = population(n_fit, 2 * seed), population(n, 2 * seed + 1)
     estimate = Estimate.fit(*fitted, SHARES)
-    features, lost, divergences = new
-    return Promise(
-        estimate,
-        SHARES,
-        estimate.at(features, lost, SHARES),
-        divergences.log(),
-        estimate.distances(features),
-        dict(ABOUT),
-    )
+    return Promise.of(estimate, *new, SHARES, dict(ABOUT))
 
 
 def sight(features: torch.Tensor, lost: torch.Tensor) -> Sight:
@@ -70,7 +64,7 @@ def needed(divergences: torch.Tensor, bound: float) -> float:
 def test_the_estimate_finds_what_the_divergence_depends_on_and_never_rises():
     features, lost, divergences = population(400, seed=7)
     estimate = Estimate.fit(features, lost, divergences, SHARES)
-    assert estimate.weights[0] > 0.7
+    assert estimate.weights[0] > 1.4
     assert estimate.weights[1:].abs().max() < 0.15
     assert bool((estimate.slopes >= 0).all())
     strange = torch.tensor([[3.0, 1.0, 2.0, 2.5, 0.5, 0.4]]).double()  # losses that rise in between
@@ -130,12 +124,32 @@ def test_a_prompt_unlike_the_others_keeps_what_the_worst_of_them_needed():
     promise = promise_of(60, 99, seed=4)
     features, lost, _ = population(1, seed=5)
     usual = promise.decide(sight(features[0], lost[0]), 0.02, 0.9)
-    unlike = promise.decide(sight(features[0] + 9, lost[0]), 0.02, 0.9)
+    unlike = promise.decide(sight(features[0] + torch.tensor([0.0, 9, 9, 9, 9]), lost[0]), 0.02, 0.9)
     assert not usual.is_unlike
     assert unlike.is_unlike
     margin = float(promise.margins(0.02).max())
-    estimates = promise.estimate.at(features + 9, lost, SHARES)[0]
+    far = features[0] + torch.tensor([0.0, 9, 9, 9, 9])
+    estimates = promise.estimate.at(far[None], lost, SHARES)[0]
     assert unlike.share == share_at(estimates, SHARES, math.log(0.02) - margin)
+
+
+def test_a_prompt_much_longer_than_all_others_is_unlike_them():
+    promise = promise_of(60, 99, seed=4)
+    shortest, longest = promise.lengths
+    for n_tokens, unlike in ((shortest, False), (longest, False), (1.5 * longest, True), (0.5 * shortest, True)):
+        features = promise.centre.clone()
+        features[0] = math.log(n_tokens)
+        assert bool(promise.are_unlike(features[None])) == unlike, n_tokens
+
+
+def test_without_whole_pairs_a_share_of_1_still_loses_something():
+    promise = promise_of(60, 99, seed=4)
+    features, lost, _ = population(1, seed=5)
+    seen = sight(features[0], lost[0])
+    whole = promise.decide(seen, 0.02, 0.9, least=1.0)
+    coded = promise.decide(seen, 0.02, 0.9, least=1.0, has_whole=False)
+    assert whole.expected_kl == 0
+    assert coded.expected_kl > 0
 
 
 def test_hard_bounds_hold_and_a_broken_promise_says_so():
@@ -143,14 +157,14 @@ def test_hard_bounds_hold_and_a_broken_promise_says_so():
     features, lost, _ = population(1, seed=5)
     seen = sight(features[0], lost[0])
     free = promise.decide(seen, 0.02, 0.9)
-    assert free.is_kept
+    assert free.is_enough
     less = promise.decide(seen, 0.02, 0.9, most=free.share / 2)
     assert less.share == free.share / 2
-    assert not less.is_kept
+    assert not less.is_enough
     assert less.expected_kl > free.expected_kl
     more = promise.decide(seen, 0.02, 0.9, least=0.7)
     assert more.share == 0.7
-    assert more.is_kept
+    assert more.is_enough
 
 
 def test_what_was_not_measured_is_not_promised():
@@ -185,6 +199,12 @@ def test_a_promise_survives_a_file():
         {"shares": [0.1, 0.05, 0.2, 0.3, 0.4, 0.5]},
         {"shares": [0.1]},
         {"slopes": [-1.0, 0.5]},
+        {"slopes": [1.0, 0.0]},
+        {"intercept": 1e300},
+        {"lengths": [0, 5]},
+        {"lengths": 5},
+        {"farthest": float("inf")},
+        {"estimates": [[0.0, 1, 2, 3, 4, 5]] * 20},
         {"spread": [0.0] * N_FEATURES},
         {"weights": [1.0] * 3},
         {"mean": [float("nan")] * N_FEATURES},

@@ -12,8 +12,8 @@ function draw(name, attributes, text) {
 const rounded = (number) => Number(number.toPrecision(2)).toString();
 
 function showPromise(promise, what) {
-  const { max_kl, confidence, share, expected_kl, is_unlike, is_kept, shares, expected_kls } = promise;
-  const held = !is_kept ? "The largest number of bytes is too small for it."
+  const { max_kl, confidence, share, expected_kl, is_unlike, is_enough, shares, expected_kls } = promise;
+  const held = !is_enough ? "The largest number of bytes, or the menu, is too small for it."
     : is_unlike ? "Nothing is promised: the text is unlike those of the calibration. It keeps more than others."
       : `It holds for ${percent(confidence)} of the texts like those of the calibration.`;
   find("promised").textContent = `The mean KL divergence from the full cache's answers is to be at most ${max_kl}. `
