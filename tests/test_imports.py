@@ -14,6 +14,7 @@ WINGS = (
     "report",
     "training",
     "explore",
+    "serve",
     "benchmark",
     "press",
     "experts",

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from kvpress_moe import __version__
-from kvpress_moe.cli import ask, bench, calibrate, compress, explore, report, speed, train
+from kvpress_moe.cli import ask, bench, calibrate, compress, explore, report, serve, speed, train
 from kvpress_moe.cli.command import Command, Group
 from kvpress_moe.errors import KVPressMoEError, WriteError
 
@@ -32,6 +32,7 @@ app.add_typer(benchmarks, name="bench")
 app.command(cls=Command, epilog=report.EPILOG)(report.report)
 app.command(cls=Command, epilog=train.EPILOG)(train.train)
 app.command(cls=Command, epilog=calibrate.EPILOG)(calibrate.calibrate)
+app.command(cls=Command, epilog=serve.EPILOG)(serve.serve)
 
 
 def _print_version(wanted: bool) -> None:

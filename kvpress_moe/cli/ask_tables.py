@@ -53,14 +53,15 @@ def show(result: dict[str, Any], layers: bool, console: Any) -> None:
     n_pressed, n_layers = len(result["expert_usage_ratios"]), result["num_hidden_layers"]
     of_what = "pairs" if result["precision"] is None else "bytes"
     of_layers = f"of {n_pressed} of {n_layers} layers " if n_pressed < n_layers else ""  # rest: sliding window
-    removed = f"{result['compression_ratio']:.0%} of the {of_what} {of_layers}removed, "
+    promised = "promise" in result
+    removed = "" if promised else f"{result['compression_ratio']:.0%} of the {of_what} {of_layers}removed, "
     console.print(
         f"[bold]{result['context_tokens']}[/] tokens, prefilled once in [bold]{result['prefill_seconds']:.1f} s[/] on "
-        f"{result['device']}; {'' if 'promise' in result else removed}cache "
+        f"{result['device']}; {removed}cache "
         f"[bold]{full['mib']:.1f}[/] → [bold]{result['methods'][1]['mib']:.1f} MiB[/]",
         highlight=False,
     )
-    if "promise" in result:
+    if promised:
         console.print(say_promise(result["promise"], result["precision"]), highlight=False)
     for number, question in enumerate(result["questions"]):
         table = Table(title=Text(question), title_justify="left", title_style="bold", show_lines=False)

@@ -142,11 +142,12 @@ def run_app(port: int, settings: dict[str, Any], model: str | None, device: str,
         with progress_bar() as step:
             step("importing", total=1)
             from kvpress_moe.explore.jobs import JobRunner
-            from kvpress_moe.explore.web_app import listen, make_app, serve
+            from kvpress_moe.explore.web_app import make_app
             from kvpress_moe.model.loading import load_model
+            from kvpress_moe.serve.loopback import listen, run
 
             listening = stack.enter_context(closing(listen(port)))
             step("loading the model", total=1)
             runner = JobRunner(*load_model(model, device), max_new_tokens)
         app = make_app(runner, {"text": read_context(None), "question": BUILT_IN_QUESTION, **settings})
-        serve(app, listening, lambda address: typer.echo(f"{address} (Ctrl+C ends)"))
+        run(app, listening, lambda address: typer.echo(f"{address} (Ctrl+C ends)"))

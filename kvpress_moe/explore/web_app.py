@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any
 
 from kvpress_moe.codes.precision_names import parse_precision
@@ -14,29 +12,16 @@ from kvpress_moe.experts.kvpress_scorers import KVPRESS_EXPERTS
 from kvpress_moe.experts.registry import EXPERT_SETS, NAMED_EXPERTS, parse_experts
 from kvpress_moe.explore.jobs import JobRunner
 from kvpress_moe.explore.page import as_json, asset, assets, policy
+from kvpress_moe.serve.loopback import HEADERS, HOST, own_origin
 
-try:
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response
-    from starlette.routing import Route
-except ImportError as error:
-    raise SettingError(
-        "serve", True, "the packages starlette and uvicorn", "pip install 'kvpress-moe[serve]'"
-    ) from error
+from starlette.applications import Starlette  # isort: skip  (loopback says what to install if it is missing)
+from starlette.middleware import Middleware  # isort: skip
+from starlette.middleware.trustedhost import TrustedHostMiddleware  # isort: skip
+from starlette.requests import Request  # isort: skip
+from starlette.responses import HTMLResponse, JSONResponse, Response  # isort: skip
+from starlette.routing import Route  # isort: skip
 
-HOST = "127.0.0.1"
 MAX_BYTES = 4 * 2**20  # of a request; far more than a model can process
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 
 
 def make_app(runner: JobRunner, defaults: Mapping[str, Any]) -> Starlette:
@@ -99,11 +84,6 @@ def make_app(runner: JobRunner, defaults: Mapping[str, Any]) -> Starlette:
     )
 
 
-def own_origin(request: Request) -> str:
-    """The origin of the app's own pages, as the requesting browser sees it."""
-    return f"http://{request.headers['host']}"
-
-
 def refusal(status: int, message: str) -> Response:
     """A JSON response with the reason of a refusal."""
     return JSONResponse({"error": message}, status_code=status, headers=HEADERS)
@@ -161,30 +141,3 @@ def form_page(runner: JobRunner, defaults: Mapping[str, Any]) -> tuple[str, str]
     text = asset("app.html").replace("{{style}}", style).replace("{{program}}", program)
     own = policy(style, program) + "; connect-src 'self'; frame-src 'self'; frame-ancestors 'none'"
     return text.replace("{{payload}}", as_json(data)), own
-
-
-def listen(port: int) -> socket.socket:
-    """
-    A socket on the loopback interface; port 0 takes a free one.
-
-    Raises
-    ------
-    SettingError
-        If the port is taken.
-    """
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((HOST, port))
-    except (OSError, OverflowError) as error:
-        listening.close()
-        raise SettingError("port", port, "a free port", f"{error}. 0 takes any.") from error
-    return listening
-
-
-def serve(app: Starlette, listening: socket.socket, on_start: Callable[[str], Any]) -> None:
-    """Serve until interrupted. ``on_start`` is called with the address."""
-    on_start(f"http://{HOST}:{listening.getsockname()[1]}")
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
-    with suppress(KeyboardInterrupt):  # uvicorn ends in order, then raises the signal again
-        uvicorn.Server(config).run([listening])

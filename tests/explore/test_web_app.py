@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from kvpress_moe.cli import app as cli
 from kvpress_moe.errors import SettingError
 from kvpress_moe.explore.jobs import KEPT_JOBS, JobRunner
-from kvpress_moe.explore.web_app import MAX_BYTES, listen, make_app, serve
+from kvpress_moe.explore.web_app import MAX_BYTES, make_app
+from kvpress_moe.serve.loopback import listen, run
 from tests.explore.made import TEXT
 from tests.explore.test_command import explore
 
@@ -213,12 +214,13 @@ def test_an_interrupt_ends_the_server_in_order(runner, capfd):
 
     with listen(0) as listening:
         listening.listen()
-        serve(make_app(runner, DEFAULTS), listening, lambda address: Thread(target=interrupt, args=[address]).start())
+        run(make_app(runner, DEFAULTS), listening, lambda address: Thread(target=interrupt, args=[address]).start())
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_without_its_packages_the_app_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "kvpress_moe.explore.web_app")
+    monkeypatch.delitem(sys.modules, "kvpress_moe.serve.loopback")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert str(explore("--serve").exception).endswith("pip install 'kvpress-moe[serve]'")
 
@@ -240,7 +242,7 @@ def address(llama, tokenizer):
     with pytest.MonkeyPatch.context() as patch, listen(0) as listening:
         patch.setattr(uvicorn, "Server", Known)
         app, addresses = make_app(JobRunner(llama, tokenizer, 4), DEFAULTS), []
-        thread = Thread(target=serve, args=(app, listening, addresses.append))
+        thread = Thread(target=run, args=(app, listening, addresses.append))
         thread.start()
         assert ready.wait(10)
         yield addresses[0]

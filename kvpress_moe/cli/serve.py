@@ -1,0 +1,119 @@
+"""kvpress-moe serve: answer OpenAI's API from compressed documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvpress_moe.cli.options import (
+    Confidence,
+    Device,
+    MaxKL,
+    Model,
+    Router,
+    check_number,
+    check_out_directory,
+    check_promise,
+    is_given,
+)
+from kvpress_moe.cli.progress import progress_bar
+from kvpress_moe.errors import SettingError
+
+EPILOG = """Examples:
+
+kvpress-moe serve --caches caches
+
+kvpress-moe serve --caches caches --max-kl 0.02 --port 8080
+
+curl -s http://127.0.0.1:8000/v1/documents -d '{"text": "The lease was signed by Anna Brandt."}'
+"""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    command: typer.Context,
+    caches: Annotated[
+        Path, typer.Option(help="Directory of compressed documents; several servers may share it.")
+    ] = Path("caches"),
+    share: Annotated[
+        float, typer.Option("--bytes", help="Share of a 16-bit cache's bytes that a document keeps. Not with --max-kl.")
+    ] = 0.1,
+    max_kl: MaxKL = None,
+    confidence: Confidence = 0.9,
+    router: Router = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Others than 127.0.0.1 need --api-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any free port.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="KVPRESS_MOE_API_KEY", help="Key that clients must send as a bearer token.")
+    ] = None,
+    memory: Annotated[float, typer.Option(help="MiB of caches in memory. Others stay on disk.")] = 1024,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more get status 429.")] = 64,
+    active: Annotated[int, typer.Option(help="Requests that take turns.")] = 8,
+    model: Model = None,
+    device: Device = "cpu",
+) -> None:
+    """
+    Serve chats about documents whose caches are compressed once.
+
+    Any client of OpenAI's API can ask: POST /v1/chat/completions. POST /v1/documents adds a document.
+    """
+    check_promise(command, max_kl, confidence, None, None)
+    if max_kl is not None and is_given(command, "share"):
+        raise SettingError("bytes", share, "no --bytes with --max-kl", "Leave one out.")
+    check_number("bytes", share, 0.01, 1)
+    check_number("port", port, 0, 65535, "0 takes any free port.")
+    check_number("memory", memory, 1)
+    check_number("queue", queue, 1)
+    check_number("active", active, 1)
+    if host not in LOOPBACK and not api_key:
+        raise SettingError(
+            "api_key",
+            None,
+            f"a key, because {host} can be reached from elsewhere",
+            "Add --api-key, or leave --host out.",
+        )
+    check_out_directory(caches, "caches")
+    with ExitStack() as stack:
+        with progress_bar() as step:
+            step("importing", total=1)
+            from kvpress_moe.model.fingerprint import model_fingerprint
+            from kvpress_moe.model.loading import load_model
+            from kvpress_moe.press.moe_router_press import MoERouterPress
+            from kvpress_moe.routers.checkpoint import weights_hash
+            from kvpress_moe.serve.app import make_app
+            from kvpress_moe.serve.document_store import DocumentStore
+            from kvpress_moe.serve.engine import Engine
+            from kvpress_moe.serve.loopback import listen, run
+            from kvpress_moe.serve.scheduler import Scheduler
+
+            listening = stack.enter_context(closing(listen(port, host)))
+            step("loading the model", total=1)
+            loaded, tokenizer = load_model(model, device)
+            if not tokenizer.chat_template:
+                raise SettingError(
+                    "model", model, "a model whose tokenizer has a chat template", "Use its instruct version."
+                )
+            settings: dict[str, Any] = {"router": router, "precision": "mixed"}
+            if max_kl is not None:
+                settings |= {"max_kl": max_kl, "confidence": confidence}
+            else:
+                settings["compression_ratio"] = 1 - share * 2 / loaded.dtype.itemsize
+            press = MoERouterPress(**settings)
+            press.post_init_from_model(loaded)  # refuses what cannot be served before the first request
+            assert press.routers is not None
+            about = [model_fingerprint(loaded), weights_hash(press.routers), {**settings, "router": None}]
+            recipe = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+            store = DocumentStore(caches, loaded, recipe, int(memory * 2**20), router)
+            name = str(loaded.config.name_or_path).rstrip("/").split("/")[-1] or "model"
+            engine = Engine(loaded, tokenizer, store, settings, name)
+        scheduler = Scheduler(active, queue)
+        hosts = ("127.0.0.1", "localhost") if host in LOOPBACK else ("*",)
+        app = make_app(engine, scheduler, api_key, hosts)
+        run(app, listening, lambda address: typer.echo(f"{address}/v1 (Ctrl+C ends)"), lifespan="on")

@@ -1,0 +1,358 @@
+"""The HTTP app: OpenAI's chat completions, models, documents, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from kvpress_moe.errors import KVPressMoEError
+from kvpress_moe.serve.api_error import APIError, wrong
+from kvpress_moe.serve.chat_request import ChatRequest, parse_body, parse_chat
+from kvpress_moe.serve.document_store import Document
+from kvpress_moe.serve.engine import Engine, Piece
+from kvpress_moe.serve.loopback import HEADERS
+from kvpress_moe.serve.metrics import Metrics
+from kvpress_moe.serve.scheduler import Job, Scheduler
+
+from starlette.applications import Starlette  # isort: skip  (loopback says what to install if it is missing)
+from starlette.exceptions import HTTPException  # isort: skip
+from starlette.middleware import Middleware  # isort: skip
+from starlette.middleware.trustedhost import TrustedHostMiddleware  # isort: skip
+from starlette.requests import Request  # isort: skip
+from starlette.responses import JSONResponse, Response, StreamingResponse  # isort: skip
+from starlette.routing import Route  # isort: skip
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY = 16 * 2**20  # bytes of a request
+RETRY_AFTER = 2  # seconds that a client should wait if the queue is full
+_POLL = 0.5  # seconds between looks whether a client is still there
+
+Events = asyncio.Queue[tuple[str, Any]]
+
+
+def make_app(
+    engine: Engine,
+    scheduler: Scheduler,
+    api_key: str | None = None,
+    hosts: tuple[str, ...] = ("127.0.0.1", "localhost"),
+) -> Starlette:
+    """
+    Make the app.
+
+    Parameters
+    ----------
+    engine : Engine
+    scheduler : Scheduler
+        It is closed when the app shuts down: jobs that are there are finished first.
+    api_key : str, optional
+        Requests must send it as ``Authorization: Bearer KEY``.
+    hosts : tuple of str
+        Host names that requests may name; ``"*"`` allows all.
+    """
+    metrics = Metrics(engine, scheduler)
+
+    def guarded(endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        async def handle(request: Request) -> Response:
+            started = time.perf_counter()
+            try:
+                check_key(request, api_key)
+                response: Response = await endpoint(request)
+            except APIError as error:
+                response = refusal(error)
+            except KVPressMoEError as error:
+                response = refusal(APIError(400, str(error)))
+            metrics.count(request.scope["route"].path, response.status_code, time.perf_counter() - started)
+            return response
+
+        return handle
+
+    async def models(request: Request) -> Response:
+        model = {"id": engine.name, "object": "model", "created": 0, "owned_by": "kvpress-moe"}
+        return reply({"object": "list", "data": [model]})
+
+    async def health(request: Request) -> Response:
+        return reply({"status": "ok", "active": scheduler.n_active, "waiting": scheduler.n_waiting})
+
+    async def show_metrics(request: Request) -> Response:
+        return Response(metrics.text(), media_type=metrics.content_type, headers=HEADERS)
+
+    async def chat(request: Request) -> Response:
+        asked = parse_chat(parse_body(await body_of(request)))
+        if asked.model != engine.name:
+            raise APIError(
+                404, f"model: there is no model {asked.model!r}. It is {engine.name!r}.", "model", "model_not_found"
+            )
+        job, events = start(scheduler, lambda emit: engine.answer(asked))
+        about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": engine.name}
+        first = await next_event(request, job, events)  # so that a refusal still has its own status
+        if asked.stream:
+            return StreamingResponse(
+                stream(asked, first, job, events, about, metrics), media_type="text/event-stream", headers=HEADERS
+            )
+        text, piece = "", None
+        event = first
+        while event[0] == "item":
+            piece = event[1]
+            text += piece.text
+            if piece.finish:
+                break
+            event = await next_event(request, job, events)
+        assert piece is not None
+        metrics.tokens(piece)
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": piece.finish}
+        return reply({**about, "object": "chat.completion", "choices": [choice], "usage": usage_of(piece)})
+
+    async def add_document(request: Request) -> Response:
+        body = parse_body(await body_of(request))
+        text, title, streamed = document_of(body)
+
+        job, events = start(scheduler, partial(compressing, engine, title, text))
+        first = await next_event(request, job, events)
+        if streamed:
+            return StreamingResponse(
+                document_stream(first, job, events), media_type="text/event-stream", headers=HEADERS
+            )
+        event = first
+        while not isinstance(event[1], Document):
+            event = await next_event(request, job, events)
+        return reply(described(event[1]), 201)
+
+    async def list_documents(request: Request) -> Response:
+        found = await asyncio.to_thread(engine.store.documents)
+        return reply({"object": "list", "data": [described(document) for document in found]})
+
+    async def show_document(request: Request) -> Response:
+        document = await asyncio.to_thread(engine.store.find, request.path_params["name"])
+        if document is None:
+            raise APIError(404, f"There is no document {request.path_params['name']!r}.", code="not_found")
+        return reply(described(document))
+
+    async def delete_document(request: Request) -> Response:
+        name = request.path_params["name"]
+        if not await asyncio.to_thread(engine.store.delete, name):
+            raise APIError(404, f"There is no document {name!r}.", code="not_found")
+        return reply({"id": name, "object": "document", "deleted": True})
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return refusal(APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}."))
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(scheduler.close)
+
+    return Starlette(
+        routes=[
+            Route("/v1/models", guarded(models)),
+            Route("/health", guarded(health)),
+            Route("/metrics", guarded(show_metrics)),
+            Route("/v1/chat/completions", guarded(chat), methods=["POST"]),
+            Route("/v1/documents", guarded(add_document), methods=["POST"]),
+            Route("/v1/documents", guarded(list_documents)),
+            Route("/v1/documents/{name}", guarded(delete_document), methods=["DELETE"]),
+            Route("/v1/documents/{name}", guarded(show_document)),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
+        exception_handlers={HTTPException: unknown},
+        lifespan=lifespan,
+    )
+
+
+# ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_key(request: Request, api_key: str | None) -> None:
+    """Raise APIError unless the request has the key that is demanded. ``/health`` needs none."""
+    if api_key is None or request.url.path == "/health":
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), api_key.encode()):
+        raise APIError(401, "Authorization: expected 'Bearer KEY' with the server's key.", code="invalid_api_key")
+
+
+async def body_of(request: Request) -> bytes:
+    """The body of a request. Raises APIError if it is too long."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise APIError(413, f"body: got more than {MAX_BODY // 2**20} MiB, expected less.")
+    return bytes(body)
+
+
+def document_of(body: Mapping[str, Any]) -> tuple[str, str, bool]:
+    """Text, title and ``stream`` of a request for a new document."""
+    for name in body:
+        if name not in ("text", "title", "stream"):
+            raise wrong(name, body[name], "text, title or stream")
+    text, title, streamed = body.get("text"), body.get("title", ""), body.get("stream", False)
+    for name, value in (("text", text), ("title", title)):
+        if not isinstance(value, str) or not _is_unicode(value):
+            raise wrong(name, value, "a text")
+    if not str(text).strip():
+        raise wrong("text", "", "a text with something in it")
+    if not isinstance(streamed, bool):
+        raise wrong("stream", streamed, "true or false")
+    return str(text), str(title)[:200], streamed
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def start(scheduler: Scheduler, steps: Callable[[Callable[[Any], Any]], Iterator[Any]]) -> tuple[Job, Events]:
+    """Submit a job. Its events come in a queue of the running loop."""
+    loop, events = asyncio.get_running_loop(), Events()
+
+    def put(kind: str, value: Any) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, (kind, value))
+
+    job = Job(steps, put)
+    scheduler.submit(job)
+    return job, events
+
+
+async def next_event(request: Request, job: Job, events: Events) -> tuple[str, Any]:
+    """
+    The next event of a job.
+
+    Raises
+    ------
+    APIError
+        If the job failed, or if the client is gone; the job is cancelled then.
+    """
+    while True:
+        try:
+            kind, value = await asyncio.wait_for(events.get(), _POLL)
+        except TimeoutError:
+            if await request.is_disconnected():
+                job.cancel()
+                raise APIError(499, "The client is gone.") from None
+            continue
+        if kind == "error":
+            raise as_api_error(value)
+        return kind, value
+
+
+def as_api_error(error: Exception) -> APIError:
+    """What a client is told of an error."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, KVPressMoEError):
+        return APIError(400, str(error))
+    return APIError(500, f"The server failed ({type(error).__name__}). Its log says more.")
+
+
+def compressing(engine: Engine, title: str, text: str, emit: Callable[[Any], Any]) -> Iterator[Any]:
+    """The one step of a new document. It tells which layer it has reached."""
+    yield engine.compress(title, engine.prefix_of(text), lambda done, total: emit((done, total)))
+
+
+async def stream(
+    asked: ChatRequest,
+    event: tuple[str, Any],
+    job: Job,
+    events: Events,
+    about: Mapping[str, Any],
+    metrics: Metrics,
+) -> AsyncIterator[str]:
+    """Server-sent events of an answer."""
+    base = {**about, "object": "chat.completion.chunk"}
+
+    def chunk(delta: Mapping[str, str], finish: str | None = None) -> str:
+        choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": finish}
+        return sse({**base, "choices": [choice]})
+
+    piece: Piece | None = None
+    try:
+        yield chunk({"role": "assistant", "content": ""})
+        while event[0] == "item":
+            piece = event[1]
+            assert piece is not None
+            if piece.text:
+                yield chunk({"content": piece.text})
+            if piece.finish:
+                yield chunk({}, piece.finish)
+                break
+            event = await events.get()
+        if event[0] == "error":
+            yield sse(as_api_error(event[1]).as_dict())
+        elif piece is not None:
+            metrics.tokens(piece)
+            if asked.include_usage:
+                yield sse({**base, "choices": [], "usage": usage_of(piece)})
+        yield "data: [DONE]\n\n"
+    finally:
+        job.cancel()  # does nothing if the answer is complete
+
+
+async def document_stream(event: tuple[str, Any], job: Job, events: Events) -> AsyncIterator[str]:
+    """Server-sent events of a new document: progress, then the document."""
+    try:
+        while event[0] == "item":
+            if isinstance(event[1], Document):
+                yield sse(described(event[1]))
+                break
+            yield sse({"object": "document.progress", "done": event[1][0], "total": event[1][1]})
+            event = await events.get()
+        if event[0] == "error":
+            yield sse(as_api_error(event[1]).as_dict())
+        yield "data: [DONE]\n\n"
+    finally:
+        job.cancel()
+
+
+# ── replies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reply(data: Mapping[str, Any], status: int = 200) -> Response:
+    return JSONResponse(dict(data), status_code=status, headers=HEADERS)
+
+
+def refusal(error: APIError) -> Response:
+    headers = {**HEADERS, "Retry-After": str(RETRY_AFTER)} if error.status == 429 else HEADERS
+    return JSONResponse(error.as_dict(), status_code=error.status, headers=headers)
+
+
+def sse(data: Mapping[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(dict(data), separators=(',', ':'))}\n\n"
+
+
+def usage_of(piece: Piece) -> dict[str, Any]:
+    """OpenAI's count of tokens, with those that a compressed cache held."""
+    return {
+        "prompt_tokens": piece.prompt_tokens,
+        "completion_tokens": piece.completion_tokens,
+        "total_tokens": piece.prompt_tokens + piece.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": piece.cached_tokens},
+    }
+
+
+def described(document: Document) -> dict[str, Any]:
+    """A document as clients see it."""
+    return {
+        "id": document.id,
+        "object": "document",
+        "title": document.title,
+        "tokens": document.n_tokens,
+        "bytes": document.n_bytes,
+        "created": document.created,
+    }

@@ -1,0 +1,210 @@
+"""Engine: one model that compresses prefixes and answers chats. One thread at a time uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpress_moe.model.hooks import hooked
+from kvpress_moe.model.layers import language_model
+from kvpress_moe.model.transformers_api import with_cache
+from kvpress_moe.press.moe_router_press import MoERouterPress
+from kvpress_moe.serve.api_error import APIError
+from kvpress_moe.serve.chat_request import ChatRequest
+from kvpress_moe.serve.document_store import Document, DocumentStore
+from kvpress_moe.serve.generation import Sampling, TextOfTokens, borrowed, end_tokens, generate
+
+LONG_PREFIX = 512  # tokens from which on the beginning of a chat is compressed and kept
+DEFAULT_MAX_TOKENS = 256
+_MARK = "\n" + "#" * 40 + "\n"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """
+    A piece of an answer.
+
+    Attributes
+    ----------
+    text : str
+    finish : {"stop", "length"} or None
+        Why the answer ends, in the last piece.
+    prompt_tokens, cached_tokens, completion_tokens : int
+        So far.
+    """
+
+    text: str
+    finish: str | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class Engine:
+    """
+    A model with a store of compressed documents.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase
+        With a chat template.
+    store : DocumentStore
+    settings : mapping
+        Settings of the press that compresses documents.
+    name : str
+        The model's name for clients.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        store: DocumentStore,
+        settings: Mapping[str, Any],
+        name: str,
+    ):
+        self.model, self.tokenizer, self.store, self.settings, self.name = model, tokenizer, store, settings, name
+        self.limit = int(language_model(model).config.max_position_embeddings)
+        self._ends = end_tokens(model, tokenizer)
+
+    # ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def prefix_of(self, text: str) -> str:
+        """What the chat template makes of a document: all that comes before the first message's own text."""
+        rendered = self._render([{"role": "user", "content": text + _MARK}])
+        prefix, mark, _ = rendered.partition(_MARK)
+        if not mark:
+            raise APIError(400, "text: it holds the mark that separates documents from questions.", "text")
+        return prefix + "\n\n"
+
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        text: Any = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
+        return str(text)
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a part of a rendered chat."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def chat_text(self, request: ChatRequest) -> tuple[str, Document | None]:
+        """
+        The rendered chat, and the document that it begins with.
+
+        Raises
+        ------
+        APIError
+            If a document is not known, or if several are named.
+        """
+        if not request.documents:
+            text = self._render(request.messages)
+            return text, self.store.longest_prefix(text)
+        if len(request.documents) > 1:
+            raise APIError(
+                400,
+                f"documents: got {len(request.documents)}, expected one. Caches of different documents cannot be "
+                "joined without an error. Post the texts together as one document.",
+                "documents",
+            )
+        document = self.store.find(request.documents[0])
+        if document is None:
+            raise APIError(404, f"documents: there is no document {request.documents[0]!r}.", "documents", "not_found")
+        system = [message["content"] for message in request.messages if message["role"] == "system"]
+        others = [message for message in request.messages if message["role"] != "system"]
+        if not others or others[0]["role"] != "user":
+            raise APIError(400, "messages: with documents, the first message must be the user's.", "messages")
+        first = "\n\n".join((*system, others[0]["content"]))
+        rendered = self._render([{"role": "user", "content": _MARK + first}, *others[1:]])
+        _, _, rest = rendered.partition(_MARK)
+        return rest, document
+
+    # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def compress(
+        self, title: str, prefix: str, on_layer: Callable[[int, int], Any] = lambda done, total: None
+    ) -> Document:
+        """
+        Read a prefix, compress its cache, and store it. A prefix that is stored already is not read again.
+
+        Parameters
+        ----------
+        title, prefix : str
+        on_layer : callable
+            ``on_layer(done, total)``.
+        """
+        known = self.store.find(self.store.id_of(prefix))
+        if known is not None:
+            return known
+        input_ids = self.tokens(prefix)
+        if len(input_ids) + 64 > self.limit:
+            raise APIError(
+                400,
+                f"text: got {len(input_ids)} tokens, expected at most {self.limit - 64} for this model. Shorten it.",
+                "text",
+                "context_length_exceeded",
+            )
+        press = MoERouterPress(**self.settings)
+        layers = language_model(self.model).layers
+        cache, done = DynamicCache(), iter(range(1, len(layers) + 1))
+        with torch.no_grad(), press(self.model), hooked(layers, lambda *_: on_layer(next(done), len(layers))):
+            self.model.model(input_ids=torch.tensor([input_ids], device=self.model.device), **with_cache(cache))
+        return self.store.add(title, prefix, input_ids, cache, press)
+
+    def answer(self, request: ChatRequest) -> Iterator[Piece]:
+        """
+        The pieces of an answer; each step computes about one token.
+
+        Raises
+        ------
+        APIError
+            If the chat is too long for the model.
+        """
+        text, document = self.chat_text(request)
+        if document is not None and not request.documents:
+            text = text[document.n_characters :]
+        elif document is None:
+            prefix = long_prefix(text)
+            if prefix and len(self.tokens(prefix)) >= LONG_PREFIX:
+                document = self.compress("the beginning of a chat", prefix)
+                text = text[len(prefix) :]
+                yield Piece("", None, document.n_tokens, 0, 0)
+        n_read = 0 if document is None else document.n_tokens
+        cache = DynamicCache() if document is None else borrowed(self.store.cache(document))
+        input_ids = self.tokens(text)
+        n_prompt = n_read + len(input_ids)
+        room = self.limit - n_prompt
+        if room < 1:
+            raise APIError(
+                400,
+                f"messages: got {n_prompt} tokens, expected fewer than {self.limit} for this model.",
+                "messages",
+                "context_length_exceeded",
+            )
+        wanted = min(request.max_tokens or DEFAULT_MAX_TOKENS, room)
+        sampling = Sampling(wanted, request.temperature, request.top_p, request.seed)
+        written = TextOfTokens(self.tokenizer, request.stop)
+        tokens = generate(self.model, cache, n_read, input_ids, sampling, self._ends)
+        for n_new, token in enumerate(tokens, start=1):
+            if token is None:
+                yield Piece(written.rest(), "stop", n_prompt, n_read, n_new - 1)
+                return
+            text = written.add(token)
+            if written.is_stopped:
+                yield Piece(text, "stop", n_prompt, n_read, n_new)
+                return
+            if n_new < wanted:
+                yield Piece(text, None, n_prompt, n_read, n_new)
+            else:
+                yield Piece(text + written.rest(), "length", n_prompt, n_read, n_new)
+
+
+def long_prefix(text: str) -> str:
+    """The part of a rendered chat that other questions are likely to share: up to its last blank line but the end."""
+    cut = text.rstrip().rfind("\n\n")
+    return text[: cut + 2] if cut > 0 else ""

@@ -1,0 +1,176 @@
+"""Generation: the tokens of one answer, one at a time, from a cache that stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+from kvpress_moe.model.transformers_api import with_cache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    How the next token is drawn.
+
+    Attributes
+    ----------
+    max_tokens : int
+    temperature : float
+        0: the likeliest token.
+    top_p : float
+    seed : int or None
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+def borrowed(cache: DynamicCache) -> DynamicCache:
+    """
+    A cache that shares all pairs of another one, and can grow without changing it.
+
+    Layers replace their tensors when tokens come, so it is enough to copy the layer objects.
+    """
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    return own
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
+
+
+@torch.no_grad()
+def next_logits(model: PreTrainedModel, cache: DynamicCache, input_ids: Sequence[int], start: int) -> Tensor:
+    """Logits (V,) after these tokens, which follow ``start`` tokens of a cache. The cache grows by them."""
+    positions = torch.arange(start, start + len(input_ids), device=model.device)
+    output: Any = model(
+        input_ids=torch.tensor([list(input_ids)], device=model.device),
+        position_ids=positions[None],
+        logits_to_keep=1,
+        **with_cache(cache, positions),
+    )
+    logits: Tensor = output.logits[0, -1].float()
+    return logits
+
+
+def generate(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    n_read: int,
+    input_ids: Sequence[int],
+    sampling: Sampling,
+    ends: frozenset[int],
+) -> Iterator[int | None]:
+    """
+    Draw the tokens of an answer, one for each step.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    cache : DynamicCache
+        Of the first ``n_read`` tokens. It grows.
+    n_read : int
+    input_ids : sequence of int
+        The tokens after those in the cache, at least one.
+    sampling : Sampling
+    ends : frozenset of int
+        Tokens that end an answer.
+
+    Yields
+    ------
+    int or None
+        A token; None at the end if the model ended the answer itself.
+    """
+    generator = torch.Generator()
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    tokens, position = list(input_ids), n_read
+    for _ in range(sampling.max_tokens):
+        logits = next_logits(model, cache, tokens, position).cpu()
+        position += len(tokens)
+        token = draw(logits, sampling, generator)
+        if token in ends:
+            yield None
+            return
+        yield token
+        tokens = [token]
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token from logits (V,)."""
+    if sampling.temperature == 0 or sampling.top_p == 0:
+        return int(logits.argmax())
+    scores: Any = logits[None]
+    unused: Any = torch.empty(1, 0, dtype=torch.long)
+    if sampling.temperature != 1:
+        scores = TemperatureLogitsWarper(sampling.temperature)(unused, scores)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(unused, scores)
+    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+
+
+class TextOfTokens:
+    """
+    The text of tokens that come one by one, cut at stop texts.
+
+    Only text that later tokens cannot change is given out: no half of a character, and nothing that may be the
+    beginning of a stop text.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    stop : sequence of str
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokens: list[int] = []
+        self._given = 0
+        self.is_stopped = False
+
+    def add(self, token: int) -> str:
+        """The new text, which may be empty."""
+        self._tokens.append(token)
+        text = self._text()
+        cut = min((at for at in map(text.find, self._stop) if at >= 0), default=None)
+        if cut is not None:
+            self.is_stopped = True
+            return self._give(text, cut)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._give(text, len(text) - self._may_begin_a_stop(text))
+
+    def rest(self) -> str:
+        """What was held back, at the end of the answer."""
+        text = self._text()
+        return "" if self.is_stopped else self._give(text, len(text))
+
+    def _text(self) -> str:
+        text: Any = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return str(text)
+
+    def _give(self, text: str, end: int) -> str:
+        new = text[self._given : max(self._given, end)]
+        self._given = max(self._given, end)
+        return new
+
+    def _may_begin_a_stop(self, text: str) -> int:
+        """How many of the last characters may be the beginning of a stop text."""
+        lengths = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return max(lengths, default=0)
