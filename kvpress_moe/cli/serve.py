@@ -56,6 +56,13 @@ def serve(
     memory: Annotated[float, typer.Option(help="MiB of caches in memory. Others stay on disk.")] = 1024,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more get status 429.")] = 64,
     active: Annotated[int, typer.Option(help="Requests that take turns.")] = 8,
+    attention: Annotated[
+        str,
+        typer.Option(
+            help="torch, or compiled: a small C library, about twice as fast on a CPU, which needs a C compiler; triton on "
+            "a GPU."
+        ),
+    ] = "torch",
     model: Model = None,
     device: Device = "cpu",
 ) -> None:
@@ -79,12 +86,15 @@ def serve(
             f"a key, because {host} can be reached from elsewhere",
             "Add --api-key, or leave --host out.",
         )
+    if attention not in ("torch", "compiled", "triton"):
+        raise SettingError("attention", attention, "torch, compiled or triton", "torch works everywhere.")
     check_out_directory(caches, "caches")
     with ExitStack() as stack:
         with progress_bar() as step:
             step("importing", total=1)
+            from kvpress_moe.cache.attention_dispatch import use_ragged_attention
             from kvpress_moe.model.fingerprint import model_fingerprint
-            from kvpress_moe.model.loading import load_model
+            from kvpress_moe.model.loading import DEFAULT_MODEL, load_model
             from kvpress_moe.press.moe_router_press import MoERouterPress
             from kvpress_moe.routers.checkpoint import weights_hash
             from kvpress_moe.serve.app import make_app
@@ -93,6 +103,8 @@ def serve(
             from kvpress_moe.serve.loopback import listen, run
             from kvpress_moe.serve.scheduler import Scheduler
 
+            if attention != "torch":
+                use_ragged_attention(attention)
             listening = stack.enter_context(closing(listen(port, host)))
             step("loading the model", total=1)
             loaded, tokenizer = load_model(model, device)
@@ -111,7 +123,7 @@ def serve(
             about = [model_fingerprint(loaded), weights_hash(press.routers), {**settings, "router": None}]
             recipe = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
             store = DocumentStore(caches, loaded, recipe, int(memory * 2**20), router)
-            name = str(loaded.config.name_or_path).rstrip("/").split("/")[-1] or "model"
+            name = (model or DEFAULT_MODEL).rstrip("/").split("/")[-1]
             engine = Engine(loaded, tokenizer, store, settings, name)
         scheduler = Scheduler(active, queue)
         hosts = ("127.0.0.1", "localhost") if host in LOOPBACK else ("*",)
