@@ -59,7 +59,7 @@ def serve(
     attention: Annotated[
         str,
         typer.Option(
-            help="torch; compiled: a small C library, about twice as fast on a CPU, needs a C compiler; triton on a GPU."
+            help="torch; compiled: a small C library, twice as fast on a CPU, needs a C compiler; triton on a GPU."
         ),
     ] = "torch",
     model: Model = None,
