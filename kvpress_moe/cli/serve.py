@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,14 +90,14 @@ def serve(
         with progress_bar() as step:
             step("importing", total=1)
             from kvpress_moe.cache.attention_dispatch import use_ragged_attention
-            from kvpress_moe.model.fingerprint import model_fingerprint
             from kvpress_moe.model.loading import DEFAULT_MODEL, load_model
             from kvpress_moe.press.moe_router_press import MoERouterPress
-            from kvpress_moe.routers.checkpoint import weights_hash
+            from kvpress_moe.routers.checkpoint import directory_at
             from kvpress_moe.serve.app import make_app
             from kvpress_moe.serve.document_store import DocumentStore
             from kvpress_moe.serve.engine import Engine
             from kvpress_moe.serve.loopback import listen, run
+            from kvpress_moe.serve.recipe import recipe_of
             from kvpress_moe.serve.scheduler import Scheduler
 
             if attention != "torch":
@@ -119,12 +117,13 @@ def serve(
             press = MoERouterPress(**settings)
             press.post_init_from_model(loaded)  # refuses what cannot be served before the first request
             assert press.routers is not None
-            about = [model_fingerprint(loaded), weights_hash(press.routers), {**settings, "router": None}]
-            recipe = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-            store = DocumentStore(caches, loaded, recipe, int(memory * 2**20), router)
+            recipe = recipe_of(loaded, tokenizer, press.routers, settings)
+            coded_with = router if router is not None and press.routers.key_transforms else None
+            directory = None if coded_with is None else directory_at(coded_with)
+            store = DocumentStore(caches, loaded, recipe, int(memory * 2**20), directory)
             name = (model or DEFAULT_MODEL).rstrip("/").split("/")[-1]
             engine = Engine(loaded, tokenizer, store, settings, name)
         scheduler = Scheduler(active, queue)
-        hosts = ("127.0.0.1", "localhost") if host in LOOPBACK else ("*",)
+        hosts = ("127.0.0.1", "localhost", "[", "[::1]") if host in LOOPBACK else ("*",)
         app = make_app(engine, scheduler, api_key, hosts)
         run(app, listening, lambda address: typer.echo(f"{address}/v1 (Ctrl+C ends)"), lifespan="on")

@@ -33,7 +33,8 @@ class APIError(KVPressMoEError, ValueError):
         return kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
     def as_dict(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        message = self.message.encode("utf-8", "backslashreplace").decode()  # lone surrogates
+        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 def wrong(field: str, got: object, expected: str, remedy: str = "") -> APIError:

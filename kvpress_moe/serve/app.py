@@ -12,12 +12,12 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from kvpress_moe.errors import KVPressMoEError
+from kvpress_moe.errors import CheckpointError, KVPressMoEError, WriteError
 from kvpress_moe.serve.api_error import APIError, wrong
 from kvpress_moe.serve.chat_request import ChatRequest, parse_body, parse_chat
 from kvpress_moe.serve.document_store import Document
 from kvpress_moe.serve.engine import Engine, Piece
-from kvpress_moe.serve.loopback import HEADERS
+from kvpress_moe.serve.loopback import HEADERS, own_origin
 from kvpress_moe.serve.metrics import Metrics
 from kvpress_moe.serve.scheduler import Job, Scheduler
 
@@ -59,20 +59,23 @@ def make_app(
     """
     metrics = Metrics(engine, scheduler)
 
-    def guarded(endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    def route(path: str, endpoint: Callable[[Request], Any], method: str = "GET", needs_key: bool = True) -> Route:
         async def handle(request: Request) -> Response:
             started = time.perf_counter()
             try:
-                check_key(request, api_key)
+                if api_key is None:
+                    check_origin(request)
+                elif needs_key:
+                    check_key(request, api_key)
                 response: Response = await endpoint(request)
-            except APIError as error:
-                response = refusal(error)
-            except KVPressMoEError as error:
-                response = refusal(APIError(400, str(error)))
-            metrics.count(request.scope["route"].path, response.status_code, time.perf_counter() - started)
+            except Exception as error:  # any error has OpenAI's shape
+                if not isinstance(error, KVPressMoEError):
+                    logger.exception("a request failed")
+                response = refusal(as_api_error(error))
+            metrics.count(path, response.status_code, time.perf_counter() - started)
             return response
 
-        return handle
+        return Route(path, handle, methods=[method])
 
     async def models(request: Request) -> Response:
         model = {"id": engine.name, "object": "model", "created": 0, "owned_by": "kvpress-moe"}
@@ -97,14 +100,16 @@ def make_app(
             return StreamingResponse(
                 stream(asked, first, job, events, about, metrics), media_type="text/event-stream", headers=HEADERS
             )
-        text, piece = "", None
-        event = first
-        while event[0] == "item":
-            piece = event[1]
-            text += piece.text
-            if piece.finish:
-                break
-            event = await next_event(request, job, events)
+        text, piece, event = "", None, first
+        try:
+            while event[0] == "item":
+                piece = event[1]
+                text += piece.text
+                if piece.finish:
+                    break
+                event = await next_event(request, job, events)
+        finally:
+            job.cancel()  # does nothing if the answer is complete
         assert piece is not None
         metrics.tokens(piece)
         message = {"role": "assistant", "content": text}
@@ -130,17 +135,20 @@ def make_app(
         found = await asyncio.to_thread(engine.store.documents)
         return reply({"object": "list", "data": [described(document) for document in found]})
 
+    async def document_named(request: Request) -> Document:
+        name = request.path_params["name"]
+        document = await asyncio.to_thread(engine.store.find, name)
+        if document is None or document.kind != "document":
+            raise APIError(404, f"There is no document {name[:80]!r}.", code="not_found")
+        return document
+
     async def show_document(request: Request) -> Response:
-        document = await asyncio.to_thread(engine.store.find, request.path_params["name"])
-        if document is None:
-            raise APIError(404, f"There is no document {request.path_params['name']!r}.", code="not_found")
-        return reply(described(document))
+        return reply(described(await document_named(request)))
 
     async def delete_document(request: Request) -> Response:
-        name = request.path_params["name"]
-        if not await asyncio.to_thread(engine.store.delete, name):
-            raise APIError(404, f"There is no document {name!r}.", code="not_found")
-        return reply({"id": name, "object": "document", "deleted": True})
+        document = await document_named(request)
+        await asyncio.to_thread(engine.store.delete, document.id)
+        return reply({"id": document.id, "object": "document", "deleted": True})
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -153,14 +161,14 @@ def make_app(
 
     return Starlette(
         routes=[
-            Route("/v1/models", guarded(models)),
-            Route("/health", guarded(health)),
-            Route("/metrics", guarded(show_metrics)),
-            Route("/v1/chat/completions", guarded(chat), methods=["POST"]),
-            Route("/v1/documents", guarded(add_document), methods=["POST"]),
-            Route("/v1/documents", guarded(list_documents)),
-            Route("/v1/documents/{name}", guarded(delete_document), methods=["DELETE"]),
-            Route("/v1/documents/{name}", guarded(show_document)),
+            route("/v1/models", models),
+            route("/health", health, needs_key=False),
+            route("/metrics", show_metrics),
+            route("/v1/chat/completions", chat, "POST"),
+            route("/v1/documents", add_document, "POST"),
+            route("/v1/documents", list_documents),
+            route("/v1/documents/{name}", delete_document, "DELETE"),
+            route("/v1/documents/{name}", show_document),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
         exception_handlers={HTTPException: unknown},
@@ -171,13 +179,17 @@ def make_app(
 # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_key(request: Request, api_key: str | None) -> None:
-    """Raise APIError unless the request has the key that is demanded. ``/health`` needs none."""
-    if api_key is None or request.url.path == "/health":
-        return
+def check_key(request: Request, api_key: str) -> None:
+    """Raise APIError unless the request has the key that is demanded."""
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), api_key.encode()):
         raise APIError(401, "Authorization: expected 'Bearer KEY' with the server's key.", code="invalid_api_key")
+
+
+def check_origin(request: Request) -> None:
+    """Raise APIError if a page of another site sends the request. A browser would do so without asking its user."""
+    if request.headers.get("origin", own_origin(request)) != own_origin(request):
+        raise APIError(403, "Origin: got another site's, expected none. Set --api-key to let web pages ask.")
 
 
 async def body_of(request: Request) -> bytes:
@@ -239,12 +251,14 @@ async def next_event(request: Request, job: Job, events: Events) -> tuple[str, A
         If the job failed, or if the client is gone; the job is cancelled then.
     """
     while True:
+        if time.monotonic() - job.looked > _POLL:
+            job.looked = time.monotonic()
+            if await request.is_disconnected():
+                job.cancel()
+                raise APIError(499, "The client is gone.")
         try:
             kind, value = await asyncio.wait_for(events.get(), _POLL)
         except TimeoutError:
-            if await request.is_disconnected():
-                job.cancel()
-                raise APIError(499, "The client is gone.") from None
             continue
         if kind == "error":
             raise as_api_error(value)
@@ -255,6 +269,10 @@ def as_api_error(error: Exception) -> APIError:
     """What a client is told of an error."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, WriteError):
+        return APIError(507, "The server cannot write the document: no space or permission.", code="storage_full")
+    if isinstance(error, CheckpointError):
+        return APIError(404, "The document cannot be read any more. Post its text again.", code="not_found")
     if isinstance(error, KVPressMoEError):
         return APIError(400, str(error))
     return APIError(500, f"The server failed ({type(error).__name__}). Its log says more.")

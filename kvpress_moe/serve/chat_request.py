@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from kvpress_moe.serve.api_error import APIError, wrong
 ROLES = ("system", "developer", "user", "assistant")
 MOST_MESSAGES = 1000
 MOST_STOPS = 4
+LONGEST_STOP = 200
 
 #: Fields of OpenAI's API that change nothing here, or whose only value that can be served is given.
 _ACCEPTED: dict[str, Callable[[Any], bool]] = {
@@ -92,7 +92,8 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     known = {*_READERS, *_ACCEPTED, "model", "messages", "max_completion_tokens", "stream_options"}
     for name in given:
         if name not in known:
-            raise wrong(name, given[name], "a field that this server knows", f"It knows {', '.join(sorted(known))}.")
+            shown = ascii(name)[1:-1][:80]
+            raise wrong(shown, given[name], "a field that this server knows", f"It knows {', '.join(sorted(known))}.")
     for name, is_served in _ACCEPTED.items():
         if name in given and not is_served(given[name]):
             raise wrong(name, given[name], "a value that this server can serve", "Leave it out.")
@@ -144,7 +145,7 @@ def _text(field: str, value: Any) -> str:
 def _whole(field: str, low: int, high: int = 2**63 - 1) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise wrong(field, value, f"a whole number, at least {low}")
+            raise wrong(field, type(value).__name__ if type(value) is int else value, f"a whole number from {low} on")
         return value
 
     return read
@@ -152,9 +153,7 @@ def _whole(field: str, low: int, high: int = 2**63 - 1) -> Callable[[Any], int]:
 
 def _number(field: str, low: float, high: float) -> Callable[[Any], float]:
     def read(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise wrong(field, value, f"a number from {low:g} to {high:g}")
-        if not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # nor NaN
             raise wrong(field, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
@@ -163,9 +162,10 @@ def _number(field: str, low: float, high: float) -> Callable[[Any], float]:
 
 def _stop(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
-    right = isinstance(stops, list) and len(stops) <= MOST_STOPS and all(isinstance(x, str) and x for x in stops)
-    if not right:
-        raise wrong("stop", value, f"a text, or a list of at most {MOST_STOPS} texts")
+    right = isinstance(stops, list) and len(stops) <= MOST_STOPS
+    if not right or not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
+        expected = f"a text, or a list of at most {MOST_STOPS} texts, each of 1 to {LONGEST_STOP} characters"
+        raise wrong("stop", value, expected)
     return tuple(_text("stop", stop) for stop in stops)
 
 

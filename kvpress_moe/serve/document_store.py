@@ -24,6 +24,7 @@ from kvpress_moe.files import is_text, is_whole, read_json, write_atomically
 
 logger = logging.getLogger(__name__)
 
+MOST_PREFIXES = 64  # beginnings of chats on disk; the oldest go first
 _ID = re.compile(r"doc-[0-9a-f]{24}")
 
 
@@ -47,6 +48,8 @@ class Document:
         Bytes of the compressed cache.
     created : int
         Seconds since 1970.
+    kind : {"document", "prefix"}
+        A document that was posted, or the beginning of a chat, which is not listed and has no name for clients.
     """
 
     id: str
@@ -56,6 +59,7 @@ class Document:
     text_hash: str
     n_bytes: int
     created: int
+    kind: str = "document"
 
 
 def hash_text(text: str) -> str:
@@ -98,6 +102,7 @@ class DocumentStore:
             router,
         )
         directory.mkdir(parents=True, exist_ok=True)
+        self.sweep()
         self._caches: OrderedDict[str, tuple[DynamicCache, int]] = OrderedDict()
         self._lock = threading.Lock()
         self.n_evicted = 0
@@ -106,7 +111,15 @@ class DocumentStore:
         """The id of a document with this prefix."""
         return "doc-" + hash_text(f"{self.recipe} {hash_text(prefix)}")[:24]
 
-    def add(self, title: str, prefix: str, input_ids: Sequence[int], cache: DynamicCache, press: Any) -> Document:
+    def add(
+        self,
+        title: str,
+        prefix: str,
+        input_ids: Sequence[int],
+        cache: DynamicCache,
+        press: Any,
+        kind: str = "document",
+    ) -> Document:
         """
         Write a document, and keep its cache in memory.
 
@@ -117,17 +130,31 @@ class DocumentStore:
         """
         name, n_bytes = self.id_of(prefix), cache_bytes(cache)
         sizes = (len(input_ids), len(prefix), hash_text(prefix), n_bytes)
-        document = Document(name, title, *sizes, int(time.time()))
+        document = Document(name, title, *sizes, int(time.time()), kind)
         save_cache(self._cache_file(name), cache, self.model, torch.tensor([list(input_ids)]), press)
         text = json.dumps({**asdict(document), "recipe": self.recipe})
         write_atomically(self._card(name), lambda path: path.write_text(text, encoding="utf-8"))
         self._remember(name, cache, n_bytes)
+        prefixes = [one for one in self._all() if one.kind == "prefix"]
+        for old in prefixes[: max(0, len(prefixes) - MOST_PREFIXES)]:
+            self.delete(old.id)
         return document
 
     def documents(self) -> list[Document]:
-        """All documents in the directory, the oldest first."""
+        """All documents that were posted, the oldest first."""
+        return [document for document in self._all() if document.kind == "document"]
+
+    def _all(self) -> list[Document]:
         found = (self.find(path.stem) for path in self.directory.glob("doc-*.json"))
         return sorted((document for document in found if document), key=lambda one: (one.created, one.id))
+
+    def sweep(self, older_than: float = 3600.0) -> None:
+        """Delete what servers left behind that were killed while they wrote: files without a card, an hour old."""
+        for path in self.directory.iterdir():
+            is_ours = re.fullmatch(r"\.?doc-[0-9a-f]{24}\.(kv|json)(\..*)?", path.name)
+            is_whole_pair = not path.name.startswith(".") and self._card(path.stem).exists()
+            if is_ours and not is_whole_pair and time.time() - path.stat().st_mtime > older_than:
+                path.unlink(missing_ok=True)
 
     def find(self, name: str) -> Document | None:
         """A document by its id. None if there is none, or if its files cannot be read."""
@@ -140,6 +167,8 @@ class DocumentStore:
             document = Document(**{field: card[field] for field in Document.__dataclass_fields__})
             texts = (document.id, document.title, document.text_hash)
             whole = (document.n_tokens, document.n_characters, document.created)
+            if document.kind not in ("document", "prefix"):
+                raise ValueError("an unknown kind")
             if not (all(map(is_text, texts)) and all(map(is_whole, whole)) and type(document.n_bytes) is int):
                 raise ValueError("a field has a wrong type")
             return document if document.id == name else None
@@ -180,12 +209,14 @@ class DocumentStore:
         return True
 
     def longest_prefix(self, text: str) -> Document | None:
-        """The longest document that a text begins with."""
-        by_length = sorted(self.documents(), key=lambda document: -document.n_characters)
+        """The longest document or prefix that a text begins with."""
+        by_length = sorted(self._all(), key=lambda document: -document.n_characters)
         hashes: dict[int, str] = {}
         for document in by_length:
             n = document.n_characters
-            if n < len(text) and hashes.setdefault(n, hash_text(text[:n])) == document.text_hash:
+            if n < len(text) and n not in hashes:
+                hashes[n] = hash_text(text[:n])
+            if hashes.get(n) == document.text_hash:
                 return document
         return None
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.errors import CheckpointError, WriteError
 from kvpress_moe.model.hooks import hooked
 from kvpress_moe.model.layers import language_model
 from kvpress_moe.model.transformers_api import with_cache
@@ -18,9 +22,12 @@ from kvpress_moe.serve.chat_request import ChatRequest
 from kvpress_moe.serve.document_store import Document, DocumentStore
 from kvpress_moe.serve.generation import Sampling, TextOfTokens, borrowed, end_tokens, generate
 
+logger = logging.getLogger(__name__)
+
 LONG_PREFIX = 512  # tokens from which on the beginning of a chat is compressed and kept
 DEFAULT_MAX_TOKENS = 256
-_MARK = "\n" + "#" * 40 + "\n"
+CHARACTERS_PER_TOKEN = 64  # longer texts are refused before they are cut into tokens
+_MARK = secrets.token_hex(16)  # no text holds it
 
 
 @dataclass(frozen=True)
@@ -71,25 +78,41 @@ class Engine:
         self.model, self.tokenizer, self.store, self.settings, self.name = model, tokenizer, store, settings, name
         self.limit = int(language_model(model).config.max_position_embeddings)
         self._ends = end_tokens(model, tokenizer)
+        self.prefix_of("a")  # raises if the template cannot serve documents
 
     # ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def prefix_of(self, text: str) -> str:
         """What the chat template makes of a document: all that comes before the first message's own text."""
-        rendered = self._render([{"role": "user", "content": text + _MARK}])
-        prefix, mark, _ = rendered.partition(_MARK)
+        return self._around([{"role": "user", "content": f"{text}\n\n{_MARK}"}])[0]
+
+    def _around(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
+        """The rendered chat before and after the mark in it."""
+        before, mark, after = self._render(messages).rpartition(_MARK)
         if not mark:
-            raise APIError(400, "text: it holds the mark that separates documents from questions.", "text")
-        return prefix + "\n\n"
+            raise APIError(500, "The chat template of this model changes texts; documents cannot be served with it.")
+        return before, after
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        text: Any = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=False,
+            )
+        except TemplateError as error:
+            raise APIError(400, f"messages: the model's chat template refuses them: {error}", "messages") from error
         return str(text)
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a part of a rendered chat."""
+        """Token ids of a part of a rendered chat. Raises APIError if it is far too long for the model."""
+        if len(text) > CHARACTERS_PER_TOKEN * self.limit:
+            raise APIError(
+                400,
+                f"text: got {len(text)} characters, expected at most {CHARACTERS_PER_TOKEN * self.limit}.",
+                code="context_length_exceeded",
+            )
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
@@ -120,14 +143,34 @@ class Engine:
         if not others or others[0]["role"] != "user":
             raise APIError(400, "messages: with documents, the first message must be the user's.", "messages")
         first = "\n\n".join((*system, others[0]["content"]))
-        rendered = self._render([{"role": "user", "content": _MARK + first}, *others[1:]])
-        _, _, rest = rendered.partition(_MARK)
+        _, rest = self._around([{"role": "user", "content": _MARK + first}, *others[1:]])
         return rest, document
+
+    def long_prefix(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """
+        The beginning of a chat that other questions are likely to share: its first user message but the last paragraph.
+
+        Empty if it has fewer than ``LONG_PREFIX`` tokens.
+        """
+        number = next((n for n, message in enumerate(messages) if message["role"] == "user"), None)
+        if number is None:
+            return ""
+        content = messages[number]["content"]
+        cut = content.rstrip().rfind("\n\n")
+        if cut <= 0:
+            return ""
+        marked = {"role": "user", "content": content[: cut + 2] + _MARK + content[cut + 2 :]}
+        prefix, _ = self._around([*messages[:number], marked, *messages[number + 1 :]])
+        return prefix if len(self.tokens(prefix)) >= LONG_PREFIX else ""
 
     # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def compress(
-        self, title: str, prefix: str, on_layer: Callable[[int, int], Any] = lambda done, total: None
+        self,
+        title: str,
+        prefix: str,
+        on_layer: Callable[[int, int], Any] = lambda done, total: None,
+        kind: str = "document",
     ) -> Document:
         """
         Read a prefix, compress its cache, and store it. A prefix that is stored already is not read again.
@@ -139,7 +182,7 @@ class Engine:
             ``on_layer(done, total)``.
         """
         known = self.store.find(self.store.id_of(prefix))
-        if known is not None:
+        if known is not None and self._is_whole(known) and (known.kind == kind or kind == "prefix"):
             return known
         input_ids = self.tokens(prefix)
         if len(input_ids) + 64 > self.limit:
@@ -154,7 +197,25 @@ class Engine:
         cache, done = DynamicCache(), iter(range(1, len(layers) + 1))
         with torch.no_grad(), press(self.model), hooked(layers, lambda *_: on_layer(next(done), len(layers))):
             self.model.model(input_ids=torch.tensor([input_ids], device=self.model.device), **with_cache(cache))
-        return self.store.add(title, prefix, input_ids, cache, press)
+        return self.store.add(title, prefix, input_ids, cache, press, kind)
+
+    def _is_whole(self, document: Document) -> bool:
+        """Whether a document's cache can be read. If not, the document is deleted."""
+        try:
+            self.store.cache(document)
+        except CheckpointError as error:
+            logger.warning("document %s is deleted: %s", document.id, error)
+            self.store.delete(document.id)
+            return False
+        return True
+
+    def _keep(self, prefix: str) -> Document | None:
+        """Compress and keep the beginning of a chat. None if the disk is full: the chat is then read as it is."""
+        try:
+            return self.compress("", prefix, kind="prefix")
+        except WriteError as error:
+            logger.warning("the beginning of a chat is not kept: %s", error)
+            return None
 
     def answer(self, request: ChatRequest) -> Iterator[Piece]:
         """
@@ -166,14 +227,18 @@ class Engine:
             If the chat is too long for the model.
         """
         text, document = self.chat_text(request)
+        n_cached = 0 if document is None else document.n_tokens
+        if not request.documents:
+            prefix = self.long_prefix(request.messages)
+            if prefix and (document is None or 2 * document.n_characters < len(prefix)):
+                document, n_cached = self._keep(prefix), 0
+                yield Piece("", None, 0, 0, 0)
+        if document is not None and not self._is_whole(document):
+            if request.documents:
+                raise APIError(404, f"documents: {document.id} cannot be read.", "documents", "not_found")
+            document, n_cached = None, 0
         if document is not None and not request.documents:
             text = text[document.n_characters :]
-        elif document is None:
-            prefix = long_prefix(text)
-            if prefix and len(self.tokens(prefix)) >= LONG_PREFIX:
-                document = self.compress("the beginning of a chat", prefix)
-                text = text[len(prefix) :]
-                yield Piece("", None, document.n_tokens, 0, 0)
         n_read = 0 if document is None else document.n_tokens
         cache = DynamicCache() if document is None else borrowed(self.store.cache(document))
         input_ids = self.tokens(text)
@@ -192,19 +257,13 @@ class Engine:
         tokens = generate(self.model, cache, n_read, input_ids, sampling, self._ends)
         for n_new, token in enumerate(tokens, start=1):
             if token is None:
-                yield Piece(written.rest(), "stop", n_prompt, n_read, n_new - 1)
+                yield Piece(written.rest(), "stop", n_prompt, n_cached, n_new - 1)
                 return
             text = written.add(token)
             if written.is_stopped:
-                yield Piece(text, "stop", n_prompt, n_read, n_new)
+                yield Piece(text, "stop", n_prompt, n_cached, n_new)
                 return
             if n_new < wanted:
-                yield Piece(text, None, n_prompt, n_read, n_new)
+                yield Piece(text, None, n_prompt, n_cached, n_new)
             else:
-                yield Piece(text + written.rest(), "length", n_prompt, n_read, n_new)
-
-
-def long_prefix(text: str) -> str:
-    """The part of a rendered chat that other questions are likely to share: up to its last blank line but the end."""
-    cut = text.rstrip().rfind("\n\n")
-    return text[: cut + 2] if cut > 0 else ""
+                yield Piece(text + written.rest(), "length", n_prompt, n_cached, n_new)

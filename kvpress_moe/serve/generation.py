@@ -14,6 +14,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from kvpress_moe.model.transformers_api import with_cache
 
+COLDEST = 1e-4  # below this temperature the likeliest token is taken; dividing by less may overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -114,7 +116,7 @@ def generate(
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token from logits (V,)."""
-    if sampling.temperature == 0 or sampling.top_p == 0:
+    if sampling.temperature < COLDEST or sampling.top_p == 0:
         return int(logits.argmax())
     scores: Any = logits[None]
     unused: Any = torch.empty(1, 0, dtype=torch.long)
@@ -172,5 +174,5 @@ class TextOfTokens:
 
     def _may_begin_a_stop(self, text: str) -> int:
         """How many of the last characters may be the beginning of a stop text."""
-        lengths = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        lengths = [n for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
         return max(lengths, default=0)

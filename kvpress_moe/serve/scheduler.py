@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from kvpress_moe.errors import KVPressMoEError
 from kvpress_moe.serve.api_error import APIError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ class Job:
         self._make, self._on_event = steps, on_event
         self._steps: Iterator[Any] | None = None
         self.is_cancelled = False
+        self.looked = time.monotonic()  # when its client was last looked for
 
     def cancel(self) -> None:
         """Compute no more steps. May be called in any thread."""
@@ -39,10 +43,10 @@ class Job:
 
     def step(self) -> bool:
         """Compute one step. Returns whether there are more."""
-        if self.is_cancelled:
-            self._close()
-            return False
         try:
+            if self.is_cancelled:
+                self._close()
+                return False
             if self._steps is None:
                 self._steps = self._make(partial(self._on_event, "item"))
             self._on_event("item", next(self._steps))
@@ -50,9 +54,10 @@ class Job:
         except StopIteration:
             self._on_event("end", None)
         except Exception as error:  # any error: a client waits for an answer
-            if not isinstance(error, APIError):
+            if not isinstance(error, KVPressMoEError):
                 logger.exception("a request failed")
-            self._on_event("error", error)
+            with suppress(RuntimeError):  # the event loop may be closed already
+                self._on_event("error", error)
         return False
 
     def _close(self) -> None:
@@ -79,6 +84,7 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
+        self._is_computing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -94,6 +100,7 @@ class Scheduler:
         with self._changed:
             if self._is_closing:
                 raise APIError(503, "The server is shutting down.")
+            self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
             if len(self._waiting) >= self.max_waiting:
                 raise APIError(429, "Too many requests wait already. Try again later.", code="queue_full")
             self._waiting.append(job)
@@ -101,18 +108,23 @@ class Scheduler:
 
     @property
     def n_active(self) -> int:
-        return len(self._active)
+        """Jobs that take turns, with the one whose step is computed now."""
+        return len(self._active) + self._is_computing
 
     @property
     def n_waiting(self) -> int:
         return len(self._waiting)
 
     def close(self, timeout: float = 30.0) -> None:
-        """Take no more jobs, finish those that are there, and end the thread."""
+        """Take no more jobs, finish those that are there, and end the thread. After ``timeout`` seconds drop them."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
         self._thread.join(timeout)
+        with self._changed:
+            for job in (*self._active, *self._waiting):
+                job.cancel()
+        self._thread.join()  # the step that is computed now
 
     def _run(self) -> None:
         while True:
@@ -125,6 +137,9 @@ class Scheduler:
                     self._changed.wait()
                     continue
                 job = self._active.popleft()
-            if job.step():
-                with self._changed:
+                self._is_computing = True
+            goes_on = job.step()
+            with self._changed:
+                self._is_computing = False
+                if goes_on:
                     self._active.append(job)

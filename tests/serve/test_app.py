@@ -2,8 +2,10 @@
 
 import json
 import threading
+from unittest.mock import ANY
 
 import pytest
+from jinja2 import TemplateError
 from starlette.testclient import TestClient
 
 from kvpress_moe.serve.app import make_app
@@ -100,10 +102,16 @@ def test_a_long_prefix_is_compressed_by_itself_and_recognised(client, engine):
     assert len(TEXT) > LONG_PREFIX
     first, second = (ask(client, f"{TEXT}\n\n{question}").json() for question in ("Who signed?", "When?"))
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second)]
-    assert cached[0] == cached[1] > LONG_PREFIX
-    assert len(engine.store.documents()) == 1
+    assert cached[0] == 0  # it was read for this question
+    assert cached[1] > LONG_PREFIX
+    assert first["usage"]["prompt_tokens"] == second["usage"]["prompt_tokens"] + len("Who signed?") - len("When?")
+    assert len(engine.store._all()) == 1
     ask(client, "A short question")
-    assert len(engine.store.documents()) == 1
+    assert len(engine.store._all()) == 1
+    (kept,) = engine.store._all()
+    assert client.get("/v1/documents").json()["data"] == []  # it has no name for clients
+    assert client.get(f"/v1/documents/{kept.id}").status_code == 404
+    assert client.delete(f"/v1/documents/{kept.id}").status_code == 404
 
 
 def test_documents_are_found_by_another_server(client, engine, llama, chat_tokenizer, tmp_path):
@@ -132,6 +140,11 @@ def test_documents_are_found_by_another_server(client, engine, llama, chat_token
         ({"max_tokens": True}, 400, "max_tokens"),
         ({"stop": [""]}, 400, "stop"),
         ({"stop": ["a"] * 5}, 400, "stop"),
+        ({"stop": "a" * 201}, 400, "stop"),
+        ({"temperature": 10**400}, 400, "temperature"),
+        ({"temperature": float("nan")}, 400, "temperature"),
+        ({"max_tokens": 10**4000}, 400, "max_tokens"),
+        ({"\ud800": 1}, 400, "\\ud800"),
         ({"seed": 1.5}, 400, "seed"),
         ({"stream": 1}, 400, "stream"),
         ({"n": 2}, 400, "n"),
@@ -179,10 +192,53 @@ def test_unknown_paths_methods_and_hosts_are_refused(client):
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
 
 
+def test_the_coldest_temperature_is_the_likeliest_token(client):
+    answers = [ask(client, temperature=temperature).json()["choices"] for temperature in (0, 1e-38)]
+    assert answers[0] == answers[1]
+
+
+def test_a_text_with_any_mark_in_it_is_kept_whole(client, engine):
+    """Forty hashes, as separators in logs have them, cut nothing off."""
+    text = "part one\n" + "#" * 40 + "\npart two"
+    document = client.post("/v1/documents", json={"text": text}).json()
+    assert document["tokens"] == len(engine.tokens(engine.prefix_of(text)))
+    assert "part two" in engine.prefix_of(text)
+
+
+def test_pages_of_other_sites_are_refused_where_no_key_is_set(client):
+    foreign = {"origin": "https://evil.example", "content-type": "text/plain"}
+    for path in ("/v1/documents", "/v1/chat/completions"):
+        assert client.post(path, content=b"{}", headers=foreign).status_code == 403
+    assert client.get("/v1/models", headers={"origin": ADDRESS}).status_code == 200
+
+
+def test_a_document_whose_file_is_broken_is_read_again(client, engine, tmp_path):
+    document = client.post("/v1/documents", json={"text": TEXT}).json()
+    engine.store._caches.clear()
+    (tmp_path / f"{document['id']}.kv").write_bytes(b"broken")
+    assert ask(client, TEXT + "\n\nWho signed?").status_code == 200
+    assert client.get("/v1/documents").json()["data"] == []
+    again = client.post("/v1/documents", json={"text": TEXT})
+    assert again.status_code == 201
+    engine.store._caches.clear()
+    (tmp_path / f"{document['id']}.kv").write_bytes(b"broken")
+    assert ask(client, documents=[document["id"]]).status_code == 404
+
+
+def test_a_template_that_refuses_the_messages_is_a_wrong_request(client, engine, monkeypatch):
+    def refuse(*_, **__):
+        raise TemplateError("roles must alternate")
+
+    monkeypatch.setattr(engine.tokenizer, "apply_chat_template", refuse)
+    answer = ask(client)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages"
+
+
 def test_models_health_and_metrics(client):
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [NAME]
     ask(client)
-    assert client.get("/health").json() == {"status": "ok", "active": 0, "waiting": 0}
+    assert client.get("/health").json() == {"status": "ok", "active": ANY, "waiting": 0}
     text = client.get("/metrics").text
     assert 'kvpress_moe_requests_total{path="/v1/chat/completions",status="200"} 1.0' in text
     assert "kvpress_moe_completion_tokens_total 6.0" in text
@@ -215,6 +271,24 @@ def test_a_full_queue_answers_429_with_a_time_to_wait(engine):
         assert answer.headers["retry-after"] == "2"
         assert answer.json()["error"]["type"] == "rate_limit_error"
         assert ask(client).status_code == 200
+
+
+def test_jobs_that_wait_and_are_cancelled_make_room():
+    scheduler, begun, going = Scheduler(max_active=1, max_waiting=1), threading.Event(), threading.Event()
+
+    def steps(emit):
+        begun.set()
+        yield going.wait(20)
+
+    scheduler.submit(Job(steps, lambda *_: None))
+    assert begun.wait(10)
+    assert scheduler.n_active == 1
+    gone = Job(steps, lambda *_: None)
+    scheduler.submit(gone)
+    gone.cancel()
+    scheduler.submit(Job(steps, lambda *_: None))
+    going.set()
+    scheduler.close()
 
 
 def test_jobs_take_turns_and_a_cancelled_one_ends():

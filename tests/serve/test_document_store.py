@@ -96,6 +96,33 @@ def test_a_broken_card_is_left_out(llama, store, tmp_path, content, caplog):
     assert store.find("../" + document.id) is None
 
 
+def test_what_a_killed_server_left_is_swept_after_an_hour(llama, store, tmp_path):
+    document = add(store, llama, 1)
+    left = [tmp_path / name for name in (f"doc-{'0' * 24}.kv", f".doc-{'1' * 24}.kv.abc", f".doc-{'2' * 24}.json.x")]
+    other = tmp_path / "notes.txt"
+    for path in (*left, other):
+        path.write_text("half")
+    store.sweep()
+    assert all(path.exists() for path in left)  # another server may be writing them now
+    store.sweep(older_than=-1)
+    assert not any(path.exists() for path in left)
+    assert other.exists()
+    assert store.documents() == [document]
+
+
+def test_the_oldest_beginnings_of_chats_leave_the_disk(llama, store, monkeypatch):
+    monkeypatch.setattr(document_store, "MOST_PREFIXES", 2)
+    document = add(store, llama, 0)
+    made = press()
+    cache = prefill(llama, tokens(60), made)
+    for number in range(4):
+        monkeypatch.setattr(document_store.time, "time", lambda number=number: 2e9 + number)
+        store.add("", f"prefix {number}", tokens(60)[0].tolist(), cache, made, "prefix")
+    assert store.documents() == [document]
+    assert store.longest_prefix("prefix 1 and more") is None
+    assert store.longest_prefix("prefix 3 and more").kind == "prefix"
+
+
 def test_a_broken_cache_is_refused_by_name(llama, store, tmp_path):
     document = add(store, llama, 1)
     (tmp_path / f"{document.id}.kv").write_bytes(b"nothing")
