@@ -35,7 +35,7 @@ from kvpress_moe.model.loading import load_model
 from kvpress_moe.model.transformers_api import with_cache
 from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.press.promised_budget import setting_of
-from kvpress_moe.routers.promise import LEAST, Promise, share_at
+from kvpress_moe.routers.promise import LEAST, Promise, cautious, share_at
 from kvpress_moe.training.calibration import measure, tensors
 from kvpress_moe.training.config import HELD_OUT
 
@@ -77,7 +77,7 @@ def chosen_shares(
     """What the promise gives each prompt (N,), and which prompts are unlike those of the calibration."""
     estimates = promise.estimate.at(features, lost, promise.shares)
     unlike = promise.are_unlike(features)
-    usual, safe = promise.margin(bound, confidence), float(promise.margins(bound).max())
+    usual, safe = promise.margin(bound, confidence), promise.margin(bound, cautious(confidence))
     given = [
         share_at(row, promise.shares, math.log(bound) - (safe if is_unlike else usual))
         for row, is_unlike in zip(estimates, unlike.tolist(), strict=True)

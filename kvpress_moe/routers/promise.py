@@ -24,11 +24,14 @@ from kvpress_moe.routers.sight import Sight
 LEAST = 1e-5  # of a measured KL divergence; smaller ones are noise of float32
 FITTED = (1e-4, 1.0)  # KL divergences that the estimate is fitted to
 LEAST_POINTS = 20
+STEP = 0.02  # of a logarithm in a file, in nats
 LEAST_SLOPE = 1e-3
 LARGEST = 1e6  # of any number in a file; logarithms, weights and tokens are far smaller
 LONGER = 1.25  # times as long as the longest calibration prompt, or as short as the shortest, is not unlike yet
 RIDGE = 2.0  # penalty of the features' weights, if each had a variance of one over their number
-UNLIKE = 0.98  # share of the calibration prompts that are less far from the others than an unlike prompt
+UNLIKE = 0.95  # share of the calibration prompts that are less far from the centre than an unlike prompt
+SHRINK = 0.003  # added to the correlations' diagonal
+CAUTION = 4  # for unlike prompts, the share that may exceed the bound is divided by this
 
 
 class Decision(NamedTuple):
@@ -42,8 +45,8 @@ class Decision(NamedTuple):
     expected_kl : float
         Estimate of the mean KL divergence with this share, in nats. It is a median: half of the prompts have less.
     is_unlike : bool
-        Whether the prompt is unlike those of the calibration. The margin is then the largest one, and nothing is
-        promised.
+        Whether the prompt is unlike those of the calibration. The margin is then that of a higher confidence, and
+        nothing is promised.
     is_enough : bool
         Whether the share is as large as the margin demands. Not if ``max_bytes`` forbids it, or if everything would be
         needed but the menu has no whole pairs.
@@ -68,12 +71,18 @@ class Estimate:
     slopes : Tensor, shape (2,)
     weights, mean : Tensor, shape (F,)
     intercept : float
+    spread : Tensor, shape (F,)
+        Standard deviation of each feature among the fitted prompts.
+    correlation : Tensor, shape (F, F)
+        Of the features among the fitted prompts.
     """
 
     slopes: Tensor
     weights: Tensor
     mean: Tensor
     intercept: float
+    spread: Tensor
+    correlation: Tensor
 
     @classmethod
     def fit(cls, features: Tensor, lost: Tensor, divergences: Tensor, shares: Tensor) -> Self:
@@ -115,7 +124,9 @@ class Estimate:
                 break
             used &= weights[:2] >= 0
         slopes = weights[:2].clamp(min=torch.tensor([0.0, LEAST_SLOPE]))  # a flat estimate would have no least share
-        return cls(slopes, weights[2:], mean, float(intercept))
+        spread = features.std(0, correction=0).clamp(min=1e-3)
+        correlation = (centred / spread).T @ (centred / spread) / len(features)
+        return cls(slopes, weights[2:], mean, float(intercept), spread, correlation)
 
     def at(self, features: Tensor, lost: Tensor, shares: Tensor) -> Tensor:
         """
@@ -159,8 +170,8 @@ class Promise:
         Shares of the bytes (of a 16-bit cache) at which KL divergences were measured, rising.
     estimates, divergences : Tensor, shape (N, K)
         Logarithms of the estimated and of the measured KL divergences of the calibration prompts.
-    centre, spread : Tensor, shape (F,)
-        Mean and standard deviation of the calibration prompts' features.
+    centre : Tensor, shape (F,)
+        Mean of the calibration prompts' features.
     farthest : float
         Distance from the centre that nearly all calibration prompts are within, see :meth:`distances`.
     lengths : tuple of (int, int)
@@ -175,7 +186,6 @@ class Promise:
     estimates: Tensor
     divergences: Tensor
     centre: Tensor
-    spread: Tensor
     farthest: float
     lengths: tuple[int, int]
     about: dict[str, Any]
@@ -202,7 +212,7 @@ class Promise:
         about : dict
         """
         logs = divergences.clamp(min=LEAST).log()
-        centre, spread = features.mean(0), features.std(0, correction=0).clamp(min=1e-3)
+        centre = features.mean(0)
         tokens = features[:, 0].exp().round()
         made = cls(
             estimate,
@@ -210,7 +220,6 @@ class Promise:
             estimate.at(features, lost, shares),
             logs,
             centre,
-            spread,
             0.0,
             (int(tokens.min()), int(tokens.max())),
             about,
@@ -219,8 +228,16 @@ class Promise:
         return replace(made, farthest=float((others * made.distances(features)).quantile(UNLIKE)))
 
     def distances(self, features: Tensor) -> Tensor:
-        """How far prompts' features (N, F) are from those of the calibration prompts, in standard deviations: (N,)."""
-        return ((features - self.centre) / self.spread).square().mean(-1).sqrt()
+        """
+        How far prompts' features (N, F) are from the centre: their Mahalanobis distances, (N,).
+
+        The correlations are those of the fitted prompts. So a combination of features that they do not have is far,
+        even if each feature alone is usual.
+        """
+        away = (features - self.centre) / self.estimate.spread
+        shrunk = self.estimate.correlation + SHRINK * torch.eye(len(self.centre), dtype=torch.float64)
+        distances: Tensor = (away * torch.linalg.solve(shrunk, away.T).T).sum(-1).clamp(min=0).sqrt()
+        return distances
 
     @property
     def n_prompts(self) -> int:
@@ -330,7 +347,7 @@ class Promise:
         """
         estimates = self._estimates(sight)
         is_unlike = bool(self.are_unlike(sight.features[None]))
-        margin = float(self.margins(max_kl).max()) if is_unlike else self.margin(max_kl, confidence)
+        margin = self.margin(max_kl, cautious(confidence) if is_unlike else confidence)
         needed = share_at(estimates, self.shares, math.log(max_kl) - margin)
         share = min(max(needed, least), most)
         if share == 1 and has_whole:
@@ -339,23 +356,25 @@ class Promise:
         return Decision(share, expected, is_unlike, needed < 1 and share >= needed)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a JSON file."""
+        """
+        Plain data for a JSON file.
 
-        def plain(tensor: Tensor, digits: int) -> Any:
-            return [[round(x, digits) for x in row] for row in tensor.tolist()]
-
+        Logarithms are whole numbers of ``STEP``: the first of a prompt, then the differences from share to share. So
+        they take little space.
+        """
         estimate = self.estimate
         return {
             "about": self.about,
-            "slopes": _significant(estimate.slopes),
+            "slopes": _significant(estimate.slopes, 4),
             "weights": _significant(estimate.weights),
             "mean": _significant(estimate.mean),
-            "intercept": _significant(torch.tensor([estimate.intercept]).double())[0],
+            "intercept": float(f"{estimate.intercept:.4g}"),
             "shares": self.shares.tolist(),
-            "estimates": plain(self.estimates, 2),
-            "divergences": plain(self.divergences, 2),
-            "centre": _significant(self.centre),
-            "spread": _significant(self.spread),
+            "estimates": _as_steps(self.estimates),
+            "divergences": _as_steps(self.divergences),
+            "centre": _significant(self.centre, 4),
+            "spread": _significant(estimate.spread, 4),
+            "correlation": _packed(estimate.correlation),
             "farthest": float(f"{self.farthest:.4g}"),
             "lengths": list(self.lengths),
         }
@@ -378,10 +397,13 @@ class Promise:
             "mean": (n_features,),
             "centre": (n_features,),
             "spread": (n_features,),
+            "correlation": (n_features * (n_features + 1) // 2,),
             "estimates": (n_prompts, len(shares)),
             "divergences": (n_prompts, len(shares)),
         }
         found = {name: _tensor(saved, name) for name in shapes}
+        for name in ("estimates", "divergences"):
+            found[name] = STEP * found[name].cumsum(-1)
         for name, shape in shapes.items():
             if found[name].shape != shape:
                 raise ValueError(f"{name}: shape {tuple(found[name].shape)}, expected {shape}")
@@ -405,9 +427,19 @@ class Promise:
             raise ValueError("about: expected precision, prompts, routers, min_share and capacity_factor")
         if not (is_whole(about["top_k"], 1) and is_whole(about["seed"]) and isinstance(about["versions"], dict)):
             raise ValueError("about: expected top_k, seed and versions")
-        estimate = Estimate(found["slopes"], found["weights"], found["mean"], float(saved["intercept"]))
-        kept = (found["estimates"], found["divergences"], found["centre"], found["spread"])
+        correlation = _unpacked(found["correlation"], n_features)
+        shrunk = correlation + SHRINK * torch.eye(n_features, dtype=torch.float64)
+        if int(torch.linalg.cholesky_ex(shrunk).info):
+            raise ValueError("correlation: expected a positive definite matrix")
+        read = (found["slopes"], found["weights"], found["mean"], float(saved["intercept"]))
+        estimate = Estimate(*read, found["spread"], correlation)
+        kept = (found["estimates"], found["divergences"], found["centre"])
         return cls(estimate, shares, *kept, float(saved["farthest"]), (lengths[0], lengths[1]), about)
+
+
+def cautious(confidence: float) -> float:
+    """The confidence whose margin prompts get that are unlike those of the calibration."""
+    return 1 - (1 - confidence) / CAUTION
 
 
 def share_at(estimates: Tensor, shares: Tensor, bound: float) -> float:
@@ -430,8 +462,29 @@ def _on_line(estimates: Tensor, shares: Tensor, share: float) -> Tensor:
     return torch.lerp(estimates[right - 1], estimates[right], at)
 
 
-def _significant(tensor: Tensor) -> list[float]:
-    return [float(f"{x:.4g}") for x in tensor.tolist()]
+def _as_steps(logs: Tensor) -> list[list[int]]:
+    """Logarithms (N, K) as whole numbers: the first of each row, then differences."""
+    steps = (logs / STEP).round().long()
+    rows: list[list[int]] = torch.cat((steps[:, :1], steps.diff(dim=-1)), dim=-1).tolist()
+    return rows
+
+
+def _packed(matrix: Tensor) -> list[int]:
+    """The lower triangle of a matrix of correlations, as whole numbers of a ten-thousandth."""
+    rows, columns = torch.tril_indices(len(matrix), len(matrix))
+    numbers: list[int] = (matrix[rows, columns] * 1e4).round().long().tolist()
+    return numbers
+
+
+def _unpacked(triangle: Tensor, size: int) -> Tensor:
+    rows, columns = torch.tril_indices(size, size)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    matrix[rows, columns] = matrix[columns, rows] = triangle / 1e4
+    return matrix
+
+
+def _significant(tensor: Tensor, digits: int = 3) -> list[float]:
+    return [float(f"{x:.{digits}g}") for x in tensor.tolist()]
 
 
 def _tensor(saved: Any, name: str) -> Tensor:

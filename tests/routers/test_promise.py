@@ -120,14 +120,14 @@ def test_more_confidence_and_a_lower_bound_keep_more():
     assert by_bound[0] < by_bound[-1]
 
 
-def test_a_prompt_unlike_the_others_keeps_what_the_worst_of_them_needed():
+def test_a_prompt_unlike_the_others_gets_the_margin_of_a_higher_confidence():
     promise = promise_of(60, 99, seed=4)
     features, lost, _ = population(1, seed=5)
     usual = promise.decide(sight(features[0], lost[0]), 0.02, 0.9)
     unlike = promise.decide(sight(features[0] + torch.tensor([0.0, 9, 9, 9, 9]), lost[0]), 0.02, 0.9)
     assert not usual.is_unlike
     assert unlike.is_unlike
-    margin = float(promise.margins(0.02).max())
+    margin = promise.margin(0.02, 0.975)  # a quarter of the prompts that may exceed the bound
     far = features[0] + torch.tensor([0.0, 9, 9, 9, 9])
     estimates = promise.estimate.at(far[None], lost, SHARES)[0]
     assert unlike.share == share_at(estimates, SHARES, math.log(0.02) - margin)
@@ -204,8 +204,10 @@ def test_a_promise_survives_a_file():
         {"lengths": [0, 5]},
         {"lengths": 5},
         {"farthest": float("inf")},
-        {"estimates": [[0.0, 1, 2, 3, 4, 5]] * 20},
+        {"estimates": [[0, 1, 1, 1, 1, 1]] * 20},
         {"spread": [0.0] * N_FEATURES},
+        {"correlation": [-10_000] * 15},
+        {"correlation": [10_000] * 14},
         {"weights": [1.0] * 3},
         {"mean": [float("nan")] * N_FEATURES},
         {"divergences": []},
@@ -226,3 +228,18 @@ def test_features_of_another_model_are_refused():
     _, lost, _ = population(1, seed=5)
     with pytest.raises(CheckpointError, match="4 compressed KV heads, this one has 7"):
         promise.decide(sight(torch.zeros(8).double(), lost[0]), 0.02, 0.9)
+
+
+def test_a_combination_of_usual_features_can_be_unlike():
+    """Two features that always agree: prompts in which they differ are far, though each is as usual."""
+    generator = torch.Generator().manual_seed(0)
+    features, lost, divergences = population(200, seed=3)
+    features[:, 2] = features[:, 1] + 0.05 * torch.randn(200, generator=generator).double()
+    estimate = Estimate.fit(features[:100], lost[:100], divergences[:100], SHARES)
+    promise = Promise.of(estimate, features[100:], lost[100:], divergences[100:], SHARES, dict(ABOUT))
+    agree, differ = promise.centre.clone(), promise.centre.clone()
+    agree[1:3] += 1
+    differ[1] += 1
+    differ[2] -= 1
+    assert promise.are_unlike(torch.stack((agree, differ))).tolist() == [False, True]
+    assert promise.are_unlike(features[100:]).double().mean() < 0.08
