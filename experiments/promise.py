@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ def main() -> None:
             promise = press.routers.promises[setting_of(press.menu)]
             title = f"{kind}, precision {PRECISIONS[name] or 'None'}, {len(prompts)} prompts"
             found[title] = table(promise, measured[name], arguments.confidence)
-            some = prompts[:: max(1, len(prompts) // arguments.verify)] if arguments.verify else []
+            some = Random(0).sample(prompts, min(arguments.verify, len(prompts)))
             own = partial(verified, model, router=arguments.router, precision=PRECISIONS[name])
             checked[title] = [own(prompt, bound=bound) for prompt in some for bound in BOUNDS]
     if arguments.measure_only:

@@ -83,7 +83,7 @@ class MeasuredPrompt:
 
     def _sight(self, name: str) -> Sight:
         sizes = pair_sizes(self._menus.get(name), self.prefilled(0).keys.shape[-1])
-        return Sight.of(self._costs[name], *sizes)
+        return Sight.of(torch.cat([costs[:, 0] for costs in self._costs[name]], dim=1), *sizes)
 
     def prefilled(self, number: int) -> Any:
         """A layer of the full cache, by its number among the compressed layers."""

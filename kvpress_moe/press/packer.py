@@ -81,9 +81,8 @@ class Packer(Promising):
             k_len, kept = rows[part].k_len, n_kept[part]
             keep = kept / k_len if self.compression_ratio is None else 1 - self.compression_ratio
             if promises:
-                layers = pooled.split(call.keys.shape[1], dim=2)
                 smallest = int(menu.nbytes[1]) + TABLE_BYTES * len(menu.precisions)
-                keep = self._promised_share(layers, pair_sizes(menu, menu.head_dim), smallest, menu.has_whole)
+                keep = self._promised_share(pooled[:, 0], pair_sizes(menu, menu.head_dim), smallest, menu.has_whole)
                 kept = int(keep * k_len)
             return menu.plan(k_len, keep, 1 if self.scope == "uniform" else kept * self.min_share)
 

@@ -87,15 +87,26 @@ def find_promise(routers: Routers, press: Any) -> Promise:
     return promise
 
 
-def decide(promise: Promise, press: Any, sight: Sight, n_heads: int, smallest: int, has_whole: bool) -> Decision:
+def decide(
+    promise: Promise,
+    sight: Sight,
+    max_kl: float,
+    confidence: float,
+    bounds: tuple[int | None, int | None],
+    n_heads: int,
+    smallest: int,
+    has_whole: bool,
+) -> Decision:
     """
     What a row keeps.
 
     Parameters
     ----------
     promise : Promise
-    press : MoERouterPress
     sight : Sight
+    max_kl, confidence : float
+    bounds : (int or None, int or None)
+        Smallest and largest number of bytes.
     n_heads : int
         Number of heads of all layers.
     smallest : int
@@ -108,7 +119,7 @@ def decide(promise: Promise, press: Any, sight: Sight, n_heads: int, smallest: i
     SettingError
         If ``max_bytes`` is less than what one pair of each head takes.
     """
-    low, high, full = press.min_bytes, press.max_bytes, sight.full_bytes
+    (low, high), full = bounds, sight.full_bytes
     if high is not None and high < n_heads * smallest:
         raise SettingError(
             "max_bytes",
@@ -118,14 +129,16 @@ def decide(promise: Promise, press: Any, sight: Sight, n_heads: int, smallest: i
         )
     least = 0.0 if low is None else min(1.0, low / full)
     most = 1.0 if high is None or high >= full else high / full
-    return promise.decide(sight, press.max_kl, press.confidence, least, most, has_whole)
+    return promise.decide(sight, max_kl, confidence, least, most, has_whole)
 
 
-def report_of(promise: Promise, press: Any, sight: Sight, decision: Decision, n_tokens: int) -> dict[str, Any]:
+def report_of(
+    promise: Promise, sight: Sight, max_kl: float, confidence: float, decision: Decision, n_tokens: int
+) -> dict[str, Any]:
     """What was chosen and expected, as plain data for the statistics."""
     return {
-        "max_kl": press.max_kl,
-        "confidence": press.confidence,
+        "max_kl": max_kl,
+        "confidence": confidence,
         **decision._asdict(),
         "n_tokens": n_tokens,
         "shares": promise.shares.tolist(),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvpress_moe.press.feedback import Feedback
@@ -32,14 +33,14 @@ class Promising:
         assert self._routers is not None
         return find_promise(self._routers, self)
 
-    def _promised_share(self, costs: Sequence[Tensor], sizes: PairSizes, smallest: int, has_whole: bool) -> float:
+    def _promised_share(self, costs: Tensor, sizes: PairSizes, smallest: int, has_whole: bool) -> float:
         """
         The share of a row's bytes, in a 16-bit cache, that the promise needs. It is noted in the statistics.
 
         Parameters
         ----------
-        costs : sequence of Tensor, each (M, 1, H, S)
-            For each compressed layer.
+        costs : Tensor, shape (M, U, S)
+            Of the pairs of all heads in the compressed layers.
         sizes : PairSizes
         smallest : int
             Bytes of a head that keeps one pair.
@@ -47,9 +48,11 @@ class Promising:
             Whether pairs may stay as the model wrote them.
         """
         promise, sight = self._find_promise(), Sight.of(costs, *sizes)
-        n_heads, n_tokens = sum(layer.shape[2] for layer in costs), costs[0].shape[-1]
-        decision = decide(promise, self, sight, n_heads, smallest, has_whole)
-        self._feedback.stats.add_promise(report_of(promise, self, sight, decision, n_tokens))
+        _, n_heads, n_tokens = costs.shape
+        assert self.max_kl is not None
+        wanted, bounds = (self.max_kl, self.confidence), (self.min_bytes, self.max_bytes)
+        decision = decide(promise, sight, *wanted, bounds, n_heads, smallest, has_whole)
+        self._feedback.stats.add_promise(report_of(promise, sight, *wanted, decision, n_tokens))
         if decision.is_unlike:
             logger.warning(
                 "MoERouterPress: a prompt of %d tokens is unlike the prompts that max_kl was calibrated with. It keeps "
@@ -72,8 +75,10 @@ class Promising:
     def _promised_pairs(self, scores: Mapping[int, Tensor], head_dim: int) -> int:
         """Number of pairs that a head of a row keeps on average, from the scores (1, H, S) of all layers."""
         assert self._routers is not None
-        costs = [eviction_costs(self._routers.layers[layer_idx], own) for layer_idx, own in scores.items()]
-        sizes, k_len = pair_sizes(None, head_dim), costs[0].shape[-1]
+        device = next(iter(scores.values())).device
+        layers = [eviction_costs(self._routers.layers[layer_idx], own) for layer_idx, own in scores.items()]
+        costs = torch.cat([layer[:, 0].to(device) for layer in layers], dim=1)
+        sizes, k_len = pair_sizes(None, head_dim), costs.shape[-1]
         share = self._promised_share(costs, sizes, sizes.whole, has_whole=True)
         return max(1, min(k_len, int(k_len * share)))
 

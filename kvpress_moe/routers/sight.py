@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -34,24 +33,22 @@ class Sight:
     full_bytes: float
 
     @classmethod
-    def of(cls, costs: Sequence[Tensor], nbytes: Int[Tensor, " M"], whole: int) -> Self:
+    def of(cls, costs: Tensor, nbytes: Int[Tensor, " M"], whole: int) -> Self:
         """
         What is known of a prompt of one row.
 
         Parameters
         ----------
-        costs : sequence of Tensor, each (M, 1, H, S)
-            For each compressed layer. The first strategy evicts, the last one loses nothing.
+        costs : Tensor, shape (M, U, S)
+            Of the pairs of all heads in the compressed layers. The first strategy evicts.
         nbytes : Tensor, shape (M,)
             Bytes of a pair with each strategy, in a 16-bit cache.
         whole : int
             Bytes of a pair as the model wrote it, in a 16-bit cache.
         """
-        device, n_tokens = costs[0].device, costs[0].shape[-1]
-        pooled = torch.cat([layer.to(device).flatten(1, 2) for layer in costs], dim=1)  # (M, U, S)
-        mean_costs = pooled[0].double().mean(-1).clamp(min=torch.finfo(torch.float32).tiny).log().cpu()
-        features = torch.cat((torch.tensor([float(n_tokens)]).double().log(), mean_costs))
-        return cls(LossCurve.of(pooled, nbytes), features, float(pooled[0].numel() * whole))
+        mean_costs = costs[0].float().mean(-1).double().clamp(min=torch.finfo(torch.float32).tiny).log().cpu()
+        features = torch.cat((torch.tensor([float(costs.shape[-1])]).double().log(), mean_costs))
+        return cls(LossCurve.of(costs, nbytes), features, float(costs[0].numel() * whole))
 
     def lost(self, shares: Tensor) -> Tensor:
         """What the pairs lose if these shares (K,) of the bytes stay: (K,), float64, on the CPU."""
