@@ -410,18 +410,29 @@ CONTRASTS = """() => {
 }"""
 
 
+#: Milliseconds that this machine's browser takes to sort a million numbers: about 100 on a quiet core of 2.8 GHz.
+SORT = """() => {
+    const numbers = Float64Array.from({ length: 1e6 }, (_, i) => (i * 7919) % 1000003), start = performance.now();
+    numbers.sort();
+    return performance.now() - start;
+}"""
+
+
 @pytest.mark.parametrize("precise", [False, True], ids=["pairs", "bytes"])
 def test_8k_tokens_of_30_layers_paint_within_two_seconds_and_follow_the_slider_within_100_ms(opened, precise):
+    """On a machine that sorts a million numbers in 100 ms; on slower ones in proportion."""
     tab = opened(synthetic(30, 3, 8192, precise=precise))
     tab.page.evaluate(DRAWN)
     entry = "(name) => performance.getEntriesByName(name)[0].startTime"
     painted = [tab.page.evaluate(entry, name) for name in ("first-contentful-paint", "explorer-drawn")]
     ratios = [0.1, 0.9, 0.3, 0.7, 0.5, 0.51, 0.52]
-    rounds = [tab.page.evaluate(SLIDE, ratios) for _ in range(6)]
-    print(json.dumps({"paint_ms": painted, "slider_ms": [[round(ms) for ms in took] for took in rounds]}))
-    assert max(painted) < 2000
+    rounds, sorts = zip(*((tab.page.evaluate(SLIDE, ratios), tab.page.evaluate(SORT)) for _ in range(6)), strict=True)
+    slower = max(1.0, min(sorts) / 100)
+    times = {"paint_ms": painted, "slider_ms": [[round(ms) for ms in took] for took in rounds], "sort_ms": sorts}
+    print(json.dumps(times))
+    assert max(painted) < 2000 * slower
     best = [min(took) for took in zip(*rounds, strict=True)]  # of each ratio: other programs only ever add to a time
-    assert max(best) < 100
+    assert max(best) < 100 * slower
 
 
 @pytest.mark.parametrize("precision", ["mixed", None])
