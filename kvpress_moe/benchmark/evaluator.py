@@ -144,9 +144,9 @@ class Evaluator:
 
     @cached_property
     def _stop_tokens(self) -> frozenset[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
+        from kvpress_moe.model.end_tokens import end_tokens
+
+        return end_tokens(self.model, self.tokenizer)
 
     def _ended(self, tokens: list[int]) -> bool:
         """Whether a decoded answer is complete: the model or a blank line ended it. Scores ignore what follows."""

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.errors import CheckpointError, WriteError
+from kvpress_moe.model.end_tokens import end_tokens
 from kvpress_moe.model.hooks import hooked
 from kvpress_moe.model.layers import language_model
 from kvpress_moe.model.transformers_api import with_cache
@@ -20,7 +21,7 @@ from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.serve.api_error import APIError
 from kvpress_moe.serve.chat_request import ChatRequest
 from kvpress_moe.serve.document_store import Document, DocumentStore
-from kvpress_moe.serve.generation import Sampling, TextOfTokens, borrowed, end_tokens, generate
+from kvpress_moe.serve.generation import Sampling, TextOfTokens, borrowed, generate
 
 logger = logging.getLogger(__name__)
 

@@ -48,13 +48,6 @@ def borrowed(cache: DynamicCache) -> DynamicCache:
     return own
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ids = named if isinstance(named, list) else [named]
-    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
-
-
 @torch.no_grad()
 def next_logits(model: PreTrainedModel, cache: DynamicCache, input_ids: Sequence[int], start: int) -> Tensor:
     """Logits (V,) after these tokens, which follow ``start`` tokens of a cache. The cache grows by them."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.model.end_tokens import end_tokens
 from kvpress_moe.model.transformers_api import with_cache
 
 MOST = 128
@@ -50,13 +51,6 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that the model continues, without its chat template."""
     ids: list[int] = tokenizer(text).input_ids
     return ids
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ids = named if isinstance(named, list) else [named]
-    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
 
 
 @torch.no_grad()

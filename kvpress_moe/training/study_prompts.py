@@ -26,10 +26,10 @@ from kvpress_moe.benchmark.tasks.sample import Sample
 from kvpress_moe.benchmark.tasks.texts import modules, sentences, source
 from kvpress_moe.errors import CheckpointError, SettingError
 from kvpress_moe.files import write_atomically
+from kvpress_moe.model.end_tokens import end_tokens
 from kvpress_moe.model.fingerprint import model_fingerprint
 from kvpress_moe.model.transformers_api import with_cache
 from kvpress_moe.training.own_questions import fixed_question, write_questions
-from kvpress_moe.training.sampling import end_tokens
 from kvpress_moe.training.written_documents import SUBJECTS, WrittenDocument, density, write_documents
 
 FORMAT = 1  # of the file

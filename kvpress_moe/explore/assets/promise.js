@@ -18,7 +18,8 @@ function showPromise(promise, what) {
       : `It holds for ${percent(confidence)} of the texts like those of the calibration.`;
   find("promised").textContent = `The mean KL divergence from the full cache's answers is to be at most ${max_kl}. `
     + `${percent(share, 1)} of the ${what} stay. The expected KL divergence is ${rounded(expected_kl)}. ${held}`;
-  const W = 640, H = 220, LEFT = 64, RIGHT = 16, TOP = 14, BOTTOM = 40;
+  find("promise").hidden = false;
+  const W = Math.max(280, Math.min(640, find("curve").clientWidth)), H = 220, LEFT = 52, RIGHT = 26, TOP = 14, BOTTOM = 40;
   const least = 1e-5, kls = expected_kls.map((kl) => Math.max(kl, least));
   const low = Math.log(Math.min(...kls, max_kl)), high = Math.log(Math.max(...kls, max_kl));
   const x = (s) => LEFT + (W - LEFT - RIGHT) * (Math.log(s) - Math.log(shares[0])) / (0 - Math.log(shares[0]));
@@ -38,5 +39,4 @@ function showPromise(promise, what) {
   svg.append(draw("polyline", { points: shares.map((s, i) => `${x(s)},${y(kls[i])}`).join(" "), class: "curve" }));
   svg.append(draw("circle", { cx: x(share), cy: y(expected_kl), r: 5, class: "taken" }));
   find("curve").append(svg, make("p", { className: "note" }, "Line: expected KL divergence, a median. Dashed: the bound. Dot: what was taken. The distance between dot and bound is what the calibration demands."));
-  find("promise").hidden = false;
 }
