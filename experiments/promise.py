@@ -44,8 +44,8 @@ BOUNDS = (0.005, 0.02, 0.1)
 PRECISIONS = {"mixed": "mixed", "none": None}
 
 
-def prompts_of(kind: str, tokenizer: Any, limit: int, hub: str | None) -> Iterator[tuple[str, Prompt]]:
-    """(task, prompt) of a set: ``test``, ``unseen``, ``longer`` or ``hub``."""
+def prompts_of(kind: str, tokenizer: Any, first: int, limit: int, hub: str | None) -> Iterator[Prompt]:
+    """The prompts of a set: ``test``, ``unseen``, ``longer`` or ``hub``."""
 
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
@@ -53,13 +53,13 @@ def prompts_of(kind: str, tokenizer: Any, limit: int, hub: str | None) -> Iterat
     if kind == "hub":
         assert hub is not None
         for sample in load_hub_samples(hub, count_tokens)[:: max(1, 80 // limit)]:
-            yield sample.task, encode(sample, tokenizer)
+            yield encode(sample, tokenizer)
         return
     tasks = {"test": CORE, "longer": CORE, "unseen": HELD_OUT}[kind]
-    for index in range(limit):
+    for index in range(first, first + limit):
         for task in tasks:
             sample = make_sample(task, count_tokens, 3072 if kind == "longer" else 1024, index, 0, "test")
-            yield task, encode(sample, tokenizer)
+            yield encode(sample, tokenizer)
 
 
 def divergence_at(logs: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--router", help="directory of calibrated routers; default: those in the package")
     parser.add_argument("--sets", nargs="+", default=["test", "unseen"], help="test, unseen, longer or hub")
     parser.add_argument("--limit", type=int, default=10, help="samples of each task; with --hub: of the whole set")
+    parser.add_argument("--first", type=int, default=0, help="number of the first sample of each task")
     parser.add_argument("--hub", help="directory of prompts in kvpress's columns")
     parser.add_argument("--model", help="hub id or directory; default: SmolLM2-135M-Instruct")
     parser.add_argument("--confidence", type=float, default=0.9)
@@ -206,7 +207,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     checked: dict[str, Any] = {}
     for kind in arguments.sets:
-        prompts = [prompt for _, prompt in prompts_of(kind, tokenizer, arguments.limit, arguments.hub)]
+        prompts = list(prompts_of(kind, tokenizer, arguments.first, arguments.limit, arguments.hub))
         measured = measure(model, prompts, presses, arguments.out / f"{kind}.jsonl", partial(say, kind))
         if arguments.measure_only:
             continue

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpress_moe.budget.switch_prices import switch_prices
 
-SAMPLED = 2**15  # pairs that are looked at; the curve of more pairs would differ by less than a percent
+SAMPLED = 2**15  # pairs that are looked at
 
 
 @dataclass(frozen=True)

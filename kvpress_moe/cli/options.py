@@ -48,7 +48,7 @@ MaxKL = Annotated[
     typer.Option(
         "--max-kl",
         help="Name the quality instead of the size: keep as little as the mean KL divergence from the full cache's "
-        "answers allows, in nats. 0.02 is hardly noticed. Not with --ratio.",
+        "answers allows, in nats, for example 0.02. Not with --ratio.",
     ),
 ]
 Confidence = Annotated[
@@ -143,7 +143,7 @@ def check_promise(
             "max_kl",
             max_kl,
             "a finite number above 0, the largest mean KL divergence in nats, or None",
-            "0.02 is hardly noticed. None: compression_ratio decides.",
+            "For example 0.02. None: compression_ratio decides.",
         )
     if not 0 < confidence < 1:
         raise SettingError(

@@ -135,7 +135,7 @@ class Session:
             self.n_prompt = shape[1]
             starts = text_starts(arguments.get("attention_mask"), arguments.get("position_ids"))
             self.text_starts = rows_apart(press, shape[0], starts)
-            if self.text_starts is not None:
+            if starts is not None:
                 check_can_serve_padding(given_cache(arguments), press._eager, press.track_misses)
 
     def _before_loss(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

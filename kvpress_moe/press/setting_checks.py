@@ -13,8 +13,6 @@ from kvpress_moe.codes.precision import menu_of
 from kvpress_moe.errors import SettingError
 from kvpress_moe.routers import ROUTERS, Routers
 
-DEFAULT_RATIO = 0.5
-
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
@@ -95,7 +93,7 @@ def check_max_kl(value: Any) -> None:
         "max_kl",
         value,
         "a finite number above 0, the largest mean KL divergence in nats, or None",
-        "0.02 is hardly noticed. None: compression_ratio decides.",
+        "For example 0.02. None: compression_ratio decides.",
     )
 
 
@@ -114,14 +112,16 @@ def check_bytes(field: str, value: Any) -> None:
     _require(right, field, value, "a whole number of bytes, at least 1, or None", "None sets no bound.")
 
 
-def check_promise(settings: Mapping[str, Any]) -> None:
+def check_promise(settings: Mapping[str, Any], default_ratio: float | None) -> None:
     """
     Raise if a promise cannot be kept together with the other settings.
 
     Parameters
     ----------
     settings : mapping
-        All settings of a press, by name.
+        Settings of a press, by name.
+    default_ratio : float or None
+        The press's compression ratio if none is given.
     """
     low, high, promised = settings["min_bytes"], settings["max_bytes"], settings["max_kl"] is not None
     for field in ("min_bytes", "max_bytes"):
@@ -142,7 +142,7 @@ def check_promise(settings: Mapping[str, Any]) -> None:
     if not promised:
         return
     _require(
-        settings["compression_ratio"] == DEFAULT_RATIO,
+        settings["compression_ratio"] == default_ratio,
         "compression_ratio",
         settings["compression_ratio"],
         "none with max_kl, which decides how much each prompt keeps",

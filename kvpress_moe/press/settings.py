@@ -103,7 +103,7 @@ class Settings(CustomStrategies):
         if top_k is not None:
             check_top_k_fits(top_k, len(experts))
         check_tracking(self.track_misses, self.budget, self.precision)
-        check_promise({name: getattr(self, name) for name in _OF_PROMISE})
+        check_promise({name: getattr(self, name) for name in _OF_PROMISE}, self._default_ratio)
         self._experts = experts
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -120,7 +120,8 @@ class Settings(CustomStrategies):
     def _change(self, name: str, value: Any) -> Any:
         """Update what depends on a setting, and return the value to store. Raises before anything has changed."""
         if name in _OF_PROMISE:
-            check_promise({**{other: getattr(self, other) for other in _OF_PROMISE}, name: value})
+            settings = {other: getattr(self, other) for other in _OF_PROMISE}
+            check_promise({**settings, name: value}, self._default_ratio)
         if name == "top_k" and value is not None:
             check_top_k_fits(value, self.num_experts)
         elif name == "num_experts":
@@ -146,6 +147,12 @@ class Settings(CustomStrategies):
             now = {"cache_aware": self.cache_aware, "max_kl": self.max_kl, name: value}
             set_in_routers(self.routers, "cache_aware", now["cache_aware"] and now["max_kl"] is None)
         return value
+
+    @property
+    def _default_ratio(self) -> float | None:
+        """``compression_ratio`` if none is given; a dataclass that is a subclass may have another one."""
+        ratio: float | None = type(self).__dataclass_fields__["compression_ratio"].default  # type: ignore[attr-defined]
+        return ratio
 
     @property
     def _uses_feedback(self) -> bool:

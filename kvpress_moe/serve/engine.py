@@ -231,7 +231,7 @@ class Engine:
         n_cached = 0 if document is None else document.n_tokens
         if not request.documents:
             prefix = self.long_prefix(request.messages)
-            if prefix and (document is None or 2 * document.n_characters < len(prefix)):
+            if prefix and text.startswith(prefix) and (document is None or 2 * document.n_characters < len(prefix)):
                 document, n_cached = self._keep(prefix), 0
                 yield Piece("", None, 0, 0, 0)
         if document is not None and not self._is_whole(document):

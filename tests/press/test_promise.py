@@ -2,18 +2,19 @@
 
 import logging
 import math
+from dataclasses import dataclass
 
 import kvpress
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from kvpress_moe import MoERouterPress
 from kvpress_moe.benchmark.measured_prompt import MeasuredPrompt
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.cache import PackedLayer, RaggedLayer
 from kvpress_moe.cache.prefill import cache_bytes
-from kvpress_moe.errors import CheckpointError, SettingError
+from kvpress_moe.errors import CheckpointError, SettingError, UnsupportedInputError
 from kvpress_moe.model.transformers_api import with_cache
 from kvpress_moe.routers.checkpoint import PROMISES, load_routers, save_routers
 from tests.tiny import calibrated_routers, decoder, padded_tokens, prefill, promised_routers, tiny_model, tokens
@@ -297,3 +298,22 @@ def test_earlier_prompts_do_not_change_what_a_prompt_keeps(llama, routers):
     assert all(layer.cache_aware for layer in made.routers.layers)
     made.max_kl = 0.02
     assert not any(layer.cache_aware for layer in made.routers.layers)
+
+
+def test_a_subclass_may_have_another_default_ratio(llama, routers):
+    @dataclass
+    class Strict(MoERouterPress):
+        compression_ratio: float | None = 0.9
+
+    made = Strict(router=routers, max_kl=bound_of(routers, None), confidence=0.8)
+    prefill(llama, tokens(90), made)
+    assert made.get_stats()["promises"]
+    with pytest.raises(SettingError, match=r"compression_ratio: got 0\.5"):
+        Strict(0.5, max_kl=0.02)
+
+
+def test_a_batch_in_a_static_cache_is_refused_by_what_is_wrong_with_it(llama, routers):
+    cache = StaticCache(config=llama.config, max_cache_len=200)
+    with pytest.raises((SettingError, UnsupportedInputError)) as refused:
+        prefill(llama, torch.cat([tokens(90, seed=seed) for seed in range(2)]), press(routers, None), cache)
+    assert "padded" not in str(refused.value)
