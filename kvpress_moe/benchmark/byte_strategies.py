@@ -49,39 +49,32 @@ class Coded:
         tables = TABLE_BYTES * len(self.menu.precisions) * sum(len(layer) for layer in self.strategies)
         return tables + sum(int(self.menu.nbytes[layer.long().cpu()].sum()) for layer in self.strategies)
 
-    def decode(self, number: int, keys: Tensor, values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """A layer's keys and values (1, H, S, D) after coding and decoding: lists of H tensors (K, D)."""
-        packed = PackedLayer.from_strategies(
-            keys, values, self.strategies[number][None], self.menu.precisions, self.bases[number]
-        )
-        decoded_keys, decoded_values = zip(*packed.heads()[0], strict=True)
-        return list(decoded_keys), list(decoded_values)
-
 
 def decode_all(coded: Sequence[Coded], number: int, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
     """
-    A layer's keys and values (H, S, D) after coding and decoding, for several caches of one prompt and one menu.
+    A layer's keys and values (H, S, D) after coding and decoding, for several caches of one prompt.
 
-    Every pair is coded once with each precision that any of the caches uses for it, however many caches there are.
-    Evicted pairs have arbitrary keys and values.
+    Every pair is coded once with each precision that any cache with the same menu uses for it, however many caches
+    there are. Evicted pairs have arbitrary keys and values.
     """
-    if not coded:
-        return []
-    precisions, basis = coded[0].menu.precisions, coded[0].bases[number]
-    chosen = torch.stack([one.strategies[number] for one in coded])  # (N, H, S)
     found = [(torch.empty_like(keys[0]), torch.empty_like(values[0])) for _ in coded]
-    for strategy in range(1, len(precisions) + 1):
-        wanted = chosen == strategy
-        used = wanted.any(0)
-        if not used.any():
-            continue
-        packed = PackedLayer.from_strategies(keys, values, used[None] * strategy, precisions, basis)
-        with_precision = (torch.zeros_like(keys[0]), torch.zeros_like(values[0]))
-        for all_pairs, heads in zip(with_precision, zip(*packed.heads()[0], strict=True), strict=True):
-            all_pairs[used] = torch.cat(heads)
-        for own, mask in zip(found, wanted, strict=True):
-            for pairs, all_pairs in zip(own, with_precision, strict=True):
-                pairs[mask] = all_pairs[mask]
+    menus: dict[tuple[Any, ...], list[int]] = {}
+    for index, one in enumerate(coded):
+        menus.setdefault((one.menu.precisions, id(one.bases[number])), []).append(index)
+    for (precisions, _), members in menus.items():
+        chosen = torch.stack([coded[index].strategies[number] for index in members])  # (N, H, S)
+        for strategy in range(1, len(precisions) + 1):
+            wanted = chosen == strategy
+            used = wanted.any(0)
+            if not used.any():
+                continue
+            basis = coded[members[0]].bases[number]
+            packed = PackedLayer.from_strategies(keys, values, used[None] * strategy, precisions, basis)
+            for part, heads in enumerate(zip(*packed.heads()[0], strict=True)):
+                with_precision = torch.zeros_like(keys[0])
+                with_precision[used] = torch.cat(heads)
+                for index, mask in zip(members, wanted, strict=True):
+                    found[index][part][mask] = with_precision[mask]
     return found
 
 

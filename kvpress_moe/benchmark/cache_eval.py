@@ -11,7 +11,7 @@ from kvpress.utils import get_prerope_query_states
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvpress_moe.benchmark.byte_strategies import ELEMENT_SIZE
+from kvpress_moe.benchmark.byte_strategies import ELEMENT_SIZE, decode_all
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.selections import Kept, Selections
 from kvpress_moe.cache import RaggedCache, RaggedLayer
@@ -160,16 +160,13 @@ def stack(selections: Selections, kept: Sequence[Kept]) -> RaggedCache:
 
 def _stack_layer(layer: Any, number: int, kept: Sequence[Kept]) -> RaggedLayer:
     keys, values, lengths = [], [], []
+    decoded = iter(decode_all([one.coded for one in kept if one.coded], number, layer.keys, layer.values))
     for one in kept:
-        if one.coded is not None:
-            decoded = one.coded.decode(number, layer.keys, layer.values)
-            keys.extend(decoded[0])
-            values.extend(decoded[1])
-            lengths.append([len(head) for head in decoded[0]])
-        elif one.altered is None:
+        if one.altered is None:
             mask = one.mask[number]
-            keys.append(layer.keys[0][mask])
-            values.append(layer.values[0][mask])
+            all_keys, all_values = next(decoded) if one.coded else (layer.keys[0], layer.values[0])
+            keys.append(all_keys[mask])
+            values.append(all_values[mask])
             lengths.append(mask.sum(-1).tolist())
         else:
             keys.extend(one.altered[number][0])

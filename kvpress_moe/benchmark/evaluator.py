@@ -12,6 +12,7 @@ from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
 from kvpress_moe.benchmark.records import COLUMNS
 from kvpress_moe.benchmark.tasks import Sample, find_tasks, make_sample
 from kvpress_moe.errors import SettingError, UnsupportedModelError
+from kvpress_moe.model.end_tokens import end_tokens
 
 
 class Evaluator:
@@ -144,8 +145,6 @@ class Evaluator:
 
     @cached_property
     def _stop_tokens(self) -> frozenset[int]:
-        from kvpress_moe.model.end_tokens import end_tokens
-
         return end_tokens(self.model, self.tokenizer)
 
     def _ended(self, tokens: list[int]) -> bool:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvpress_moe.benchmark.byte_strategies import ELEMENT_SIZE, Coded, by_cost, decode_all
-from kvpress_moe.benchmark.cache_eval import evaluate_full_cache, read
+from kvpress_moe.benchmark.byte_strategies import ELEMENT_SIZE, by_cost
+from kvpress_moe.benchmark.cache_eval import evaluate_caches, evaluate_full_cache
 from kvpress_moe.benchmark.prompts import Prompt
+from kvpress_moe.benchmark.selections import Kept, Selections
 from kvpress_moe.benchmark.shared_prefill import allocate
-from kvpress_moe.cache import RaggedCache, RaggedLayer
-from kvpress_moe.cache.masks import WholeSlidingLayer
 from kvpress_moe.codes.key_transform import KeyBasis
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.model.hooks import hooked, prepared
@@ -82,58 +81,26 @@ class MeasuredPrompt:
         self._bases.append(basis)
 
     def _sight(self, name: str) -> Sight:
-        sizes = pair_sizes(self._menus.get(name), self.prefilled(0).keys.shape[-1])
+        layer: Any = self.cache.layers[self._layers[0]]
+        sizes = pair_sizes(self._menus.get(name), layer.keys.shape[-1])
         return Sight.of(torch.cat([costs[:, 0] for costs in self._costs[name]], dim=1), *sizes)
-
-    def prefilled(self, number: int) -> Any:
-        """A layer of the full cache, by its number among the compressed layers."""
-        return self.cache.layers[self._layers[number]]
 
     @torch.no_grad()
     def divergences(self, requests: Sequence[Request]) -> Tensor:
-        """
-        Mean KL divergence from the full cache's answer, in nats, of the cache of each request, shape (R,).
+        """Mean KL divergence from the full cache's answer, in nats, of the cache of each request: (R,)."""
+        kept = [self._kept(name, share) for name, share in requests]
+        selections = Selections(self.cache, self._layers)
+        answers = evaluate_caches(self.model, selections, self.prompt, self._reference, kept)
+        return torch.tensor([answer.kl for answer in answers])
 
-        All caches answer in one batch.
-        """
-        kept = [self._compressed(name, share) for name, share in requests]
-        ragged = RaggedCache()
-        for layer_idx, layer in enumerate(self.cache.layers):
-            if layer_idx in self._layers:
-                ragged.layers.append(self._stacked(self._layers.index(layer_idx), kept))
-            else:
-                whole: Any = WholeSlidingLayer()  # type: ignore[no-untyped-call]
-                dense: Any = layer
-                whole.update(*(pairs.expand(len(kept), -1, -1, -1) for pairs in (dense.keys, dense.values)))
-                ragged.layers.append(whole)
-        n_read = self.cache.get_seq_length()
-        offsets = torch.zeros(len(kept), dtype=torch.long, device=self.model.device)
-        logits = read(self.model, ragged, self.prompt, n_read, offsets)
-        log_full = self._reference.logits.float().log_softmax(-1)
-        likely = log_full.exp()
-        found = [(likely * (log_full - own.float().log_softmax(-1))).sum(-1).mean() for own in logits]
-        return torch.stack(found).clamp(min=0).cpu()
-
-    def _compressed(self, name: str, share: float) -> Coded | list[Tensor]:
-        """Strategies of all pairs, or for a press without a precision the masks (H, S) of the pairs that stay."""
-        press = self.presses[name]
+    def _kept(self, name: str, share: float) -> Kept:
+        """What the cache of a press keeps."""
+        press, n_read = self.presses[name], self.prompt.context.shape[1]
         if press.precision is None:
-            n_kept = max(1, int(self.prompt.context.shape[1] * share))
-            return allocate(self._scores, 1 - share, press.scope, press.min_share, ours=True, n_kept=n_kept)
-        return by_cost(self._costs[name], 1 - share, self._menus[name], self._bases, press.scope, press.min_share)
-
-    def _stacked(self, number: int, kept: Sequence[Coded | list[Tensor]]) -> RaggedLayer:
-        layer = self.prefilled(number)
-        coded = [one for one in kept if isinstance(one, Coded)]
-        decoded = iter(decode_all(coded, number, layer.keys, layer.values))
-        keys, values, lengths = [], [], []
-        for one in kept:
-            if isinstance(one, Coded):
-                mask = one.strategies[number] > 0
-                all_keys, all_values = next(decoded)
-            else:
-                mask, all_keys, all_values = one[number], layer.keys[0], layer.values[0]
-            keys.append(all_keys[mask])
-            values.append(all_values[mask])
-            lengths.append(mask.sum(-1).tolist())
-        return RaggedLayer(torch.cat(keys), torch.cat(values), lengths, layer.get_seq_length())
+            n_kept = max(1, int(n_read * share))
+            masks = allocate(self._scores, 1 - share, press.scope, press.min_share, ours=True, n_kept=n_kept)
+            return Kept(masks, None, n_read)
+        settings = (self._menus[name], self._bases, press.scope, press.min_share)
+        coded = by_cost(self._costs[name], 1 - share, *settings)
+        masks = [strategies > 0 for strategies in coded.strategies]
+        return Kept(masks, None, n_read, coded=coded, n_bytes=coded.n_bytes)

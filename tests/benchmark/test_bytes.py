@@ -8,6 +8,7 @@ import torch
 
 import kvpress_moe.benchmark.byte_strategies as byte_strategies
 from kvpress_moe import MoERouterPress
+from kvpress_moe.benchmark.byte_strategies import Coded, decode_all
 from kvpress_moe.benchmark.evaluator import Evaluator
 from kvpress_moe.benchmark.methods import Method, find_methods
 from kvpress_moe.benchmark.plan import Plan
@@ -16,7 +17,9 @@ from kvpress_moe.benchmark.records import read_records
 from kvpress_moe.benchmark.results import load
 from kvpress_moe.benchmark.runner import run
 from kvpress_moe.benchmark.shared_prefill import select_pairs
+from kvpress_moe.codes.precision import Precision
 from kvpress_moe.errors import SettingError
+from kvpress_moe.press.packing import Menu
 from kvpress_moe.report.benchmark_report import write_report
 from kvpress_moe.routers.checkpoint import save_routers
 from tests.tiny import calibrated_routers, prefill, tiny_model, tokens
@@ -47,11 +50,28 @@ def test_the_benchmark_keeps_what_the_press_keeps(llama, monkeypatch):
         kept = selections.kept["mine", ratio]
         for number, layer in enumerate(cache.layers):
             dense = selections.cache.layers[number]
-            for (key, value), ours in zip(
-                layer.heads()[0], zip(*kept.coded.decode(number, dense.keys, dense.values), strict=True), strict=True
-            ):
-                assert torch.equal(key, ours[0])
-                assert torch.equal(value, ours[1])
+            ((keys, values),) = decode_all([kept.coded], number, dense.keys, dense.values)
+            for head, (key, value) in enumerate(layer.heads()[0]):  # the layer holds them by precision
+                mask = kept.mask[number][head]
+                ours = torch.cat((keys[head][mask], values[head][mask]), dim=-1)
+                assert sorted(ours.tolist()) == sorted(torch.cat((key, value), dim=-1).tolist())
+
+
+def test_caches_with_different_menus_are_decoded_as_each_alone(llama):
+    """Several caches are coded together; pairs must not take the precision of another cache's menu."""
+    layer = prefill(llama, tokens(60)).layers[0]
+    menus = [Menu.of([Precision(*bits) for bits in menu], 8, 2, None) for menu in ([(8, 8), (2, 2)], [(4, 4)])]
+    generator = torch.Generator().manual_seed(0)
+    coded = [
+        Coded([torch.randint(0, len(menu.nbytes), (2, 60), generator=generator).byte()], menu, [None])
+        for menu in (*menus, menus[0])
+    ]
+    together = decode_all(coded, 0, layer.keys, layer.values)
+    for one, found in zip(coded, together, strict=True):
+        (alone,) = decode_all([one], 0, layer.keys, layer.values)
+        mask = one.strategies[0] > 0
+        assert all(torch.equal(a[mask], b[mask]) for a, b in zip(found, alone, strict=True))
+    assert not torch.equal(together[0][0], together[2][0])
 
 
 def test_a_press_of_ones_own_with_a_precision_is_judged_by_its_own_rule(llama, tmp_path):
