@@ -317,3 +317,25 @@ def test_a_batch_in_a_static_cache_is_refused_by_what_is_wrong_with_it(llama, ro
     with pytest.raises((SettingError, UnsupportedInputError)) as refused:
         prefill(llama, torch.cat([tokens(90, seed=seed) for seed in range(2)]), press(routers, None), cache)
     assert "padded" not in str(refused.value)
+
+
+@pytest.mark.parametrize("precision", KINDS)
+def test_generate_with_beams_and_a_second_turn(routers, precision):
+    """What generate does around the press: its own cache, rows for beams, and new tokens on a compressed cache."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    made = press(routers, precision)
+    with made(model):
+        greedy = model.generate(tokens(90), max_new_tokens=5, do_sample=False)
+        model.generate(tokens(90), max_new_tokens=5, do_sample=False, num_beams=2)
+    first, *beams = made.get_stats()["promises"]
+    assert {report["share"] for report in beams} == {first["share"]}
+    fixed = MoERouterPress(1 - first["share"], router=routers, precision=precision, cache_aware=False)
+    with fixed(model):
+        assert torch.equal(model.generate(tokens(90), max_new_tokens=5, do_sample=False), greedy)
+
+    cache = prefill(model, tokens(90), press(routers, precision))
+    kept = cache_bytes(cache)
+    with torch.no_grad():
+        model(tokens(7, seed=3), **with_cache(cache))
+    assert cache.get_seq_length() == 97
+    assert cache_bytes(cache) == kept + 7 * 2 * 2 * 2 * 8 * 2  # nothing of a second turn is evicted
