@@ -22,6 +22,7 @@ from kvpress_moe.serve.metrics import Metrics
 from kvpress_moe.serve.scheduler import Job, Scheduler
 
 from starlette.applications import Starlette  # isort: skip  (loopback says what to install if it is missing)
+from starlette.background import BackgroundTask  # isort: skip
 from starlette.exceptions import HTTPException  # isort: skip
 from starlette.middleware import Middleware  # isort: skip
 from starlette.middleware.trustedhost import TrustedHostMiddleware  # isort: skip
@@ -97,9 +98,7 @@ def make_app(
         about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": engine.name}
         first = await next_event(request, job, events)  # so that a refusal still has its own status
         if asked.stream:
-            return StreamingResponse(
-                stream(asked, first, job, events, about, metrics), media_type="text/event-stream", headers=HEADERS
-            )
+            return streamed_by(job, stream(asked, first, job, events, about, metrics))
         text, piece, event = "", None, first
         try:
             while event[0] == "item":
@@ -123,9 +122,7 @@ def make_app(
         job, events = start(scheduler, partial(compressing, engine, title, text))
         first = await next_event(request, job, events)
         if streamed:
-            return StreamingResponse(
-                document_stream(first, job, events), media_type="text/event-stream", headers=HEADERS
-            )
+            return streamed_by(job, document_stream(first, job, events))
         event = first
         while not isinstance(event[1], Document):
             event = await next_event(request, job, events)
@@ -342,6 +339,12 @@ async def document_stream(event: tuple[str, Any], job: Job, events: Events) -> A
 
 def reply(data: Mapping[str, Any], status: int = 200) -> Response:
     return JSONResponse(dict(data), status_code=status, headers=HEADERS)
+
+
+def streamed_by(job: Job, parts: AsyncIterator[str]) -> Response:
+    """Server-sent events. The job ends with them, also if the client goes before the first one."""
+    end = BackgroundTask(job.cancel)
+    return StreamingResponse(parts, media_type="text/event-stream", headers=HEADERS, background=end)
 
 
 def refusal(error: APIError) -> Response:

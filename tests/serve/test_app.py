@@ -1,5 +1,6 @@
 """The API: OpenAI's shapes, streaming and not; documents; refusals; turns; nothing left behind by clients that go."""
 
+import asyncio
 import json
 import threading
 from unittest.mock import ANY
@@ -8,7 +9,7 @@ import pytest
 from jinja2 import TemplateError
 from starlette.testclient import TestClient
 
-from kvpress_moe.serve.app import make_app
+from kvpress_moe.serve.app import make_app, streamed_by
 from kvpress_moe.serve.engine import LONG_PREFIX
 from kvpress_moe.serve.scheduler import Job, Scheduler
 from tests.serve.made import NAME, TEXT, make_engine
@@ -331,3 +332,24 @@ def test_a_server_that_ends_finishes_what_it_began(engine):
     with TestClient(make_app(engine, scheduler), base_url=ADDRESS) as client:
         assert ask(client).status_code == 200
     assert not scheduler._thread.is_alive()
+
+
+def test_a_stream_whose_client_goes_at_once_ends_its_job():
+    """Its generator never begins, so nothing in it can cancel the job."""
+
+    async def never():
+        yield "data: 1\n\n"
+
+    async def gone():
+        job = Job(lambda emit: iter(()), lambda *_: None)
+
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            await asyncio.Event().wait()  # nobody reads
+
+        await streamed_by(job, never())({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        return job.is_cancelled
+
+    assert asyncio.run(gone())
