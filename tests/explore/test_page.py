@@ -410,7 +410,7 @@ CONTRASTS = """() => {
 }"""
 
 
-#: Milliseconds that this machine's browser takes to sort a million numbers: about 100 on a quiet core of 2.8 GHz.
+#: Milliseconds that this machine's browser takes to sort a million numbers.
 SORT = """() => {
     const numbers = Float64Array.from({ length: 1e6 }, (_, i) => (i * 7919) % 1000003), start = performance.now();
     numbers.sort();
