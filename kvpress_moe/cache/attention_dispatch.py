@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -100,6 +100,9 @@ def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        parts = getattr(key, "parts", None)
+        if parts is not None:
+            return _each_alone(attention, module, query, parts, **kwargs)
         layer = getattr(key, "ragged_layer", None)
         if layer is None:
             return function(module, query, key, value, attention_mask, **kwargs)
@@ -120,3 +123,51 @@ def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
 
     attention.without_ragged = function  # type: ignore[attr-defined]
     return attention
+
+
+def _each_alone(
+    attend: Callable[..., Any],
+    module: Any,
+    query: Tensor,
+    parts: Sequence[tuple[int, Tensor, Tensor]],
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """
+    Attention of the new tokens of several caches, each over its own; see :class:`kvpress_moe.cache.JoinedCache`.
+
+    Parameters
+    ----------
+    attend : callable
+        Attention of one cache.
+    module : attention layer
+    query : Tensor, shape (1, num_heads, sum of Q_i, D)
+    parts : sequence of (Q_i, keys, values)
+        Keys and values of each cache with its new tokens.
+
+    Returns
+    -------
+    Tensor, shape (1, sum of Q_i, num_heads, D)
+    """
+    name = module.config._attn_implementation
+    has_masks = name == "sdpa"  # flash attention aligns new tokens with the end of the keys by itself
+    if not has_masks and not name.startswith("flash_attention"):
+        raise UnsupportedInputError(
+            f"attention: got {name!r}, expected sdpa or flash attention to read several caches together. Call "
+            "model.set_attn_implementation('sdpa')."
+        )
+    outputs = []
+    for own, (n_new, key, value) in zip(query.split([n for n, _, _ in parts], dim=2), parts, strict=True):
+        is_plain = has_masks and not hasattr(key, "ragged_layer")
+        mask = _causal(n_new, key, kwargs.get("sliding_window")) if is_plain else None
+        outputs.append(attend(module, own, key, value, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _causal(n_new: int, key: Tensor, window: int | None) -> Tensor | None:
+    """Mask (1, 1, Q, S) of the newest tokens over a dense layer, True where attention is allowed. None if all is."""
+    n_keys = key.shape[2]
+    if n_new == 1 and (window is None or n_keys <= window):
+        return None
+    everything = torch.ones(n_new, n_keys, dtype=torch.bool, device=key.device)
+    seen = everything.tril(n_keys - n_new)
+    return (seen if window is None else seen.triu(n_keys - n_new - window + 1))[None, None]

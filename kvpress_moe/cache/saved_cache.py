@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, router: str | Path | No
         if not (is_whole(n_tokens) and is_text(token_hash) and is_text(recipe)):
             raise ValueError("n_tokens, token_hash or recipe has a wrong type or value")
         cache, batch_sizes = DynamicCache(), set()
-        find = partial(_find_transform, {}, path, router, len(attentions))
+        find = partial(_find_transform, path, router, len(attentions))
         if router is not None and not any(facts.get("transform") for facts in header["layers"]):
             raise CheckpointError(
                 f"router: got {str(router)!r}, expected none: {path} was not coded with key transforms. Leave it out."
@@ -224,8 +224,13 @@ def load_cache(path: str | Path, model: PreTrainedModel, router: str | Path | No
     return SavedCache(cache, n_tokens, token_hash, recipe)
 
 
+@lru_cache(maxsize=4)
+def _transforms(file: Path, written: int, num_layers: int) -> dict[int, KeyTransform]:
+    """Key transforms by layer. All caches share them, so a server that holds many caches holds the transforms once."""
+    return read_transforms(file, num_layers)
+
+
 def _find_transform(
-    read: dict[Path, dict[int, KeyTransform]],
     path: Path,
     router: str | Path | None,
     num_layers: int,
@@ -240,15 +245,15 @@ def _find_transform(
         )
     directories = sorted(SHIPPED.glob("*/")) if router is None else [Path(router)]
     for directory in directories:
-        if directory not in read:
-            file = directory / TRANSFORMS
-            try:
-                read[directory] = read_transforms(file, num_layers) if file.exists() else {}
-            except CheckpointError:  # of a model with more layers
-                if router is not None:
-                    raise
-                read[directory] = {}
-        found = read[directory].get(layer_idx)
+        file = directory / TRANSFORMS
+        if not file.exists():
+            continue
+        try:
+            found = _transforms(file, file.stat().st_mtime_ns, num_layers).get(layer_idx)
+        except CheckpointError:  # of a model with more layers
+            if router is not None:
+                raise
+            continue
         if found is not None and found.hash == wanted:
             return found
     raise CheckpointError(

@@ -53,7 +53,7 @@ def serve(
     ] = None,
     memory: Annotated[float, typer.Option(help="MiB of caches in memory. Others stay on disk.")] = 1024,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more get status 429.")] = 64,
-    active: Annotated[int, typer.Option(help="Requests that take turns.")] = 8,
+    active: Annotated[int, typer.Option(help="Requests that are computed together.")] = 16,
     attention: Annotated[
         str,
         typer.Option(
@@ -109,21 +109,25 @@ def serve(
                 raise SettingError(
                     "model", model, "a model whose tokenizer has a chat template", "Use its instruct version."
                 )
-            settings: dict[str, Any] = {"router": router, "precision": "mixed"}
-            if max_kl is not None:
-                settings |= {"max_kl": max_kl, "confidence": confidence}
-            else:
-                settings["compression_ratio"] = 1 - share * 2 / loaded.dtype.itemsize
-            press = MoERouterPress(**settings)
-            press.post_init_from_model(loaded)  # refuses what cannot be served before the first request
-            assert press.routers is not None
-            recipe = recipe_of(loaded, tokenizer, press.routers, settings)
-            coded_with = router if router is not None and press.routers.key_transforms else None
-            directory = None if coded_with is None else directory_at(coded_with)
+            size = (
+                {"compression_ratio": 1 - share * 2 / loaded.dtype.itemsize}
+                if max_kl is None
+                else {"max_kl": max_kl, "confidence": confidence}
+            )
+            is_whole = max_kl is None and share == 1
+            settings: dict[str, Any] | None = None if is_whole else {"router": router, "precision": "mixed"} | size
+            routers, directory = None, None
+            if settings is not None:
+                press = MoERouterPress(**settings)
+                press.post_init_from_model(loaded)  # refuses what cannot be served before the first request
+                routers = press.routers
+                if router is not None and routers is not None and routers.key_transforms:
+                    directory = directory_at(router)
+            recipe = recipe_of(loaded, tokenizer, routers, settings)
             store = DocumentStore(caches, loaded, recipe, int(memory * 2**20), directory)
             name = (model or DEFAULT_MODEL).rstrip("/").split("/")[-1]
             engine = Engine(loaded, tokenizer, store, settings, name)
-        scheduler = Scheduler(active, queue)
+        scheduler = Scheduler(engine, active, queue)
         hosts = ("127.0.0.1", "localhost", "[", "[::1]") if host in LOOPBACK else ("*",)
         app = make_app(engine, scheduler, api_key, hosts)
         run(app, listening, lambda address: typer.echo(f"{address}/v1 (Ctrl+C ends)"), lifespan="on")

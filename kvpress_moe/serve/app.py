@@ -7,8 +7,9 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,8 @@ from kvpress_moe.serve.document_store import Document
 from kvpress_moe.serve.engine import Engine, Piece
 from kvpress_moe.serve.loopback import HEADERS, own_origin
 from kvpress_moe.serve.metrics import Metrics
-from kvpress_moe.serve.scheduler import Job, Scheduler
+from kvpress_moe.serve.scheduler import Job, Scheduler, Steps
+from kvpress_moe.serve.work import Compress
 
 from starlette.applications import Starlette  # isort: skip  (loopback says what to install if it is missing)
 from starlette.background import BackgroundTask  # isort: skip
@@ -226,7 +228,7 @@ def _is_unicode(text: str) -> bool:
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def start(scheduler: Scheduler, steps: Callable[[Callable[[Any], Any]], Iterator[Any]]) -> tuple[Job, Events]:
+def start(scheduler: Scheduler, steps: Callable[[Callable[[Any], Any]], Steps]) -> tuple[Job, Events]:
     """Submit a job. Its events come in a queue of the running loop."""
     loop, events = asyncio.get_running_loop(), Events()
 
@@ -275,9 +277,9 @@ def as_api_error(error: Exception) -> APIError:
     return APIError(500, f"The server failed ({type(error).__name__}). Its log says more.")
 
 
-def compressing(engine: Engine, title: str, text: str, emit: Callable[[Any], Any]) -> Iterator[Any]:
-    """The one step of a new document. It tells which layer it has reached."""
-    yield engine.compress(title, engine.prefix_of(text), lambda done, total: emit((done, total)))
+def compressing(engine: Engine, title: str, text: str, emit: Callable[[Any], Any]) -> Generator[Any, Any, None]:
+    """A new document. It tells which layer it has reached."""
+    yield (yield Compress(title, engine.prefix_of(text), on_layer=lambda done, total: emit((done, total))))
 
 
 async def stream(
@@ -369,6 +371,7 @@ def usage_of(piece: Piece) -> dict[str, Any]:
 
 def described(document: Document) -> dict[str, Any]:
     """A document as clients see it."""
+    report = {} if document.report is None else asdict(document.report)
     return {
         "id": document.id,
         "object": "document",
@@ -376,4 +379,5 @@ def described(document: Document) -> dict[str, Any]:
         "tokens": document.n_tokens,
         "bytes": document.n_bytes,
         "created": document.created,
+        **report,
     }

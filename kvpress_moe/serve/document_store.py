@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from kvpress_moe.cache import load_cache, save_cache
 from kvpress_moe.cache.prefill import cache_bytes
 from kvpress_moe.errors import CheckpointError
 from kvpress_moe.files import is_text, is_whole, read_json, write_atomically
+from kvpress_moe.serve.document_report import DocumentReport
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class Document:
         Seconds since 1970.
     kind : {"document", "prefix"}
         A document that was posted, or the beginning of a chat, which is not listed and has no name for clients.
+    report : DocumentReport, optional
+        What is told of it.
     """
 
     id: str
@@ -60,6 +63,27 @@ class Document:
     n_bytes: int
     created: int
     kind: str = "document"
+    report: DocumentReport | None = None
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any]) -> Document:
+        """
+        A document from what its card says.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If a field is missing or wrong.
+        """
+        fields = {name: card[name] for name in cls.__dataclass_fields__ if name != "report"}
+        document = cls(**fields, report=DocumentReport.from_card(card["report"]))
+        texts = (document.id, document.title, document.text_hash)
+        whole = (document.n_tokens, document.n_characters, document.created)
+        if not (all(map(is_text, texts)) and all(map(is_whole, whole)) and type(document.n_bytes) is int):
+            raise ValueError("a field has a wrong type")
+        if document.kind not in ("document", "prefix"):
+            raise ValueError("an unknown kind")
+        return document
 
 
 def hash_text(text: str) -> str:
@@ -104,6 +128,8 @@ class DocumentStore:
         directory.mkdir(parents=True, exist_ok=True)
         self.sweep()
         self._caches: OrderedDict[str, tuple[DynamicCache, int]] = OrderedDict()
+        #: By name: when the card was written, and what it says; None for another recipe. Cards are never changed.
+        self._cards: dict[str, tuple[tuple[int, int], Document | None]] = {}
         self._lock = threading.Lock()
         self.n_evicted = 0
 
@@ -119,6 +145,7 @@ class DocumentStore:
         cache: DynamicCache,
         press: Any,
         kind: str = "document",
+        report: DocumentReport | None = None,
     ) -> Document:
         """
         Write a document, and keep its cache in memory.
@@ -130,7 +157,7 @@ class DocumentStore:
         """
         name, n_bytes = self.id_of(prefix), cache_bytes(cache)
         sizes = (len(input_ids), len(prefix), hash_text(prefix), n_bytes)
-        document = Document(name, title, *sizes, int(time.time()), kind)
+        document = Document(name, title, *sizes, int(time.time()), kind, report)
         save_cache(self._cache_file(name), cache, self.model, torch.tensor([list(input_ids)]), press)
         text = json.dumps({**asdict(document), "recipe": self.recipe})
         write_atomically(self._card(name), lambda path: path.write_text(text, encoding="utf-8"))
@@ -160,19 +187,19 @@ class DocumentStore:
         """A document by its id. None if there is none, or if its files cannot be read."""
         if not _ID.fullmatch(name):
             return None
+        path = self._card(name)
         try:
-            card = read_json(self._card(name))
-            if card["recipe"] != self.recipe or not self._cache_file(name).is_file():
-                return None
-            document = Document(**{field: card[field] for field in Document.__dataclass_fields__})
-            texts = (document.id, document.title, document.text_hash)
-            whole = (document.n_tokens, document.n_characters, document.created)
-            if document.kind not in ("document", "prefix"):
-                raise ValueError("an unknown kind")
-            if not (all(map(is_text, texts)) and all(map(is_whole, whole)) and type(document.n_bytes) is int):
-                raise ValueError("a field has a wrong type")
-            return document if document.id == name else None
+            at = path.stat()
+            known = self._cards.get(name)
+            if known is None or known[0] != (at.st_mtime_ns, at.st_ino):
+                card = read_json(path)
+                document = None if card["recipe"] != self.recipe else Document.from_card(card)
+                if document is not None and document.id != name:
+                    raise ValueError("the card of another document")
+                self._cards[name] = known = ((at.st_mtime_ns, at.st_ino), document)
+            return known[1] if self._cache_file(name).is_file() else None
         except FileNotFoundError:
+            self._cards.pop(name, None)
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("document %s cannot be read (%s), and is left out", name, type(error).__name__)

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.cache import read_together
 from kvpress_moe.errors import CheckpointError, WriteError
 from kvpress_moe.model.end_tokens import end_tokens
 from kvpress_moe.model.hooks import hooked
 from kvpress_moe.model.layers import language_model
 from kvpress_moe.model.transformers_api import with_cache
+from kvpress_moe.model.twin import twin_of
 from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.serve.api_error import APIError
 from kvpress_moe.serve.chat_request import ChatRequest
+from kvpress_moe.serve.document_report import report_of
 from kvpress_moe.serve.document_store import Document, DocumentStore
-from kvpress_moe.serve.generation import Sampling, TextOfTokens, borrowed, generate
+from kvpress_moe.serve.generation import Sampling, TextOfTokens, borrowed, draw, generator_of
+from kvpress_moe.serve.work import Compress, Read, read_in_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +41,7 @@ _MARK = secrets.token_hex(16)  # no text holds it
 @dataclass(frozen=True)
 class Piece:
     """
-    A piece of an answer.
+    A piece of an answer; most hold one token.
 
     Attributes
     ----------
@@ -54,7 +61,7 @@ class Piece:
 
 class Engine:
     """
-    A model with a store of compressed documents.
+    A model with a store of compressed documents. One thread at a time may use it.
 
     Parameters
     ----------
@@ -62,8 +69,8 @@ class Engine:
     tokenizer : PreTrainedTokenizerBase
         With a chat template.
     store : DocumentStore
-    settings : mapping
-        Settings of the press that compresses documents.
+    settings : mapping or None
+        Settings of the press that compresses documents. None: they are kept as they are.
     name : str
         The model's name for clients.
     """
@@ -73,12 +80,13 @@ class Engine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         store: DocumentStore,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, Any] | None,
         name: str,
     ):
         self.model, self.tokenizer, self.store, self.settings, self.name = model, tokenizer, store, settings, name
         self.limit = int(language_model(model).config.max_position_embeddings)
         self._ends = end_tokens(model, tokenizer)
+        self._reader = twin_of(model)  # reads documents, with the hooks of a press
         self.prefix_of("a")  # raises if the template cannot serve documents
 
     # ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,26 +174,32 @@ class Engine:
 
     # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def compress(
-        self,
-        title: str,
-        prefix: str,
-        on_layer: Callable[[int, int], Any] = lambda done, total: None,
-        kind: str = "document",
-    ) -> Document:
+    def read(self, reads: Sequence[Read]) -> list[Tensor]:
+        """Read tokens of several chats in one forward pass. Logits (V,) after each, on the CPU."""
+        parts = zip(*((one.cache, one.input_ids, one.start) for one in reads), strict=True)
+        return list(read_together(self.model, *parts).cpu())
+
+    def compress(self, work: Compress, between: Callable[[], Any] = lambda: None) -> Document:
         """
         Read a prefix, compress its cache, and store it. A prefix that is stored already is not read again.
 
         Parameters
         ----------
-        title, prefix : str
-        on_layer : callable
-            ``on_layer(done, total)``.
+        work : Compress
+        between : callable
+            Called after each layer. Meanwhile the model may answer.
+
+        Raises
+        ------
+        APIError
+            If the prefix is too long for the model.
+        WriteError
+            If it cannot be stored.
         """
-        known = self.store.find(self.store.id_of(prefix))
-        if known is not None and self._is_whole(known) and (known.kind == kind or kind == "prefix"):
+        known = self.store.find(self.store.id_of(work.prefix))
+        if known is not None and self._is_whole(known) and (known.kind == work.kind or work.kind == "prefix"):
             return known
-        input_ids = self.tokens(prefix)
+        input_ids = self.tokens(work.prefix)
         if len(input_ids) + 64 > self.limit:
             raise APIError(
                 400,
@@ -193,12 +207,25 @@ class Engine:
                 "text",
                 "context_length_exceeded",
             )
-        press = MoERouterPress(**self.settings)
-        layers = language_model(self.model).layers
-        cache, done = DynamicCache(), iter(range(1, len(layers) + 1))
-        with torch.no_grad(), press(self.model), hooked(layers, lambda *_: on_layer(next(done), len(layers))):
-            self.model.model(input_ids=torch.tensor([input_ids], device=self.model.device), **with_cache(cache))
-        return self.store.add(title, prefix, input_ids, cache, press, kind)
+        press = None if self.settings is None else MoERouterPress(**self.settings)
+        layers, own = language_model(self._reader).layers, 0.0
+        cache, done, since = DynamicCache(), iter(range(1, len(layers) + 1)), time.perf_counter()
+
+        def after_layer(*_: Any) -> None:
+            nonlocal own, since
+            own += time.perf_counter() - since
+            work.on_layer(next(done), len(layers))
+            between()
+            since = time.perf_counter()
+
+        with (
+            torch.no_grad(),
+            nullcontext() if press is None else press(self._reader),
+            hooked(layers, after_layer),
+        ):
+            self._reader.model(input_ids=torch.tensor([input_ids], device=self.model.device), **with_cache(cache))
+        report = report_of(self.model, len(input_ids), press, own + time.perf_counter() - since)
+        return self.store.add(work.title, work.prefix, input_ids, cache, press, work.kind, report)
 
     def _is_whole(self, document: Document) -> bool:
         """Whether a document's cache can be read. If not, the document is deleted."""
@@ -210,17 +237,9 @@ class Engine:
             return False
         return True
 
-    def _keep(self, prefix: str) -> Document | None:
-        """Compress and keep the beginning of a chat. None if the disk is full: the chat is then read as it is."""
-        try:
-            return self.compress("", prefix, kind="prefix")
-        except WriteError as error:
-            logger.warning("the beginning of a chat is not kept: %s", error)
-            return None
-
-    def answer(self, request: ChatRequest) -> Iterator[Piece]:
+    def answer(self, request: ChatRequest) -> Generator[Any, Any, None]:
         """
-        The pieces of an answer; each step computes about one token.
+        The pieces of an answer, with what has to be computed between them: see :mod:`kvpress_moe.serve.work`.
 
         Raises
         ------
@@ -232,8 +251,7 @@ class Engine:
         if not request.documents:
             prefix = self.long_prefix(request.messages)
             if prefix and text.startswith(prefix) and (document is None or 2 * document.n_characters < len(prefix)):
-                document, n_cached = self._keep(prefix), 0
-                yield Piece("", None, 0, 0, 0)
+                document, n_cached = (yield from _kept(prefix)), 0
         if document is not None and not self._is_whole(document):
             if request.documents:
                 raise APIError(404, f"documents: {document.id} cannot be read.", "documents", "not_found")
@@ -254,17 +272,29 @@ class Engine:
             )
         wanted = min(request.max_tokens or DEFAULT_MAX_TOKENS, room)
         sampling = Sampling(wanted, request.temperature, request.top_p, request.seed)
-        written = TextOfTokens(self.tokenizer, request.stop)
-        tokens = generate(self.model, cache, n_read, input_ids, sampling, self._ends)
-        for n_new, token in enumerate(tokens, start=1):
-            if token is None:
+        written, chance = TextOfTokens(self.tokenizer, request.stop), generator_of(sampling)
+        logits, position = (yield from read_in_chunks(cache, input_ids, n_read)), n_prompt
+        for n_new in range(1, wanted + 1):
+            token = draw(logits, sampling, chance)
+            if token in self._ends:
                 yield Piece(written.rest(), "stop", n_prompt, n_cached, n_new - 1)
                 return
             text = written.add(token)
             if written.is_stopped:
                 yield Piece(text, "stop", n_prompt, n_cached, n_new)
                 return
-            if n_new < wanted:
-                yield Piece(text, None, n_prompt, n_cached, n_new)
-            else:
+            if n_new == wanted:
                 yield Piece(text + written.rest(), "length", n_prompt, n_cached, n_new)
+                return
+            yield Piece(text, None, n_prompt, n_cached, n_new)
+            logits = yield from read_in_chunks(cache, [token], position)
+            position += 1
+
+
+def _kept(prefix: str) -> Generator[Compress, Document, Document | None]:
+    """Compress the beginning of a chat. None if the disk is full: the chat is then read as it is."""
+    try:
+        return (yield Compress("", prefix, "prefix"))
+    except WriteError as error:
+        logger.warning("the beginning of a chat is not kept: %s", error)
+        return None

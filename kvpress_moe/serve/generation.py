@@ -1,18 +1,16 @@
-"""Generation: the tokens of one answer, one at a time, from a cache that stays as it is."""
+"""Generation: how tokens are drawn, and the text that they make."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
-
-from kvpress_moe.model.transformers_api import with_cache
 
 COLDEST = 1e-4  # below this temperature the likeliest token is taken; dividing by less may overflow
 
@@ -48,63 +46,14 @@ def borrowed(cache: DynamicCache) -> DynamicCache:
     return own
 
 
-@torch.no_grad()
-def next_logits(model: PreTrainedModel, cache: DynamicCache, input_ids: Sequence[int], start: int) -> Tensor:
-    """Logits (V,) after these tokens, which follow ``start`` tokens of a cache. The cache grows by them."""
-    positions = torch.arange(start, start + len(input_ids), device=model.device)
-    output: Any = model(
-        input_ids=torch.tensor([list(input_ids)], device=model.device),
-        position_ids=positions[None],
-        logits_to_keep=1,
-        **with_cache(cache, positions),
-    )
-    logits: Tensor = output.logits[0, -1].float()
-    return logits
-
-
-def generate(
-    model: PreTrainedModel,
-    cache: DynamicCache,
-    n_read: int,
-    input_ids: Sequence[int],
-    sampling: Sampling,
-    ends: frozenset[int],
-) -> Iterator[int | None]:
-    """
-    Draw the tokens of an answer, one for each step.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    cache : DynamicCache
-        Of the first ``n_read`` tokens. It grows.
-    n_read : int
-    input_ids : sequence of int
-        The tokens after those in the cache, at least one.
-    sampling : Sampling
-    ends : frozenset of int
-        Tokens that end an answer.
-
-    Yields
-    ------
-    int or None
-        A token; None at the end if the model ended the answer itself.
-    """
+def generator_of(sampling: Sampling) -> torch.Generator:
+    """The source of chance of an answer."""
     generator = torch.Generator()
     if sampling.seed is None:
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
-    tokens, position = list(input_ids), n_read
-    for _ in range(sampling.max_tokens):
-        logits = next_logits(model, cache, tokens, position).cpu()
-        position += len(tokens)
-        token = draw(logits, sampling, generator)
-        if token in ends:
-            yield None
-            return
-        yield token
-        tokens = [token]
+    return generator
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -20,23 +20,33 @@ _STEP = 997  # every so-manieth weight is looked at
 
 
 def recipe_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, routers: Routers, settings: Mapping[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    routers: Routers | None,
+    settings: Mapping[str, Any] | None,
 ) -> str:
     """
-    The hash for a server with this model, these routers and these settings of the press.
+    The hash for a server with this model, these routers and these settings of the press; None: no press.
 
     It covers samples of the weights of all layers, the type of the numbers, the chat template, what the routers
     promise, and the version of this package.
     """
     found = hashlib.sha256()
+    press = (
+        "none"
+        if routers is None or settings is None
+        else [
+            weights_hash(routers),
+            {name: promise.as_dict() for name, promise in routers.promises.items()},
+            {name: value for name, value in settings.items() if name != "router"},
+        ]
+    )
     about = [
         model_fingerprint(model),
         str(model.dtype),
         str(tokenizer.chat_template),
         len(tokenizer),
-        weights_hash(routers),
-        {name: promise.as_dict() for name, promise in routers.promises.items()},
-        {name: value for name, value in settings.items() if name != "router"},
+        press,
         version("kvpress-moe"),
     ]
     found.update(json.dumps(about, sort_keys=True, default=str).encode())

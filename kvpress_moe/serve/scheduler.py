@@ -1,4 +1,4 @@
-"""Scheduler: many clients, one model. Each job computes a step in turn, so that nobody waits for a long answer."""
+"""Scheduler: many clients, one model. Answers grow together, one token each; a new document is read between them."""
 
 from __future__ import annotations
 
@@ -6,85 +6,105 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from kvpress_moe.errors import KVPressMoEError
 from kvpress_moe.serve.api_error import APIError
+from kvpress_moe.serve.work import CHUNK, Compress, Read, Worker
 
 logger = logging.getLogger(__name__)
+
+Steps = Generator[Any, Any, None]
+
+
+class Cancelled(Exception):
+    """Ends the work for a client that is gone."""
 
 
 class Job:
     """
-    Work that is done step by step.
+    Work for a client.
 
     Parameters
     ----------
     steps : callable
-        ``steps(emit)`` makes an iterator. Each ``next`` computes one step. Inside a long step, ``emit(value)`` tells
-        how far it is, like a value that is yielded.
+        ``steps(emit)`` makes a generator. It yields events for the client, or a
+        :class:`~kvpress_moe.serve.work.Read` or :class:`~kvpress_moe.serve.work.Compress`, for which it is sent the
+        answer. While its work is computed, ``emit(value)`` tells how far it is, like a value that is yielded.
     on_event : callable
-        ``on_event(kind, value)`` with kind ``"item"`` (what a step yielded), ``"error"`` (an exception) or ``"end"``.
+        ``on_event(kind, value)`` with kind ``"item"`` (what was yielded), ``"error"`` (an exception) or ``"end"``.
         It is called in the scheduler's thread.
     """
 
-    def __init__(self, steps: Callable[[Callable[[Any], Any]], Iterator[Any]], on_event: Callable[[str, Any], Any]):
+    def __init__(self, steps: Callable[[Callable[[Any], Any]], Steps], on_event: Callable[[str, Any], Any]):
         self._make, self._on_event = steps, on_event
-        self._steps: Iterator[Any] | None = None
+        self._steps: Steps | None = None
+        self.wants: Read | Compress | None = None
+        self.has_ended = False
         self.is_cancelled = False
         self.looked = time.monotonic()  # when its client was last looked for
 
     def cancel(self) -> None:
-        """Compute no more steps. May be called in any thread."""
+        """Compute no more. May be called in any thread."""
         self.is_cancelled = True
 
-    def step(self) -> bool:
-        """Compute one step. Returns whether there are more."""
+    def go_on(self, answer: Any = None, error: Exception | None = None) -> None:
+        """Give the job its answer, or an error, and run it until it wants something else or ends."""
+        self.wants = None
         try:
-            if self.is_cancelled:
-                self._close()
-                return False
-            if self._steps is None:
-                self._steps = self._make(partial(self._on_event, "item"))
-            self._on_event("item", next(self._steps))
-            return True
+            while not self.is_cancelled:
+                if self._steps is None:
+                    self._steps = self._make(partial(self._on_event, "item"))
+                value = self._steps.send(answer) if error is None else self._steps.throw(error)
+                answer, error = None, None
+                if isinstance(value, (Read, Compress)):
+                    self.wants = value
+                    return
+                self._on_event("item", value)
         except StopIteration:
-            self._on_event("end", None)
-        except Exception as error:  # any error: a client waits for an answer
-            if not isinstance(error, KVPressMoEError):
+            self._tell("end", None)
+        except Exception as failure:  # any error: a client waits for an answer
+            if not isinstance(failure, KVPressMoEError):
                 logger.exception("a request failed")
-            with suppress(RuntimeError):  # the event loop may be closed already
-                self._on_event("error", error)
-        return False
+            self._tell("error", failure)
+        self.end()
 
-    def _close(self) -> None:
-        close = getattr(self._steps, "close", None)
-        if close is not None:
-            close()
+    def end(self) -> None:
+        """Free what the job holds."""
+        self.has_ended, self.wants = True, None
+        if self._steps is not None:
+            self._steps.close()
+
+    def _tell(self, kind: str, value: Any) -> None:
+        with suppress(RuntimeError):  # the event loop may be closed already
+            self._on_event(kind, value)
 
 
 class Scheduler:
     """
-    Lets jobs take turns in one thread.
+    Computes the work of all jobs in one thread.
+
+    In each round all answers grow by one token, in one forward pass. Long prompts are read in chunks between them. A
+    document is read layer by layer; between two layers the answers get as much time as the layer took.
 
     Parameters
     ----------
+    worker : Worker
     max_active : int
-        Number of jobs that take turns. Others wait in the order in which they came.
+        Number of jobs that are computed together. Others wait in the order in which they came.
     max_waiting : int
         Number of jobs that may wait. More are refused with status 429.
     """
 
-    def __init__(self, max_active: int = 8, max_waiting: int = 64):
-        self.max_active, self.max_waiting = max_active, max_waiting
-        self._active: deque[Job] = deque()
+    def __init__(self, worker: Worker, max_active: int = 16, max_waiting: int = 64):
+        self.worker, self.max_active, self.max_waiting = worker, max_active, max_waiting
+        self._active: list[Job] = []
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
-        self._is_computing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -108,8 +128,8 @@ class Scheduler:
 
     @property
     def n_active(self) -> int:
-        """Jobs that take turns, with the one whose step is computed now."""
-        return len(self._active) + self._is_computing
+        """Jobs that are computed."""
+        return len(self._active)
 
     @property
     def n_waiting(self) -> int:
@@ -129,17 +149,75 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while self._waiting and len(self._active) < self.max_active:
-                    self._active.append(self._waiting.popleft())
-                if not self._active:
+                while not self._waiting and not self._active:
                     if self._is_closing:
                         return
                     self._changed.wait()
-                    continue
-                job = self._active.popleft()
-                self._is_computing = True
-            goes_on = job.step()
+            self._round()
+            documents = [job for job in self._active if isinstance(job.wants, Compress)]
+            if documents:
+                self._compress(documents[0])
+
+    def _round(self) -> bool:
+        """Let all answers grow by one token. Returns whether there was one."""
+        self._admit()
+        self._drop_ended()
+        chosen, n_tokens = [], 0
+        for job in self._active:
+            if isinstance(job.wants, Read):
+                n_own = len(job.wants.input_ids)
+                n_long = n_own if n_own > 1 else 0
+                if n_long == 0 or n_tokens == 0 or n_tokens + n_long <= CHUNK:
+                    chosen.append(job)
+                    n_tokens += n_long
+        if chosen:
+            try:
+                answers = self.worker.read([job.wants for job in chosen if isinstance(job.wants, Read)])
+            except Exception as error:  # some of the caches may have grown; none can be used again
+                for job in chosen:
+                    job.go_on(error=error)
+            else:
+                for job, answer in zip(chosen, answers, strict=True):
+                    job.go_on(answer)
+            self._drop_ended()
+        return bool(chosen)
+
+    def _admit(self) -> None:
+        """Start jobs that wait, while there is room."""
+        while True:
             with self._changed:
-                self._is_computing = False
-                if goes_on:
-                    self._active.append(job)
+                if not self._waiting or len(self._active) >= self.max_active:
+                    return
+                job = self._waiting.popleft()
+                self._active.append(job)
+            job.go_on()
+
+    def _drop_ended(self) -> None:
+        for job in self._active:
+            if job.is_cancelled and not job.has_ended:
+                job.end()
+        with self._changed:
+            self._active = [job for job in self._active if not job.has_ended]
+
+    def _compress(self, job: Job) -> None:
+        work = job.wants
+        assert isinstance(work, Compress)
+        since = time.perf_counter()
+
+        def between() -> None:
+            nonlocal since
+            if job.is_cancelled:
+                raise Cancelled
+            until = time.perf_counter() + (time.perf_counter() - since)
+            while self._round() and time.perf_counter() < until:
+                pass
+            since = time.perf_counter()
+
+        try:
+            document = self.worker.compress(work, between)
+        except Cancelled:
+            job.end()
+        except Exception as error:  # the job may know what to do without the document
+            job.go_on(error=error)
+        else:
+            job.go_on(document)

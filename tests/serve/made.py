@@ -12,5 +12,5 @@ NAME = "tiny"
 SETTINGS = {"experts": ["expected_attention"], "budget": "global", "compression_ratio": 0.5}
 
 
-def make_engine(model, tokenizer, directory: Path, max_bytes: int = 2**30) -> Engine:
-    return Engine(model, tokenizer, DocumentStore(directory, model, "recipe", max_bytes), SETTINGS, NAME)
+def make_engine(model, tokenizer, directory: Path, max_bytes: int = 2**30, settings=SETTINGS) -> Engine:
+    return Engine(model, tokenizer, DocumentStore(directory, model, "recipe", max_bytes), settings, NAME)

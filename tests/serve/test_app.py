@@ -24,7 +24,7 @@ def engine(llama, chat_tokenizer, tmp_path):
 
 @pytest.fixture
 def client(engine):
-    with TestClient(make_app(engine, Scheduler()), base_url=ADDRESS) as client:
+    with TestClient(make_app(engine, Scheduler(engine)), base_url=ADDRESS) as client:
         yield client
 
 
@@ -117,7 +117,8 @@ def test_a_long_prefix_is_compressed_by_itself_and_recognised(client, engine):
 
 def test_documents_are_found_by_another_server(client, engine, llama, chat_tokenizer, tmp_path):
     document = client.post("/v1/documents", json={"text": TEXT}).json()
-    with TestClient(make_app(make_engine(llama, chat_tokenizer, tmp_path), Scheduler()), base_url=ADDRESS) as other:
+    second = make_engine(llama, chat_tokenizer, tmp_path)
+    with TestClient(make_app(second, Scheduler(second)), base_url=ADDRESS) as other:
         assert other.get("/v1/documents").json()["data"] == [document]
         answers = [ask(one, documents=[document["id"]]).json()["choices"] for one in (client, other)]
     assert answers[0] == answers[1]
@@ -246,7 +247,7 @@ def test_models_health_and_metrics(client):
 
 
 def test_a_key_is_demanded_where_one_is_set(engine):
-    with TestClient(make_app(engine, Scheduler(), "secret"), base_url=ADDRESS) as client:
+    with TestClient(make_app(engine, Scheduler(engine), "secret"), base_url=ADDRESS) as client:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
             answer = client.get("/v1/models", headers=headers)
             assert answer.status_code == 401
@@ -256,7 +257,7 @@ def test_a_key_is_demanded_where_one_is_set(engine):
 
 
 def test_a_full_queue_answers_429_with_a_time_to_wait(engine):
-    scheduler, begun, going = Scheduler(max_active=1, max_waiting=1), threading.Event(), threading.Event()
+    scheduler, begun, going = Scheduler(engine, max_active=1, max_waiting=1), threading.Event(), threading.Event()
 
     def steps(emit):
         begun.set()
@@ -274,49 +275,6 @@ def test_a_full_queue_answers_429_with_a_time_to_wait(engine):
         assert ask(client).status_code == 200
 
 
-def test_jobs_that_wait_and_are_cancelled_make_room():
-    scheduler, begun, going = Scheduler(max_active=1, max_waiting=1), threading.Event(), threading.Event()
-
-    def steps(emit):
-        begun.set()
-        yield going.wait(20)
-
-    scheduler.submit(Job(steps, lambda *_: None))
-    assert begun.wait(10)
-    assert scheduler.n_active == 1
-    gone = Job(steps, lambda *_: None)
-    scheduler.submit(gone)
-    gone.cancel()
-    scheduler.submit(Job(steps, lambda *_: None))
-    going.set()
-    scheduler.close()
-
-
-def test_jobs_take_turns_and_a_cancelled_one_ends():
-    scheduler, order, done = Scheduler(max_active=4), [], threading.Event()
-    jobs = {}
-
-    def steps_of(name):
-        def steps(emit):
-            for number in range(3):
-                order.append(name)
-                if name == "b" and number == 0:
-                    jobs["b"].cancel()
-                yield number
-
-        return steps
-
-    hold = threading.Event()
-    scheduler.submit(Job(lambda emit: iter([hold.wait(10)]), lambda *_: None))
-    for name in "abc":
-        jobs[name] = Job(steps_of(name), lambda kind, _, name=name: kind == "end" and name == "c" and done.set())
-        scheduler.submit(jobs[name])
-    hold.set()
-    assert done.wait(10)
-    assert order == ["a", "b", "c", "a", "c", "a", "c"]
-    scheduler.close()
-
-
 def test_a_failure_is_told_and_the_next_request_is_served(client, engine, monkeypatch, caplog):
     monkeypatch.setattr(engine, "chat_text", lambda request: 1 / 0)
     answer = ask(client)
@@ -328,7 +286,7 @@ def test_a_failure_is_told_and_the_next_request_is_served(client, engine, monkey
 
 
 def test_a_server_that_ends_finishes_what_it_began(engine):
-    scheduler = Scheduler()
+    scheduler = Scheduler(engine)
     with TestClient(make_app(engine, scheduler), base_url=ADDRESS) as client:
         assert ask(client).status_code == 200
     assert not scheduler._thread.is_alive()

@@ -1,11 +1,15 @@
-"""Tokens come one by one from a cache that stays as it is; text is cut at stop texts and never inside a character."""
+"""Tokens are drawn as they should be, from a cache that stays as it is; text is cut at stop texts only."""
+
+from contextlib import suppress
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress
-from kvpress_moe.serve.generation import Sampling, TextOfTokens, borrowed, draw, generate
+from kvpress_moe.cache import read_together
+from kvpress_moe.serve.generation import Sampling, TextOfTokens, borrowed, draw, generator_of
+from kvpress_moe.serve.work import read_in_chunks
 from tests.tiny import prefill, tokens
 
 
@@ -14,11 +18,27 @@ def greedy(model, input_ids, n):
         return model.generate(input_ids, max_new_tokens=n, do_sample=False)[0, input_ids.shape[1] :].tolist()
 
 
-def test_greedy_tokens_are_those_of_generate(llama):
+def answer(model, cache, n_read, input_ids, n, sampling=None):
+    """Tokens of an answer: drawn from the logits that are asked for."""
+    sampling = sampling or Sampling(n, temperature=0)
+    chance, tokens, asked = generator_of(sampling), [], input_ids
+    for _ in range(n):
+        steps = read_in_chunks(cache, asked, n_read)
+        logits, n_read = None, n_read + len(asked)
+        with suppress(StopIteration):
+            while True:
+                want = steps.send(logits)
+                logits = read_together(model, [want.cache], [want.input_ids], [want.start])[0]
+        tokens.append(draw(logits, sampling, chance))
+        asked = tokens[-1:]
+    return tokens
+
+
+def test_greedy_tokens_are_those_of_generate(llama, monkeypatch):
+    monkeypatch.setattr("kvpress_moe.serve.work.CHUNK", 4)
     whole = tokens(70)
     cache = prefill(llama, whole[:, :60])
-    found = list(generate(llama, cache, 60, whole[0, 60:].tolist(), Sampling(8, temperature=0), frozenset()))
-    assert found == greedy(llama, whole, 8)
+    assert answer(llama, cache, 60, whole[0, 60:].tolist(), 8) == greedy(llama, whole, 8)
 
 
 @pytest.mark.parametrize("settings", [None, {"budget": "global"}, {"budget": "global", "precision": "mixed"}])
@@ -28,38 +48,19 @@ def test_a_borrowed_cache_grows_and_the_original_stays(llama, settings):
     answers = []
     for _ in range(3):
         own = borrowed(cache)
-        answers.append(list(generate(llama, own, 60, [5, 6, 7], Sampling(6, temperature=0), frozenset())))
+        answers.append(answer(llama, own, 60, [5, 6, 7], 6))
         assert own.get_seq_length() == 60 + 3 + 5  # the last token is not read any more
         assert cache.get_seq_length() == 60
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_two_answers_that_take_turns_do_not_mix(llama):
-    cache = prefill(llama, tokens(60), MoERouterPress(0.5, experts=["expected_attention"], budget="global"))
-
-    def answer(first):
-        return generate(llama, borrowed(cache), 60, [first, 9], Sampling(6, temperature=0), frozenset())
-
-    alone = [list(answer(first)) for first in (4, 5)]
-    both = [answer(first) for first in (4, 5)]
-    mixed = [[next(one) for one in both] for _ in range(6)]
-    assert [list(column) for column in zip(*mixed, strict=True)] == alone
-
-
-def test_an_end_token_ends_the_answer(llama):
-    cache = prefill(llama, tokens(60))
-    first, second, *_ = generate(llama, borrowed(cache), 60, [5], Sampling(4, temperature=0), frozenset())
-    found = list(generate(llama, borrowed(cache), 60, [5], Sampling(4, temperature=0), frozenset([second])))
-    assert found == [first, None]
-
-
 def test_a_seed_gives_the_same_tokens_and_top_p_leaves_out_unlikely_ones(llama):
-    def answer(seed):
+    def of_seed(seed):
         sampling = Sampling(12, temperature=1.0, top_p=0.9, seed=seed)
-        return list(generate(llama, DynamicCache(), 0, tokens(20)[0].tolist(), sampling, frozenset()))
+        return answer(llama, DynamicCache(), 0, tokens(20)[0].tolist(), 12, sampling)
 
-    assert answer(1) == answer(1)
-    assert answer(1) != answer(2)
+    assert of_seed(1) == of_seed(1)
+    assert of_seed(1) != of_seed(2)
     logits = torch.tensor([2.0, 1.9, -5.0, -6.0])
     drawn = {draw(logits, Sampling(1, top_p=0.9), torch.Generator().manual_seed(seed)) for seed in range(40)}
     assert drawn == {0, 1}
