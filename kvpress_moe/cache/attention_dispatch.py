@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpress_moe.cache.packed_attention import packed_attention
+from kvpress_moe.cache.packed_attention import can_attend_together, packed_attention, packed_attention_together
 from kvpress_moe.cache.packed_pairs import PackedPairs
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.cache.torch_backend import torch_attention
@@ -24,6 +24,9 @@ _in_use: RaggedAttention = torch_attention
 
 #: Attention over ragged layers -> attention over packed layers that belongs to it. For others: plain PyTorch.
 PACKED: dict[RaggedAttention, Callable[..., Tensor]] = {}
+
+#: The same for one new token of each of several packed layers. For others: one layer after the other.
+TOGETHER: dict[RaggedAttention, Callable[..., Tensor]] = {torch_attention: packed_attention_together}
 
 
 def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
@@ -70,10 +73,16 @@ def use_ragged_attention(attention: str | RaggedAttention) -> RaggedAttention:
         PACKED[triton_attention] = packed_triton_attention
         attention = triton_attention
     elif attention == "compiled":
-        from kvpress_moe.cache.compiled_products import compiled_attention, compiled_packed_attention, library
+        from kvpress_moe.cache.compiled_products import (
+            compiled_attention,
+            compiled_packed_attention,
+            compiled_packed_attention_together,
+            library,
+        )
 
         library()  # built now, not at the first token
         PACKED[compiled_attention] = compiled_packed_attention
+        TOGETHER[compiled_attention] = compiled_packed_attention_together
         attention = compiled_attention
     if not callable(attention):
         raise SettingError(
@@ -155,12 +164,26 @@ def _each_alone(
             f"attention: got {name!r}, expected sdpa or flash attention to read several caches together. Call "
             "model.set_attn_implementation('sdpa')."
         )
-    outputs = []
-    for own, (n_new, key, value) in zip(query.split([n for n, _, _ in parts], dim=2), parts, strict=True):
-        is_plain = has_masks and not hasattr(key, "ragged_layer")
-        mask = _causal(n_new, key, kwargs.get("sliding_window")) if is_plain else None
-        outputs.append(attend(module, own, key, value, mask, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+    queries = query.split([n_new for n_new, _, _ in parts], dim=2)
+    outputs: list[Tensor | None] = [None] * len(parts)
+    layers = {n: layer for n, (n_new, key, _) in enumerate(parts) if n_new == 1 and (layer := _packed_layer(key))}
+    together = None if torch.is_autocast_enabled(query.device.type) else TOGETHER.get(_in_use)
+    if together is not None and layers and can_attend_together(list(layers.values())):
+        rows = torch.cat([queries[n] for n in layers])
+        scaling, cap = kwargs.get("scaling") or module.scaling, softcap(module)
+        for n, output in zip(layers, together(rows, list(layers.values()), scaling, cap).split(1), strict=True):
+            outputs[n] = output
+    for n, (n_new, key, value) in enumerate(parts):
+        if outputs[n] is None:
+            is_plain = has_masks and not hasattr(key, "ragged_layer")
+            mask = _causal(n_new, key, kwargs.get("sliding_window")) if is_plain else None
+            outputs[n] = attend(module, queries[n], key, value, mask, **kwargs)[0]
+    return torch.cat([output for output in outputs if output is not None], dim=1), None
+
+
+def _packed_layer(key: Any) -> PackedPairs | None:
+    layer = getattr(key, "ragged_layer", None)
+    return layer if isinstance(layer, PackedPairs) else None
 
 
 def _causal(n_new: int, key: Tensor, window: int | None) -> Tensor | None:

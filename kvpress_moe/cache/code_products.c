@@ -36,12 +36,14 @@ static int64_t tasks_of(int n_heads, const int64_t *starts, int64_t most, int64_
     return count;
 }
 
-/* logits (heads, rows, longest): those of pair i of a head stand at offsets[head] + i.
-   With means: (product + constant) * scale + mean at the pair's position. Else: product * scale + constant * zero. */
+/* logits (heads, rows, longest): those of pair i of a head stand at offsets[head] + i. The scale of a pair is what its
+   byte stands for in a table. With means: (product + constant) * scale + mean at the pair's position, which takes 2
+   or 4 bytes. Else: (product - constant * middle) * scale. */
 int key_logits(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane *planes, const int32_t *channels,
-               const float *weights, int n_heads, const int64_t *starts, const int64_t *offsets, const float *asked,
-               int rows, int n_channels, const float *constants, const float *scale, const float *zero,
-               const int64_t *positions, const float *means, int64_t n_positions, float *logits, int64_t longest) {
+               const float *weights, int n_heads, const int64_t *starts, const uint8_t *scales, const float *table,
+               float middle, const void *positions, int position_bytes, const int64_t *offsets, const float *asked,
+               int rows, int n_channels, const float *constants, const float *means, int64_t n_positions,
+               float *logits, int64_t longest) {
     int64_t n_tasks = tasks_of(n_heads, starts, BLOCK, NULL);
     int64_t *tasks = malloc(sizeof(int64_t) * 3 * (n_tasks ? n_tasks : 1));
     if (!tasks) return 1;
@@ -50,8 +52,16 @@ int key_logits(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane
     for (int64_t task = 0; task < n_tasks; task++) {
         int64_t head = tasks[3 * task], first = tasks[3 * task + 1];
         int n = (int)(tasks[3 * task + 2] - first);
-        float sums[ROWS][BLOCK], found[4][BLOCK];
+        float sums[ROWS][BLOCK], found[4][BLOCK], scale[BLOCK];
+        int32_t position[BLOCK];
         int at[4];
+        for (int j = 0; j < n; j++) scale[j] = table[scales[first + j]];
+        if (means) {
+            if (position_bytes == 2)
+                for (int j = 0; j < n; j++) position[j] = ((const uint16_t *)positions)[first + j];
+            else
+                for (int j = 0; j < n; j++) position[j] = ((const int32_t *)positions)[first + j];
+        }
         for (int row = 0; row < rows; row += ROWS) {
             int some = rows - row < ROWS ? rows - row : ROWS;
             const float *query = asked + (head * rows + row) * n_channels;
@@ -75,10 +85,9 @@ int key_logits(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane
                 if (means) {
                     const float *mean = means + (head * rows + row + q) * n_positions;
                     for (int j = 0; j < n; j++)
-                        out[j] = (sums[q][j] + constant) * scale[first + j] + mean[positions[first + j]];
+                        out[j] = (sums[q][j] + constant) * scale[j] + mean[position[j]];
                 } else {
-                    for (int j = 0; j < n; j++)
-                        out[j] = sums[q][j] * scale[first + j] + constant * zero[first + j];
+                    for (int j = 0; j < n; j++) out[j] = (sums[q][j] - constant * middle) * scale[j];
                 }
             }
         }
@@ -87,12 +96,12 @@ int key_logits(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane
     return 0;
 }
 
-/* Adds to sums (heads, rows, channels): share * scale * number, and to zeros (heads, rows): share * zero, over all
-   pairs. shares (heads, rows, stride) stand as the logits do. Parts are added in a fixed order. */
+/* Adds to sums (heads, rows, channels): share * scale * number, and to zeros (heads, rows): -share * scale * middle,
+   over all pairs. shares (heads, rows, stride) stand as the logits do. Parts are added in a fixed order. */
 int value_sums(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane *planes, const int32_t *channels,
-               const float *weights, int n_heads, const int64_t *starts, const int64_t *offsets, const float *shares,
-               int64_t stride, int rows, int n_channels, const float *scale, const float *zero, float *sums,
-               float *zeros) {
+               const float *weights, int n_heads, const int64_t *starts, const uint8_t *scales, const float *table,
+               float middle, const void *positions, int position_bytes, const int64_t *offsets, const float *shares,
+               int64_t stride, int rows, int n_channels, float *sums, float *zeros) {
     int64_t most = 8 * BLOCK, n_tasks = tasks_of(n_heads, starts, most, NULL), width = n_channels + 1;
     int64_t *tasks = malloc(sizeof(int64_t) * 3 * (n_tasks ? n_tasks : 1));
     float *parts = calloc((n_tasks ? n_tasks : 1) * rows * width, sizeof(float));
@@ -112,10 +121,10 @@ int value_sums(const uint8_t *packed, int64_t n_pairs, int n_planes, const Plane
                     const float *share = shares + (head * rows + row + q) * stride + offsets[head] + first - starts[head];
                     float total = 0;
                     for (int j = 0; j < n; j++) {
-                        scaled[q][j] = share[j] * scale[first + j];
-                        total += share[j] * zero[first + j];
+                        scaled[q][j] = share[j] * table[scales[first + j]];
+                        total += scaled[q][j];
                     }
-                    part_of[q * width + n_channels] += total;
+                    part_of[q * width + n_channels] -= total * middle;
                 }
                 for (int p = 0; p < n_planes; p++)
                     for (int step = 0; step < 2 * planes[p].size / planes[p].width; step++) {

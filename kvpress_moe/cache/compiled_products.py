@@ -18,15 +18,18 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
-from kvpress_moe.cache.packed_attention import TORCH, Products, packed_attention
+from kvpress_moe.cache.packed_attention import TORCH, Products, packed_attention, packed_attention_together
 from kvpress_moe.cache.packed_pairs import PackedPairs
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.cache.tier import Vectors
 from kvpress_moe.cache.torch_backend import torch_attention
 from kvpress_moe.codes.bit_packing import Groups, planes
+from kvpress_moe.codes.scale_bytes import from_bytes
 from kvpress_moe.codes.transform_codes import TransformCodes
 from kvpress_moe.codes.vector_codes import VectorCodes
 from kvpress_moe.errors import SettingError, UnsupportedInputError
@@ -60,6 +63,13 @@ def compiled_packed_attention(query: Tensor, layer: PackedPairs, scaling: float,
     return packed_attention(query, layer, scaling, cap, COMPILED if n_rows <= FEW_QUERIES else TORCH)
 
 
+def compiled_packed_attention_together(
+    query: Tensor, layers: Sequence[PackedPairs], scaling: float, cap: float | None = None
+) -> Tensor:
+    """Computes what :func:`kvpress_moe.cache.packed_attention.packed_attention_together` computes, with the library."""
+    return packed_attention_together(query, layers, scaling, cap, COMPILED)
+
+
 class CompiledProducts(Products):
     """The same with the C library. Whole vectors are left to PyTorch."""
 
@@ -75,26 +85,15 @@ class CompiledProducts(Products):
     ) -> None:
         if not isinstance(keys, (VectorCodes, TransformCodes)):
             return super().key_logits(keys, starts, asked, constants, means, offsets, logits)
-        of_code = _Code(keys, starts)
         asked, constants = asked.contiguous(), constants.contiguous()
-        zero = positions = None
-        if isinstance(keys, TransformCodes):
-            assert means is not None
-            scale, positions = keys.gains(starts[0], starts[-1]), keys.positions(starts[0], starts[-1])
-        else:
-            scale = keys.scales(starts[0], starts[-1])
-            zero, means = scale * -keys.middle, None
         failed = library().key_logits(
-            *of_code.arguments,
+            *arguments_of(keys, starts),
             (ctypes.c_int64 * len(offsets))(*offsets),
             _pointer(asked),
             asked.shape[1],
             asked.shape[2],
             _pointer(constants),
-            _pointer(scale),
-            _pointer(zero),
-            _pointer(positions),
-            _pointer(means),
+            _pointer(means if isinstance(keys, TransformCodes) else None),
             0 if means is None else means.shape[-1],
             _pointer(logits),
             logits.shape[-1],
@@ -115,18 +114,13 @@ class CompiledProducts(Products):
     ) -> None:
         if not isinstance(values, VectorCodes):
             return super().value_sums(values, starts, weights, offsets, whole, rotated, zeros)
-        of_code = _Code(values, starts)
-        scale = values.scales(starts[0], starts[-1])
-        zero = scale * -values.middle
         failed = library().value_sums(
-            *of_code.arguments,
+            *arguments_of(values, starts),
             (ctypes.c_int64 * len(offsets))(*offsets),
             _pointer(weights),
             weights.shape[-1],
             weights.shape[1],
             rotated.shape[-1],
-            _pointer(scale),
-            _pointer(zero),
             _pointer(rotated),
             _pointer(zeros),
         )
@@ -138,25 +132,45 @@ class CompiledProducts(Products):
 COMPILED = CompiledProducts()
 
 
-class _Code:
-    """The first arguments of both functions: the codes of some heads of a tier."""
+#: Codes -> their first arguments, by the heads that are asked for. Codes never change, so this is done once.
+_ARGUMENTS: WeakKeyDictionary[Any, dict[tuple[int, ...], tuple[Any, ...]]] = WeakKeyDictionary()
 
-    def __init__(self, codes: VectorCodes | TransformCodes, starts: Sequence[int]):
-        packed = codes.packed
-        if not packed.is_contiguous():
-            raise UnsupportedInputError("packed attention 'compiled': got codes that are not contiguous in memory.")
-        n_planes, of_planes, channels, weights = _table(codes.groups)
-        from_first = (ctypes.c_int64 * len(starts))(*(start - starts[0] for start in starts))
-        self.arguments = (
-            ctypes.c_void_p(packed.data_ptr() + starts[0]),
-            packed.shape[1],
-            n_planes,
-            of_planes,
-            channels,
-            weights,
-            len(starts) - 1,
-            from_first,
-        )
+
+def arguments_of(codes: VectorCodes | TransformCodes, starts: Sequence[int]) -> tuple[Any, ...]:
+    """The first arguments of both functions: the codes of some heads of a tier, as the C library reads them."""
+    of_codes = _ARGUMENTS.setdefault(codes, {})
+    heads = tuple(starts)
+    if heads not in of_codes:
+        of_codes[heads] = _arguments(codes, starts)
+    return of_codes[heads]
+
+
+def _arguments(codes: VectorCodes | TransformCodes, starts: Sequence[int]) -> tuple[Any, ...]:
+    packed, first = codes.packed, starts[0]
+    position = codes.position if isinstance(codes, TransformCodes) else None
+    scales = codes.gain if isinstance(codes, TransformCodes) else codes.reach
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (packed, scales, position)):
+        raise UnsupportedInputError("packed attention 'compiled': got codes that are not contiguous in memory.")
+    middle = 0.0 if isinstance(codes, TransformCodes) else codes.middle
+    return (
+        ctypes.c_void_p(packed.data_ptr() + first),
+        packed.shape[1],
+        *_table(codes.groups),
+        len(starts) - 1,
+        (ctypes.c_int64 * len(starts))(*(start - first for start in starts)),
+        ctypes.c_void_p(scales.data_ptr() + first),
+        _numbers_of_bytes(middle or 1.0),
+        middle,
+        ctypes.c_void_p(None if position is None else position.data_ptr() + first * position.itemsize),
+        0 if position is None else position.itemsize,
+    )
+
+
+@cache
+def _numbers_of_bytes(divided_by: float) -> Any:
+    """What each scale byte stands for."""
+    numbers = (from_bytes(torch.arange(256)) / divided_by).tolist()
+    return (ctypes.c_float * 256)(*numbers)
 
 
 @cache
@@ -182,6 +196,11 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def find_compiler() -> str | None:
+    """The C compiler: that of the environment variable CC, else cc, gcc or clang. None if there is none."""
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
 @cache
 def library() -> ctypes.CDLL:
     """
@@ -192,7 +211,7 @@ def library() -> ctypes.CDLL:
     SettingError
         If there is no C compiler, if it fails, or if the cache directory cannot be written.
     """
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = find_compiler()
     if compiler is None:
         raise _not_built("No compiler was found under the names cc, gcc and clang. Install one.")
     source = files("kvpress_moe.cache").joinpath("code_products.c").read_text(encoding="utf-8")
@@ -210,12 +229,12 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise _not_built(f"{error}. Name another cache directory with KVPRESS_MOE_CACHE.") from error
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    of_code: list[Any] = [pointer, count, number, pointer, pointer, pointer, number, pointer, pointer]
-    loaded.key_logits.argtypes = [
-        *of_code,
-        *(pointer, number, number, pointer, pointer, pointer, pointer, pointer, count, pointer, count),
+    of_code: list[Any] = [
+        *(pointer, count, number, pointer, pointer, pointer, number, pointer),
+        *(pointer, pointer, ctypes.c_float, pointer, number, pointer),
     ]
-    loaded.value_sums.argtypes = [*of_code, pointer, count, number, number, pointer, pointer, pointer, pointer]
+    loaded.key_logits.argtypes = [*of_code, *(pointer, number, number, pointer, pointer, count, pointer, count)]
+    loaded.value_sums.argtypes = [*of_code, pointer, count, number, number, pointer, pointer]
     return loaded
 
 

@@ -192,6 +192,74 @@ def _attend(
     return whole + (rotated + zeros[..., None]) @ turn.T
 
 
+def packed_attention_together(
+    query: Tensor, layers: Sequence[PackedPairs], scaling: float, cap: float | None = None, products: Products = TORCH
+) -> Tensor:
+    """
+    Attention of one new token of each of several layers, each over its own layer.
+
+    What does not depend on a layer's pairs is computed for all layers at once. For the small caches of a server this
+    takes most of the time.
+
+    Parameters
+    ----------
+    query : Tensor, shape (N, num_heads, 1, D)
+    layers : sequence of N PackedPairs
+        Of one row each, with the same key transform.
+    scaling, cap, products
+        As in :func:`packed_attention`.
+
+    Returns
+    -------
+    Tensor, shape (N, 1, num_heads, D)
+    """
+    n_heads, device = layers[0].new_keys.shape[1], query.device
+    queries = (query.unflatten(1, (n_heads, -1)).squeeze(3) * scaling).flatten(0, 1).float()  # (N·H, G, D)
+    places = [slice(first, first + n_heads) for first in range(0, len(queries), n_heads)]
+    heads = torch.arange(n_heads, device=device).repeat(len(layers))
+    tables = [layer.table for layer in layers]
+    longest = max(table.longest for table in tables)
+    n_new = max(layer.new_keys.shape[2] for layer in layers)
+    logits = torch.full((*queries.shape[:2], longest + n_new), -torch.inf, device=device)
+    means = coefficients = None
+    with_bases = [layer.basis for layer in layers if layer.basis is not None]
+    if with_bases:
+        most = max(with_bases, key=lambda basis: basis.n_positions)
+        means = most.mean_logits(queries, heads)
+        coefficients = most.query_coefficients(queries, heads)
+    turn = rotation(queries.shape[-1], device)
+    turned = queries @ turn
+    asked: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+    for place, layer, table in zip(places, layers, tables, strict=True):
+        for tier, at, offset in zip(layer.tiers, table.starts, table.offsets, strict=True):
+            kind = (tier.keys.kind, tier.precision.key_bits)
+            if kind not in asked:
+                asked[kind] = _in_basis_of(tier, queries, turned, coefficients)
+            own, constants = asked[kind]
+            own_means = None if means is None else means[place]
+            products.key_logits(tier.keys, at, own[place], constants[place], own_means, offset, logits[place])
+        new = layer.new_keys[0].float()
+        torch.bmm(queries[place], new.mT, out=logits[place, :, longest : longest + new.shape[1]])
+    if cap is not None:
+        logits = torch.where(logits == -torch.inf, logits, apply_softcap(logits, cap))
+    weights = logits.softmax(dim=-1)
+    whole, rotated = queries.new_zeros(queries.shape), queries.new_zeros(queries.shape)
+    zeros = queries.new_zeros(queries.shape[:2])
+    for place, layer, table in zip(places, layers, tables, strict=True):
+        for tier, at, offset in zip(layer.tiers, table.starts, table.offsets, strict=True):
+            products.value_sums(tier.values, at, weights[place], offset, whole[place], rotated[place], zeros[place])
+        new = layer.new_values[0].float()
+        whole[place].baddbmm_(weights[place, :, longest : longest + new.shape[1]], new)
+    output: Tensor = whole + (rotated + zeros[..., None]) @ turn.T
+    return output.to(query.dtype).view(len(layers), 1, -1, queries.shape[-1])
+
+
+def can_attend_together(layers: Sequence[PackedPairs]) -> bool:
+    """Whether :func:`packed_attention_together` serves these layers."""
+    transforms = {(id(layer.basis.transform), layer.basis.rotary) for layer in layers if layer.basis is not None}
+    return len(transforms) <= 1 and all(len(layer.lengths) == 1 for layer in layers)
+
+
 @dataclass(frozen=True)
 class _Block:
     """Numbers (D, n) of a block. Those of codes still need scale and zero, or gain, middles and positions."""

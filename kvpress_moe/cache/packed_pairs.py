@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
-from kvpress_moe.cache.tier import Tier
+from kvpress_moe.cache.tier import Tier, TierTable
 from kvpress_moe.cache.tiling import PackedTiling
 from kvpress_moe.codes.exact import exact
 from kvpress_moe.codes.key_transform import KeyBasis
@@ -39,6 +39,7 @@ class PackedPairs(RaggedPairs):
     tiers: list[Tier]
     basis: KeyBasis | None
     _packed_tilings: dict[int, PackedTiling]
+    _table: TierTable | None
 
     def _hold_tiers(
         self,
@@ -114,9 +115,17 @@ class PackedPairs(RaggedPairs):
             self._packed_tilings[tile_size] = PackedTiling.of(lengths, tile_size, self.new_keys.device)
         return self._packed_tilings[tile_size]
 
+    @property
+    def table(self) -> TierTable:
+        """Where the pairs of all heads are."""
+        if self._table is None:
+            self._table = TierTable.of(self.tiers)
+        return self._table
+
     def _forget_derived(self) -> None:
         super()._forget_derived()
         self._packed_tilings = {}
+        self._table = None
 
     @property
     def nbytes(self) -> int:

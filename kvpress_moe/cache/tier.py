@@ -17,7 +17,7 @@ Vectors = VectorCodes | TransformCodes | WholeVectors
 TABLE_BYTES = 4  # of a number in a table of lengths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tier:
     """
     The pairs of one precision, row by row and head by head.
@@ -65,3 +65,30 @@ class Tier:
             return vectors.with_tensors({name: tensor.to(device, non_blocking=True) for name, tensor in tensors})
 
         return Tier(self.precision, moved(self.keys), moved(self.values), self.lengths)
+
+
+@dataclass(frozen=True)
+class TierTable:
+    """
+    Where the pairs of all heads are.
+
+    Attributes
+    ----------
+    starts : list of lists of int
+        Of each tier, see :meth:`Tier.starts`.
+    offsets : list of lists of int
+        Of each tier, by head: number of the head's pairs in the tiers before.
+    longest : int
+        Number of pairs of the longest head.
+    """
+
+    starts: list[list[int]]
+    offsets: list[list[int]]
+    longest: int
+
+    @classmethod
+    def of(cls, tiers: Sequence[Tier]) -> TierTable:
+        lengths = [list(chain.from_iterable(tier.lengths)) for tier in tiers]
+        by_head = [list(accumulate(own, initial=0)) for own in zip(*lengths, strict=True)]
+        offsets = [[own[number] for own in by_head] for number in range(len(tiers))]
+        return cls([tier.starts() for tier in tiers], offsets, max(own[-1] for own in by_head))

@@ -55,11 +55,12 @@ def serve(
     queue: Annotated[int, typer.Option(help="Requests that may wait; more get status 429.")] = 64,
     active: Annotated[int, typer.Option(help="Requests that are computed together.")] = 16,
     attention: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="torch; compiled: a small C library, twice as fast on a CPU, needs a C compiler; triton on a GPU."
+            help="torch; compiled: a small C library for CPUs, many times as fast; triton on a GPU. Default: compiled on "
+            "a CPU with a C compiler, else torch."
         ),
-    ] = "torch",
+    ] = None,
     model: Model = None,
     device: Device = "cpu",
 ) -> None:
@@ -83,13 +84,14 @@ def serve(
             f"a key, because {host} can be reached from elsewhere",
             "Add --api-key, or leave --host out.",
         )
-    if attention not in ("torch", "compiled", "triton"):
+    if attention not in (None, "torch", "compiled", "triton"):
         raise SettingError("attention", attention, "torch, compiled or triton", "torch works everywhere.")
     check_out_directory(caches, "caches")
     with ExitStack() as stack:
         with progress_bar() as step:
             step("importing", total=1)
             from kvpress_moe.cache.attention_dispatch import use_ragged_attention
+            from kvpress_moe.cache.compiled_products import find_compiler
             from kvpress_moe.model.loading import DEFAULT_MODEL, load_model
             from kvpress_moe.press.moe_router_press import MoERouterPress
             from kvpress_moe.routers.checkpoint import directory_at
@@ -100,8 +102,8 @@ def serve(
             from kvpress_moe.serve.recipe import recipe_of
             from kvpress_moe.serve.scheduler import Scheduler
 
-            if attention != "torch":
-                use_ragged_attention(attention)
+            attention = attention or ("compiled" if device == "cpu" and find_compiler() else "torch")
+            use_ragged_attention(attention)
             listening = stack.enter_context(closing(listen(port, host)))
             step("loading the model", total=1)
             loaded, tokenizer = load_model(model, device)
@@ -128,6 +130,11 @@ def serve(
             name = (model or DEFAULT_MODEL).rstrip("/").split("/")[-1]
             engine = Engine(loaded, tokenizer, store, settings, name)
         scheduler = Scheduler(engine, active, queue)
-        hosts = ("127.0.0.1", "localhost", "[", "[::1]") if host in LOOPBACK else ("*",)
+        hosts = ("127.0.0.1", "localhost", "[::1]") if host in LOOPBACK else ("*",)
         app = make_app(engine, scheduler, api_key, hosts)
-        run(app, listening, lambda address: typer.echo(f"{address}/v1 (Ctrl+C ends)"), lifespan="on")
+        run(
+            app,
+            listening,
+            lambda address: typer.echo(f"{address}/v1 ({attention} attention; Ctrl+C ends)"),
+            lifespan="on",
+        )

@@ -20,7 +20,7 @@ GAIN_BYTES = 1  # of a key
 _STEPS = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TransformCodes:
     """
     N coded keys. Coefficient c is ``gain * step[c] * (number[c] - middle[c])``, or 0 where it has no bits.

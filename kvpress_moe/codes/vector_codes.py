@@ -21,7 +21,7 @@ _PARTS = {2: (1.0, 0.75, 0.58), 3: (1.0, 0.8), 4: (1.0, 0.92)}
 _ERRORS = {2: 0.0167, 3: 0.0050, 4: 0.00134}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VectorCodes:
     """
     N coded vectors of a rotated space: channel c of a rotated vector is ``reach * (number[c] / middle - 1)``.

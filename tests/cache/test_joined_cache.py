@@ -1,15 +1,24 @@
 """Several caches that are read together give what each gives alone, and grow as they do alone."""
 
 import copy
+import shutil
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import DynamicCache
 
-from kvpress_moe import MoERouterPress
-from kvpress_moe.cache import JoinedCache, read_together
+from kvpress_moe import MoERouterPress, use_ragged_attention
+from kvpress_moe.cache import JoinedCache, PackedLayer, read_together
+from kvpress_moe.cache.compiled_products import COMPILED
+from kvpress_moe.cache.packed_attention import TORCH, can_attend_together, packed_attention_together
+from kvpress_moe.cache.torch_backend import torch_attention
+from kvpress_moe.codes.key_transform import KeyBasis
+from kvpress_moe.codes.precision import MIXED, MIXED_TRANSFORMED
 from kvpress_moe.errors import UnsupportedInputError
 from kvpress_moe.model.transformers_api import with_cache
+from tests.cache.test_packed_layer import decoded
+from tests.codes.test_codes import basis_of
 from tests.tiny import prefill, tiny_model, tokens
 
 KINDS = [
@@ -25,6 +34,9 @@ def made(model, settings, length, seed):
     return prefill(model, tokens(length, seed=seed), press)
 
 
+compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+
 def alone(model, cache, input_ids, start):
     """The naive loop: one cache, one token after the other."""
     for position, token in enumerate(input_ids, start=start):
@@ -34,14 +46,22 @@ def alone(model, cache, input_ids, start):
     return output.logits[0, -1]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_sliding", "gemma3_text", "mixtral"])
-def test_caches_that_are_read_together_give_what_each_gives_alone(family):
+@pytest.fixture(params=["torch", pytest.param("compiled", marks=compiler)])
+def attention(request):
+    before = use_ragged_attention(request.param)
+    yield
+    use_ragged_attention(before)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_sliding", "gemma2", "gemma3_text", "mixtral"])
+def test_caches_that_are_read_together_give_what_each_gives_alone(family, attention):
     model = tiny_model(family)
-    lengths, new = [60, 41, 50, 33], [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14, 15]]
-    caches = [made(model, settings, n, seed) for seed, (settings, n) in enumerate(zip(KINDS, lengths, strict=True))]
+    kinds, lengths = [*KINDS, KINDS[-1], KINDS[-1]], [60, 41, 50, 33, 70, 24]
+    new = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14, 15], [16], [17, 18]]
+    caches = [made(model, settings, n, seed) for seed, (settings, n) in enumerate(zip(kinds, lengths, strict=True))]
     copies = copy.deepcopy(caches)
     caches, copies, lengths, new = [*caches, DynamicCache()], [*copies, DynamicCache()], [*lengths, 0], [*new, [4] * 21]
-    for _ in range(2):
+    for _ in range(3):
         together = read_together(model, caches, new, lengths)
         each = [alone(model, *row) for row in zip(copies, new, lengths, strict=True)]
         assert torch.allclose(together, torch.stack(each), atol=2e-5), (together - torch.stack(each)).abs().amax(1)
@@ -72,3 +92,38 @@ def test_attention_that_cannot_read_together_is_refused(llama):
         JoinedCache([DynamicCache()], [0])
     with pytest.raises(UnsupportedInputError, match="input_ids: got"), torch.no_grad():
         llama(torch.tensor([[1, 2]]), **with_cache(JoinedCache([DynamicCache()], [1])))
+
+
+def packed(basis, n_tokens, n_new, seed):
+    """A layer of one row whose heads keep none, some and all of their pairs."""
+    torch.manual_seed(seed)
+    menu = MIXED if basis is None else MIXED_TRANSFORMED
+    keys = torch.randn(1, 3, n_tokens, 16)
+    strategies = torch.randint(0, len(menu) + 1, keys.shape[:3])
+    strategies[0, 0], strategies[0, 2] = 0, strategies[0, 2].clamp(min=1)
+    own = None if basis is None else KeyBasis(basis.transform, basis.rotary, n_tokens)
+    layer = PackedLayer.from_strategies(keys, torch.randn_like(keys), strategies, menu, own)
+    layer.update(*torch.randn(2, 1, 3, n_new, 16))
+    return layer
+
+
+@pytest.mark.parametrize("products", ["torch", pytest.param("compiled", marks=compiler)])
+@pytest.mark.parametrize("with_basis", [True, False], ids=["transformed", "rotated"])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_packed_layers_that_attend_together_give_what_each_gives_alone(products, with_basis, cap):
+    basis = basis_of(300, 16, 3) if with_basis else None
+    layers = [packed(basis, n, n_new, seed) for seed, (n, n_new) in enumerate([(70, 1), (300, 5), (9, 2), (41, 1)])]
+    queries = torch.randn(4, 6, 1, 16)
+    assert can_attend_together(layers)
+    with torch.no_grad():
+        own = TORCH if products == "torch" else COMPILED
+        together = packed_attention_together(queries, layers, 0.3, cap, own)
+        alone = [
+            torch_attention(q, decoded(layer), 0.3, cap) for q, layer in zip(queries.split(1), layers, strict=True)
+        ]
+    assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_layers_of_other_routers_do_not_attend_together():
+    layers = [packed(basis_of(70, 16, 3), 70, 1, seed) for seed in (1, 2)]
+    assert not can_attend_together(layers)
