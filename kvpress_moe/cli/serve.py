@@ -57,7 +57,7 @@ def serve(
     attention: Annotated[
         str | None,
         typer.Option(
-            help="torch; compiled: a small C library for CPUs, many times as fast; triton on a GPU. Default: compiled on "
+            help="torch; compiled: a small C library for CPUs, much faster; triton on a GPU. Default: compiled on "
             "a CPU with a C compiler, else torch."
         ),
     ] = None,

@@ -92,6 +92,21 @@ def test_a_document_says_what_was_kept_and_how_long_it_took(engine, llama):
     assert again == document
 
 
+def test_the_time_of_answers_in_between_is_not_counted_as_reading(engine, llama, monkeypatch):
+    now = [0.0]
+
+    def clock():
+        now[0] += 1
+        return now[0]
+
+    def between():
+        now[0] += 100
+
+    monkeypatch.setattr("kvpress_moe.serve.engine.time.perf_counter", clock)
+    work = Compress("", engine.prefix_of(TEXT))
+    assert engine.compress(work, between).report.read_seconds == llama.config.num_hidden_layers + 1
+
+
 def test_a_document_says_how_many_pairs_each_strategy_got(llama, chat_tokenizer, tmp_path):
     engine = make_engine(
         llama, chat_tokenizer, tmp_path, settings=SETTINGS | {"precision": [(8, 4), (4, 2)], "compression_ratio": 0.9}

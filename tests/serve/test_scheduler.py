@@ -154,6 +154,7 @@ def test_a_document_whose_client_is_gone_is_read_no_further(worker, scheduler):
     other = Client(answering([5], 1))
     scheduler.submit(other.job)
     assert other.wait() == [6, ("end", None)]
+    scheduler.close()
     assert worker.rounds.count("mill") == 1
     assert worker.documents == []
 
