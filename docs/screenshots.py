@@ -1,5 +1,6 @@
 """
-Takes the pictures of docs/explore.md: the explorer's page and its app, with the embedded model and the built-in text.
+Takes the pictures of docs/explore.md and docs/serve.md: the explorer's page, its app and the server's page, with the
+embedded model and the built-in text.
 
     python docs/screenshots.py          # writes docs/images/*.png; needs Debian's chromium and the package playwright
 """
@@ -8,20 +9,29 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
+from kvpress_moe.cache.attention_dispatch import use_ragged_attention
 from kvpress_moe.cli.ask import BUILT_IN_QUESTION
 from kvpress_moe.cli.options import read_context
 from kvpress_moe.explore import explore, make_press, page, prefill_text
 from kvpress_moe.explore.jobs import JobRunner
-from kvpress_moe.explore.web_app import listen, make_app
-from kvpress_moe.model.loading import load_model
+from kvpress_moe.explore.web_app import make_app
+from kvpress_moe.model.loading import DEFAULT_MODEL, load_model
+from kvpress_moe.serve import app as serve_app
+from kvpress_moe.serve.document_store import DocumentStore
+from kvpress_moe.serve.engine import Engine
+from kvpress_moe.serve.loopback import listen
+from kvpress_moe.serve.scheduler import Scheduler
 
 IMAGES = Path(__file__).parent / "images"
 QUESTIONS = [BUILT_IN_QUESTION, "How much does the new crane lift?"]
@@ -49,6 +59,7 @@ def main() -> None:
         shoot_page(browser, path.as_uri(), "explore-phone.png", PHONE, layer="17")
         shoot_page(browser, of_bytes.as_uri(), "explore-bytes.png", DESK)
         shoot_app(browser, JobRunner(model, tokenizer))
+        shoot_server(browser, model, tokenizer, Path(directory))
         browser.close()
 
 
@@ -70,28 +81,63 @@ def shoot_page(
     tab.close()
 
 
-def save(picture: bytes, name: str) -> None:
+def save(picture: bytes, name: str, method: Image.Quantize = Image.Quantize.MEDIANCUT) -> None:
     """Keep a picture with 256 colours, a third of its bytes."""
-    Image.open(BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        IMAGES / name, optimize=True
-    )
+    colours = Image.open(BytesIO(picture)).convert("RGB")
+    colours.quantize(256, method, dither=Image.Dither.NONE).save(IMAGES / name, optimize=True)
 
 
 def shoot_app(browser: Browser, runner: JobRunner) -> None:
     """The app, two settings side by side."""
     defaults = {"text": read_context(None), "question": BUILT_IN_QUESTION, "ratio": RATIO}
-    with listen(0) as listening:
-        server = uvicorn.Server(uvicorn.Config(make_app(runner, defaults), log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
+    with running(make_app(runner, defaults)) as address:
         tab = browser.new_page(viewport={"width": 1500, "height": 1500})
-        tab.goto(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        tab.goto(address)
         tab.check("#compare")
         tab.click("#go")
         for number in (0, 1):
             tab.frame_locator("iframe").nth(number).locator("#total").wait_for(timeout=300_000)
         save(tab.screenshot(), "app.png")
         tab.close()
+
+
+def shoot_server(browser: Browser, model: Any, tokenizer: Any, directory: Path) -> None:
+    """The server's page: a document and two answers, with the settings of ``kvpress-moe serve``."""
+    use_ragged_attention("compiled")
+    store = DocumentStore(directory / "caches", model, "pictures", 2**30)
+    settings = {"precision": "mixed", "compression_ratio": 1 - 0.1 * 2 / model.dtype.itemsize}
+    engine = Engine(model, tokenizer, store, settings, DEFAULT_MODEL.rpartition("/")[2])
+    (directory / "harbour.txt").write_text(read_context(None), encoding="utf-8")
+    desk = {"viewport": {"width": 1280, "height": 760}}
+    with running(serve_app.make_app(engine, Scheduler(engine)), lifespan="on") as address:
+        for name, context in (("serve.png", desk), ("serve-dark.png", {**desk, "color_scheme": "dark"})):
+            shoot_chat(browser.new_page(**context), address, directory / "harbour.txt", name)
+        shoot_chat(browser.new_page(**PHONE), address, directory / "harbour.txt", "serve-phone.png")
+
+
+def shoot_chat(tab: Page, address: str, text: Path, name: str) -> None:
+    tab.goto(address)
+    tab.locator("#main").wait_for()
+    tab.set_input_files("#file", text)  # the second time the server has it already
+    tab.locator("#list .pick[aria-current]").wait_for(timeout=300_000)
+    for number, question in enumerate(QUESTIONS):
+        tab.fill("#question", question)
+        tab.click("#ask")
+        tab.locator(".took").nth(number).wait_for(timeout=300_000)
+    tab.locator("#question").blur()
+    tab.mouse.move(0, 0)
+    save(tab.screenshot(), name, Image.Quantize.MAXCOVERAGE)  # keeps the colours of small bars
+    tab.close()
+
+
+@contextmanager
+def running(app: Any, lifespan: str = "off") -> Iterator[str]:
+    """The address of a server for an app, which ends with the block."""
+    with listen(0) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan=lifespan))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         server.should_exit = True
         thread.join()
 

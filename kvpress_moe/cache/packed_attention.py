@@ -256,7 +256,7 @@ def packed_attention_together(
 
 def can_attend_together(layers: Sequence[PackedPairs]) -> bool:
     """Whether :func:`packed_attention_together` serves these layers."""
-    transforms = {(id(layer.basis.transform), layer.basis.rotary) for layer in layers if layer.basis is not None}
+    transforms = {(layer.basis.transform.hash, layer.basis.rotary) for layer in layers if layer.basis is not None}
     return len(transforms) <= 1 and all(len(layer.lengths) == 1 for layer in layers)
 
 

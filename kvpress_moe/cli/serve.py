@@ -125,6 +125,7 @@ def serve(
                 routers = press.routers
                 if router is not None and routers is not None and routers.key_transforms:
                     directory = directory_at(router)
+                settings["router"] = routers  # all documents share them, and their key transforms
             recipe = recipe_of(loaded, tokenizer, routers, settings)
             store = DocumentStore(caches, loaded, recipe, int(memory * 2**20), directory)
             name = (model or DEFAULT_MODEL).rstrip("/").split("/")[-1]

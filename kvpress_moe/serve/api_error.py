@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from kvpress_moe.errors import KVPressMoEError
@@ -39,4 +40,5 @@ class APIError(KVPressMoEError, ValueError):
 
 def wrong(field: str, got: object, expected: str, remedy: str = "") -> APIError:
     """The error for a field with a wrong value, in the words of all other errors of this package."""
-    return APIError(400, f"{field}: got {str(got)[:80]!r}, expected {expected}. {remedy}".rstrip(), field)
+    shown = got if isinstance(got, str) else reprlib.repr(got)  # of any depth and length
+    return APIError(400, f"{field}: got {shown[:80]!r}, expected {expected}. {remedy}".rstrip(), field)

@@ -11,34 +11,38 @@ from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from kvpress_moe.errors import CheckpointError, KVPressMoEError, WriteError
 from kvpress_moe.serve.api_error import APIError, wrong
 from kvpress_moe.serve.chat_request import ChatRequest, parse_body, parse_chat
 from kvpress_moe.serve.document_store import Document
 from kvpress_moe.serve.engine import Engine, Piece
+from kvpress_moe.serve.known_hosts import KnownHosts
 from kvpress_moe.serve.loopback import HEADERS, own_origin
 from kvpress_moe.serve.metrics import Metrics
+from kvpress_moe.serve.openapi import openapi_document
 from kvpress_moe.serve.scheduler import Job, Scheduler, Steps
+from kvpress_moe.serve.web_page import page_routes
 from kvpress_moe.serve.work import Compress
 
 from starlette.applications import Starlette  # isort: skip  (loopback says what to install if it is missing)
 from starlette.background import BackgroundTask  # isort: skip
 from starlette.exceptions import HTTPException  # isort: skip
 from starlette.middleware import Middleware  # isort: skip
-from starlette.middleware.trustedhost import TrustedHostMiddleware  # isort: skip
-from starlette.requests import Request  # isort: skip
+from starlette.requests import ClientDisconnect, Request  # isort: skip
 from starlette.responses import JSONResponse, Response, StreamingResponse  # isort: skip
-from starlette.routing import Route  # isort: skip
+from starlette.routing import Match, Route  # isort: skip
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY = 16 * 2**20  # bytes of a request
+LONG_BODY = 2**16  # longer ones are parsed in a thread
 RETRY_AFTER = 2  # seconds that a client should wait if the queue is full
 _POLL = 0.5  # seconds between looks whether a client is still there
 
 Events = asyncio.Queue[tuple[str, Any]]
+T = TypeVar("T")
 
 
 def make_app(
@@ -61,6 +65,7 @@ def make_app(
         Host names that requests may name; ``"*"`` allows all.
     """
     metrics = Metrics(engine, scheduler)
+    description = openapi_document(engine.name, api_key is not None)
 
     def route(path: str, endpoint: Callable[[Request], Any], method: str = "GET", needs_key: bool = True) -> Route:
         async def handle(request: Request) -> Response:
@@ -90,8 +95,11 @@ def make_app(
     async def show_metrics(request: Request) -> Response:
         return Response(metrics.text(), media_type=metrics.content_type, headers=HEADERS)
 
+    async def show_openapi(request: Request) -> Response:
+        return reply(description)
+
     async def chat(request: Request) -> Response:
-        asked = parse_chat(parse_body(await body_of(request)))
+        asked = await parsed(request, parse_chat)
         if asked.model != engine.name:
             raise APIError(
                 404, f"model: there is no model {asked.model!r}. It is {engine.name!r}.", "model", "model_not_found"
@@ -118,8 +126,7 @@ def make_app(
         return reply({**about, "object": "chat.completion", "choices": [choice], "usage": usage_of(piece)})
 
     async def add_document(request: Request) -> Response:
-        body = parse_body(await body_of(request))
-        text, title, streamed = document_of(body)
+        text, title, streamed = await parsed(request, document_of)
 
         job, events = start(scheduler, partial(compressing, engine, title, text))
         first = await next_event(request, job, events)
@@ -151,7 +158,11 @@ def make_app(
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return refusal(APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}."))
+        asked = f"{request.method} {request.scope['path']}"
+        answer = refusal(APIError(error.status_code, f"{asked[:200]}: {error.detail}."))
+        if error.status_code == 405:
+            answer.headers["Allow"] = ", ".join(sorted(methods_of(request)))
+        return answer
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -160,8 +171,10 @@ def make_app(
 
     return Starlette(
         routes=[
+            *page_routes(),
             route("/v1/models", models),
             route("/health", health, needs_key=False),
+            route("/openapi.json", show_openapi, needs_key=False),
             route("/metrics", show_metrics),
             route("/v1/chat/completions", chat, "POST"),
             route("/v1/documents", add_document, "POST"),
@@ -169,7 +182,7 @@ def make_app(
             route("/v1/documents/{name}", delete_document, "DELETE"),
             route("/v1/documents/{name}", show_document),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
+        middleware=[Middleware(KnownHosts, hosts=hosts)],
         exception_handlers={HTTPException: unknown},
         lifespan=lifespan,
     )
@@ -187,26 +200,44 @@ def check_key(request: Request, api_key: str) -> None:
 
 def check_origin(request: Request) -> None:
     """Raise APIError if a page of another site sends the request. A browser would do so without asking its user."""
-    if request.headers.get("origin", own_origin(request)) != own_origin(request):
+    if "origin" in request.headers and request.headers["origin"] != own_origin(request):
         raise APIError(403, "Origin: got another site's, expected none. Set --api-key to let web pages ask.")
 
 
+def methods_of(request: Request) -> set[str]:
+    """The methods that the path of a request can be asked with."""
+    routes = (one for one in request.app.routes if one.matches(request.scope)[0] != Match.NONE)
+    return {method for one in routes for method in one.methods}
+
+
+async def parsed(request: Request, parse: Callable[[dict[str, Any]], T]) -> T:
+    """What ``parse`` makes of a request's JSON object. Other requests go on while a long one is looked at."""
+    body = await body_of(request)
+    if len(body) <= LONG_BODY:
+        return parse(parse_body(body))
+    return await asyncio.to_thread(lambda: parse(parse_body(body)))
+
+
 async def body_of(request: Request) -> bytes:
-    """The body of a request. Raises APIError if it is too long."""
+    """The body of a request. Raises APIError if it is too long, or if the client goes before its end."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise APIError(413, f"body: got more than {MAX_BODY // 2**20} MiB, expected less.")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise APIError(413, f"body: got more than {MAX_BODY // 2**20} MiB, expected less.")
+    except ClientDisconnect as error:
+        raise APIError(499, "The client is gone.") from error
     return bytes(body)
 
 
 def document_of(body: Mapping[str, Any]) -> tuple[str, str, bool]:
     """Text, title and ``stream`` of a request for a new document."""
+    given = {name: value for name, value in body.items() if value is not None}
     for name in body:
         if name not in ("text", "title", "stream"):
-            raise wrong(name, body[name], "text, title or stream")
-    text, title, streamed = body.get("text"), body.get("title", ""), body.get("stream", False)
+            raise wrong(ascii(name)[1:-1][:80], body[name], "text, title or stream")
+    text, title, streamed = given.get("text"), given.get("title", ""), given.get("stream", False)
     for name, value in (("text", text), ("title", title)):
         if not isinstance(value, str) or not _is_unicode(value):
             raise wrong(name, value, "a text")

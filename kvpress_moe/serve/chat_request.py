@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +14,67 @@ ROLES = ("system", "developer", "user", "assistant")
 MOST_MESSAGES = 1000
 MOST_STOPS = 4
 LONGEST_STOP = 200
+HIGHEST_WHOLE = 2**63 - 1
+LOWEST_SEED = -(2**63)
 
-#: Fields of OpenAI's API that change nothing here, or whose only value that can be served is given.
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+def _equals(number: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and value == number  # true is no number
+
+
+def _never(value: Any) -> bool:
+    return False
+
+
+#: Fields of OpenAI's API that cannot be served. They may be null, as some clients send them.
+UNSERVED = (
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "top_logprobs",
+    "audio",
+    "prediction",
+    "web_search_options",
+    "moderation",
+)
+#: Fields that change nothing here, or have values that would change something and cannot be served.
 _ACCEPTED: dict[str, Callable[[Any], bool]] = {
-    "n": lambda value: value == 1,
-    "user": lambda value: isinstance(value, str),
-    "metadata": lambda value: isinstance(value, dict),
-    "store": lambda value: isinstance(value, bool),
+    "n": _equals(1),
     "logprobs": lambda value: value is False,
-    "frequency_penalty": lambda value: value == 0,
-    "presence_penalty": lambda value: value == 0,
-    "response_format": lambda value: isinstance(value, dict) and value.get("type") == "text",
-    "parallel_tool_calls": lambda value: isinstance(value, bool),
-    "service_tier": lambda value: isinstance(value, str),
-    "prompt_cache_key": lambda value: isinstance(value, str),
-    "safety_identifier": lambda value: isinstance(value, str),
+    "logit_bias": lambda value: value == {},
+    "frequency_penalty": _equals(0),
+    "presence_penalty": _equals(0),
+    "response_format": lambda value: value == {"type": "text"},
+    "modalities": lambda value: value == ["text"],
+    "reasoning_effort": lambda value: value == "none",
+    "verbosity": lambda value: value == "medium",
+    "parallel_tool_calls": _is(bool),
+    "store": _is(bool),
+    "metadata": _is(dict),
+    "user": _is(str),
+    "service_tier": _is(str),
+    "safety_identifier": _is(str),
+    "prompt_cache_key": _is(str),
+    "prompt_cache_retention": _is(str),
+    "prompt_cache_options": _is(dict),
+    **dict.fromkeys(UNSERVED, _never),
+}
+#: The same for the fields of a message, some of which answers have, and for its parts.
+_OF_A_MESSAGE: dict[str, Callable[[Any], bool]] = {
+    "name": _is(str),
+    "tool_calls": lambda value: value == [],
+    "annotations": lambda value: value == [],
+    **dict.fromkeys(("refusal", "audio", "function_call"), _never),
+}
+_OF_A_PART: dict[str, Callable[[Any], bool]] = {"prompt_cache_breakpoint": _is(dict)}
+_OF_STREAM_OPTIONS: dict[str, Callable[[Any], bool]] = {
+    "include_usage": _is(bool),
+    "include_obfuscation": lambda value: value is False,
 }
 
 
@@ -71,12 +118,23 @@ def parse_body(body: bytes) -> dict[str, Any]:
     APIError
     """
     try:
-        data = json.loads(body)
+        data = json.loads(body, object_pairs_hook=_once)
+    except APIError:
+        raise
     except (ValueError, RecursionError) as error:
         raise APIError(400, f"body: got no JSON ({type(error).__name__}), expected a JSON object.") from error
     if not isinstance(data, dict):
         raise APIError(400, f"body: got {type(data).__name__}, expected a JSON object.")
     return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each of whose fields is given once. Which of two is meant would be a guess."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise APIError(400, f"body: got the field {twice[:80]!a} twice, expected each once.")
+    return found
 
 
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
@@ -89,28 +147,35 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
         For the first field that is wrong or unknown. Nothing is guessed or left out.
     """
     given = {name: value for name, value in body.items() if value is not None}
-    known = {*_READERS, *_ACCEPTED, "model", "messages", "max_completion_tokens", "stream_options"}
-    for name in given:
-        if name not in known:
-            shown = ascii(name)[1:-1][:80]
-            raise wrong(shown, given[name], "a field that this server knows", f"It knows {', '.join(sorted(known))}.")
-    for name, is_served in _ACCEPTED.items():
-        if name in given and not is_served(given[name]):
-            raise wrong(name, given[name], "a value that this server can serve", "Leave it out.")
+    _check("", body, _ACCEPTED, FIELDS - _ACCEPTED.keys())
     if not isinstance(given.get("model"), str):
         raise wrong("model", given.get("model"), "the name of a model", "GET /v1/models lists it.")
     fields = {name: read(given[name]) for name, read in _READERS.items() if name in given}
     if "max_completion_tokens" in given:
         fields["max_tokens"] = _whole("max_completion_tokens", 1)(given["max_completion_tokens"])
     options = given.get("stream_options", {})
-    if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
+    if not isinstance(options, dict):
         raise wrong("stream_options", options, "an object with include_usage, true or false")
+    _check("stream_options.", options, _OF_STREAM_OPTIONS)
     return ChatRequest(
         given["model"],
         _messages(given.get("messages")),
         include_usage=bool(options.get("include_usage", False)),
         **fields,
     )
+
+
+def _check(
+    place: str, given: Mapping[str, Any], accepted: Mapping[str, Callable[[Any], bool]], used: Collection[str] = ()
+) -> None:
+    """Raise APIError for a field of an object that is not known, or that is accepted with other values only."""
+    for name, value in given.items():
+        if name not in accepted and name not in used:
+            known = ", ".join(sorted({*used, *(name for name, is_served in accepted.items() if is_served != _never)}))
+            shown = place + ascii(name)[1:-1][:80]
+            raise wrong(shown, value, "a field that this server knows", f"It knows {known}.")
+        if name in accepted and value is not None and not accepted[name](value):
+            raise wrong(place + name, value, "a value that this server can serve", "Leave it out.")
 
 
 def _messages(value: Any) -> tuple[dict[str, str], ...]:
@@ -123,13 +188,20 @@ def _message(message: Any, number: int) -> dict[str, str]:
     field = f"messages[{number}]"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise wrong(f"{field}.role", message, f"an object with role, one of {', '.join(ROLES)}, and content")
+    _check(f"{field}.", message, _OF_A_MESSAGE, ("role", "content"))
     content = message.get("content")
     if isinstance(content, list):  # parts, as some clients send them
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise wrong(f"{field}.content", content, "a text, or parts of type text", "Pictures cannot be read.")
-        content = "".join(_text(f"{field}.content", part.get("text")) for part in content)
+        content = "".join(_part(f"{field}.content", part) for part in content)
     role = "system" if message["role"] == "developer" else message["role"]
     return {"role": role, "content": _text(f"{field}.content", content)}
+
+
+def _part(field: str, part: Any) -> str:
+    """The text of a part of a message."""
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise wrong(field, part, "a text, or parts of type text", "Pictures cannot be read.")
+    _check(f"{field}.", part, _OF_A_PART, ("type", "text"))
+    return _text(field, part.get("text"))
 
 
 def _text(field: str, value: Any) -> str:
@@ -142,8 +214,10 @@ def _text(field: str, value: Any) -> str:
     return value
 
 
-def _whole(field: str, low: int, high: int = 2**63 - 1) -> Callable[[Any], int]:
+def _whole(field: str, low: int, high: int = HIGHEST_WHOLE) -> Callable[[Any], int]:
     def read(value: Any) -> int:
+        if isinstance(value, float) and value.is_integer():  # JSON knows one kind of number: 8.0 is 8
+            value = int(value)
         if type(value) is not int or not low <= value <= high:
             raise wrong(field, type(value).__name__ if type(value) is int else value, f"a whole number from {low} on")
         return value
@@ -191,5 +265,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "temperature": _number("temperature", 0, 2),
     "top_p": _number("top_p", 0, 1),
     "stop": _stop,
-    "seed": _whole("seed", -(2**63)),
+    "seed": _whole("seed", LOWEST_SEED),
 }
+
+#: All fields that a chat completion may have.
+FIELDS = frozenset({*_READERS, *_ACCEPTED, "model", "messages", "max_completion_tokens", "stream_options"})

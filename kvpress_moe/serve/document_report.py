@@ -28,7 +28,10 @@ class DocumentReport:
     kept : dict of str -> float
         Share of the pairs that each strategy got, ``"evict"`` among them. Empty if nothing was compressed.
     max_kl, expected_kl : float or None
-        The bound that was promised, and the estimate (nats).
+        The bound that was asked for, and the estimate (nats).
+    is_promised : bool or None
+        Whether the bound is promised. It is not if the text is unlike those of the calibration, or the budget too
+        small.
     """
 
     full_bytes: int
@@ -36,6 +39,7 @@ class DocumentReport:
     kept: dict[str, float] = field(default_factory=dict)
     max_kl: float | None = None
     expected_kl: float | None = None
+    is_promised: bool | None = None
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any] | None) -> DocumentReport | None:
@@ -52,7 +56,7 @@ class DocumentReport:
         report = cls(**{name: card[name] for name in cls.__dataclass_fields__})
         numbers = [report.full_bytes, report.read_seconds, *report.kept.values()]
         numbers += [number for number in (report.max_kl, report.expected_kl) if number is not None]
-        if not all(map(is_number, numbers)):
+        if not all(map(is_number, numbers)) or report.is_promised not in (None, True, False):
             raise ValueError("a field has a wrong type")
         return report
 
@@ -69,6 +73,9 @@ def report_of(
     for layer in stats.get("layer_stats", {}).values():
         pairs.update({name: one["pairs"] for name, one in layer.get("strategy_stats", {}).items()})
     kept = {name: n_pairs / pairs.total() for name, n_pairs in pairs.items() if n_pairs}
-    promised = stats.get("promises", [{}])[-1]
-    found = (promised.get(name) for name in ("max_kl", "expected_kl"))
-    return DocumentReport(2 * elements * n_tokens, round(read_seconds, 3), kept, *found)
+    promise = stats.get("promises", [None])[-1]
+    found = {}
+    if promise is not None:
+        found = {name: promise[name] for name in ("max_kl", "expected_kl")}
+        found["is_promised"] = promise["is_enough"] and not promise["is_unlike"]
+    return DocumentReport(2 * elements * n_tokens, round(read_seconds, 3), kept, **found)
