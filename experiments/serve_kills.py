@@ -28,8 +28,7 @@ import httpx2 as httpx
 from experiments.served import Served, start
 from tests.tiny import byte_tokenizer, tiny_model
 
-#: Only their ratio matters: the cache of the tiny model must take some time to write.
-LENGTH = 3000
+LENGTH = 3000  # characters of a document; its cache takes some time to write
 
 
 def make_model(directory: Path) -> Path:

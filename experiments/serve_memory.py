@@ -72,7 +72,8 @@ def main() -> None:
         "",
         "| `--bytes` | documents held | MiB of caches | ratio to 16 bits, uncompressed | growth of the process |",
         "|---|---|---|---|---|",
-        f"| 1 (as they are, float32) | {whole['documents']} | {whole['cache_mib']:.1f} | | {whole['rss_growth_mib']:.0f} MiB |",
+        f"| 1 (as they are, float32) | {whole['documents']} | {whole['cache_mib']:.1f} | | "
+        f"{whole['rss_growth_mib']:.0f} MiB |",
         f"| 1, in 16 bits (computed) | {in_16_bits:.1f} | | 1 | |",
         f"| {arguments.bytes} | {small['documents']} | {small['cache_mib']:.1f} | "
         f"{small['documents'] / in_16_bits:.1f} | {small['rss_growth_mib']:.0f} MiB |",

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpress_moe.cache.packed_attention import can_attend_together, packed_attention, packed_attention_together
+from kvpress_moe.cache.packed_attention import (
+    can_attend_together,
+    of_similar_length,
+    packed_attention,
+    packed_attention_together,
+)
 from kvpress_moe.cache.packed_pairs import PackedPairs
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
 from kvpress_moe.cache.torch_backend import torch_attention
@@ -111,7 +116,7 @@ def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         parts = getattr(key, "parts", None)
         if parts is not None:
-            return _each_alone(attention, module, query, parts, **kwargs)
+            return _attend_parts(attention, module, query, parts, **kwargs)
         layer = getattr(key, "ragged_layer", None)
         if layer is None:
             return function(module, query, key, value, attention_mask, **kwargs)
@@ -134,7 +139,24 @@ def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
-def _each_alone(
+def check_implementation(model: Any) -> None:
+    """
+    Raise if several caches of a model cannot be read together.
+
+    Raises
+    ------
+    UnsupportedInputError
+        If the model's attention implementation is not ``"sdpa"``.
+    """
+    name = model.config.get_text_config(decoder=True)._attn_implementation
+    if name != "sdpa":
+        raise UnsupportedInputError(
+            f"attention: got {name!r}, expected 'sdpa' to read several caches together. Call "
+            "model.set_attn_implementation('sdpa')."
+        )
+
+
+def _attend_parts(
     attend: Callable[..., Any],
     module: Any,
     query: Tensor,
@@ -157,27 +179,23 @@ def _each_alone(
     -------
     Tensor, shape (1, sum of Q_i, num_heads, D)
     """
-    name = module.config._attn_implementation
-    has_masks = name == "sdpa"  # flash attention aligns new tokens with the end of the keys by itself
-    if not has_masks and not name.startswith("flash_attention"):
-        raise UnsupportedInputError(
-            f"attention: got {name!r}, expected sdpa or flash attention to read several caches together. Call "
-            "model.set_attn_implementation('sdpa')."
-        )
+    own = {name: value for name, value in kwargs.items() if name != "position_ids"}  # those of all caches
     queries = query.split([n_new for n_new, _, _ in parts], dim=2)
     outputs: list[Tensor | None] = [None] * len(parts)
     layers = {n: layer for n, (n_new, key, _) in enumerate(parts) if n_new == 1 and (layer := _packed_layer(key))}
     together = None if torch.is_autocast_enabled(query.device.type) else TOGETHER.get(_in_use)
     if together is not None and layers and can_attend_together(list(layers.values())):
-        rows = torch.cat([queries[n] for n in layers])
         scaling, cap = kwargs.get("scaling") or module.scaling, softcap(module)
-        for n, output in zip(layers, together(rows, list(layers.values()), scaling, cap).split(1), strict=True):
-            outputs[n] = output
+        for group in of_similar_length(layers, query.shape[1]):
+            rows = torch.cat([queries[n] for n in group])
+            found = together(rows, [layers[n] for n in group], scaling, cap)
+            for n, output in zip(group, found.split(1), strict=True):
+                outputs[n] = output
     for n, (n_new, key, value) in enumerate(parts):
         if outputs[n] is None:
-            is_plain = has_masks and not hasattr(key, "ragged_layer")
-            mask = _causal(n_new, key, kwargs.get("sliding_window")) if is_plain else None
-            outputs[n] = attend(module, queries[n], key, value, mask, **kwargs)[0]
+            is_dense = not hasattr(key, "ragged_layer")
+            mask = _causal(n_new, key, kwargs.get("sliding_window")) if is_dense else None
+            outputs[n] = attend(module, queries[n], key, value, mask, **own)[0]
     return torch.cat([output for output in outputs if output is not None], dim=1), None
 
 

@@ -54,11 +54,7 @@ def compiled_packed_attention(query: Tensor, layer: PackedPairs, scaling: float,
     UnsupportedInputError
         If the tensors are not on the CPU.
     """
-    if query.device.type != "cpu":
-        raise UnsupportedInputError(
-            f"packed attention 'compiled': got tensors on {query.device}, expected the CPU. Call "
-            "use_ragged_attention('torch')."
-        )
+    _check_device(query)
     n_rows = query.shape[1] // layer.new_keys.shape[1] * query.shape[2]
     return packed_attention(query, layer, scaling, cap, COMPILED if n_rows <= FEW_QUERIES else TORCH)
 
@@ -67,7 +63,16 @@ def compiled_packed_attention_together(
     query: Tensor, layers: Sequence[PackedPairs], scaling: float, cap: float | None = None
 ) -> Tensor:
     """Computes what :func:`kvpress_moe.cache.packed_attention.packed_attention_together` computes, with the library."""
+    _check_device(query)
     return packed_attention_together(query, layers, scaling, cap, COMPILED)
+
+
+def _check_device(query: Tensor) -> None:
+    if query.device.type != "cpu":
+        raise UnsupportedInputError(
+            f"packed attention 'compiled': got tensors on {query.device}, expected the CPU. Call "
+            "use_ragged_attention('torch')."
+        )
 
 
 class CompiledProducts(Products):
@@ -132,17 +137,18 @@ class CompiledProducts(Products):
 COMPILED = CompiledProducts()
 
 
-#: Codes -> their first arguments, by the heads that are asked for. Codes never change, so this is done once.
+#: Codes -> their first arguments, by the heads that are asked for and by the place in memory, which shared memory
+#: changes. The codes themselves never change, so this is done once.
 _ARGUMENTS: WeakKeyDictionary[Any, dict[tuple[int, ...], tuple[Any, ...]]] = WeakKeyDictionary()
 
 
 def arguments_of(codes: VectorCodes | TransformCodes, starts: Sequence[int]) -> tuple[Any, ...]:
     """The first arguments of both functions: the codes of some heads of a tier, as the C library reads them."""
     of_codes = _ARGUMENTS.setdefault(codes, {})
-    heads = tuple(starts)
-    if heads not in of_codes:
-        of_codes[heads] = _arguments(codes, starts)
-    return of_codes[heads]
+    key = (*starts, *(tensor.data_ptr() for tensor in codes.tensors.values()))
+    if key not in of_codes:
+        of_codes[key] = _arguments(codes, starts)
+    return of_codes[key]
 
 
 def _arguments(codes: VectorCodes | TransformCodes, starts: Sequence[int]) -> tuple[Any, ...]:

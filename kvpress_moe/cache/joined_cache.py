@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvpress_moe.cache.attention_dispatch import register_ragged_attention
+from kvpress_moe.cache.attention_dispatch import check_implementation, register_ragged_attention
 from kvpress_moe.errors import UnsupportedInputError
 from kvpress_moe.model.transformers_api import with_cache
 
@@ -94,6 +94,14 @@ class _Placeholder(torch.Tensor):
         )
 
 
+def rotary_changes(model: Any) -> bool:
+    """Whether a model's rotary embedding depends on the length of the text: ``"longrope"`` and ``"dynamic"``."""
+    config = model.config.get_text_config(decoder=True)
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer = [found, *(one for one in found.values() if isinstance(one, dict))]
+    return any(one.get("rope_type", one.get("type")) in ("longrope", "dynamic") for one in by_layer)
+
+
 @torch.no_grad()
 def read_together(
     model: Any, caches: Sequence[DynamicCache], input_ids: Sequence[Sequence[int]], starts: Sequence[int]
@@ -116,7 +124,19 @@ def read_together(
     -------
     Tensor, shape (number of texts, V), float32
         Logits after the last token of each text.
+
+    Raises
+    ------
+    UnsupportedInputError
+        If the model's attention implementation is not ``"sdpa"``, or if its rotary embedding changes with the length
+        of the longest text and there are several.
     """
+    check_implementation(model)
+    if len(caches) > 1 and rotary_changes(model):
+        raise UnsupportedInputError(
+            "model: got a rotary embedding that depends on the longest text (longrope or dynamic), expected one that "
+            "is the same for all texts. Read them one by one."
+        )
     lengths = [len(ids) for ids in input_ids]
     joined = JoinedCache(caches, lengths)
     positions = torch.cat(

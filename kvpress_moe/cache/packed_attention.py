@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -252,6 +252,23 @@ def packed_attention_together(
         whole[place].baddbmm_(weights[place, :, longest : longest + new.shape[1]], new)
     output: Tensor = whole + (rotated + zeros[..., None]) @ turn.T
     return output.to(query.dtype).view(len(layers), 1, -1, queries.shape[-1])
+
+
+def of_similar_length(layers: Mapping[int, PackedPairs], num_heads: int) -> list[list[int]]:
+    """
+    Groups of layers, by their keys, for :func:`packed_attention_together`.
+
+    It computes as many logits for each layer as the longest one of the group has. So a group has at most
+    ``LOGITS_AT_ONCE``, unless it has only one layer.
+    """
+    groups: list[list[int]] = []
+    for name in sorted(layers, key=lambda name: -layers[name].table.longest):
+        longest = layers[groups[-1][0]].table.longest if groups else 0
+        if groups and (len(groups[-1]) + 1) * num_heads * longest <= LOGITS_AT_ONCE:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
 
 
 def can_attend_together(layers: Sequence[PackedPairs]) -> bool:

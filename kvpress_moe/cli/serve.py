@@ -73,6 +73,8 @@ def serve(
     if max_kl is not None and is_given(command, "share"):
         raise SettingError("bytes", share, "no --bytes with --max-kl", "Leave one out.")
     check_number("bytes", share, 0.01, 1)
+    if share == 1 and router is not None:
+        raise SettingError("router", router, "none with --bytes 1", "Nothing is compressed then. Leave one out.")
     check_number("port", port, 0, 65535, "0 takes any free port.")
     check_number("memory", memory, 1)
     check_number("queue", queue, 1)
@@ -86,13 +88,15 @@ def serve(
         )
     if attention not in (None, "torch", "compiled", "triton"):
         raise SettingError("attention", attention, "torch, compiled or triton", "torch works everywhere.")
+    if attention == "compiled" and device != "cpu":
+        raise SettingError("attention", attention, f"torch or triton with --device {device}", "Leave it out.")
     check_out_directory(caches, "caches")
     with ExitStack() as stack:
         with progress_bar() as step:
             step("importing", total=1)
-            from kvpress_moe.cache.attention_dispatch import use_ragged_attention
-            from kvpress_moe.cache.compiled_products import find_compiler
+            from kvpress_moe.cache.attention_dispatch import check_implementation, use_ragged_attention
             from kvpress_moe.model.loading import DEFAULT_MODEL, load_model
+            from kvpress_moe.model.support import check_model
             from kvpress_moe.press.moe_router_press import MoERouterPress
             from kvpress_moe.routers.checkpoint import directory_at
             from kvpress_moe.serve.app import make_app
@@ -102,11 +106,13 @@ def serve(
             from kvpress_moe.serve.recipe import recipe_of
             from kvpress_moe.serve.scheduler import Scheduler
 
-            attention = attention or ("compiled" if device == "cpu" and find_compiler() else "torch")
+            attention = attention or fastest_attention(device)
             use_ragged_attention(attention)
             listening = stack.enter_context(closing(listen(port, host)))
             step("loading the model", total=1)
             loaded, tokenizer = load_model(model, device)
+            check_model(loaded)
+            check_implementation(loaded)
             if not tokenizer.chat_template:
                 raise SettingError(
                     "model", model, "a model whose tokenizer has a chat template", "Use its instruct version."
@@ -125,11 +131,10 @@ def serve(
                 routers = press.routers
                 if router is not None and routers is not None and routers.key_transforms:
                     directory = directory_at(router)
-                settings["router"] = routers  # all documents share them, and their key transforms
             recipe = recipe_of(loaded, tokenizer, routers, settings)
             store = DocumentStore(caches, loaded, recipe, int(memory * 2**20), directory)
             name = (model or DEFAULT_MODEL).rstrip("/").split("/")[-1]
-            engine = Engine(loaded, tokenizer, store, settings, name)
+            engine = Engine(loaded, tokenizer, store, settings, name, routers)
         scheduler = Scheduler(engine, active, queue)
         hosts = ("127.0.0.1", "localhost", "[::1]") if host in LOOPBACK else ("*",)
         app = make_app(engine, scheduler, api_key, hosts)
@@ -139,3 +144,17 @@ def serve(
             lambda address: typer.echo(f"{address}/v1 ({attention} attention; Ctrl+C ends)"),
             lifespan="on",
         )
+
+
+def fastest_attention(device: str) -> str:
+    """``"compiled"`` on a CPU where the C library can be built, else ``"torch"``."""
+    from kvpress_moe.cache.compiled_products import find_compiler, library
+
+    if device != "cpu" or find_compiler() is None:
+        return "torch"
+    try:
+        library()
+    except SettingError as error:
+        typer.echo(f"Attention is computed by plain PyTorch, which is slower: {error}", err=True)
+        return "torch"
+    return "compiled"

@@ -17,7 +17,7 @@ def twin_of(model: PreTrainedModel) -> PreTrainedModel:
     Parameters
     ----------
     model : PreTrainedModel
-        It must not be in use by a press.
+        It must not be in use by a press, and must stay on its device.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)

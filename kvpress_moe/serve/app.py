@@ -201,7 +201,7 @@ def check_key(request: Request, api_key: str) -> None:
 def check_origin(request: Request) -> None:
     """Raise APIError if a page of another site sends the request. A browser would do so without asking its user."""
     if "origin" in request.headers and request.headers["origin"] != own_origin(request):
-        raise APIError(403, "Origin: got another site's, expected none. Set --api-key to let web pages ask.")
+        raise APIError(403, "Origin: got another site's, expected none. Only pages of this server may ask.")
 
 
 def methods_of(request: Request) -> set[str]:

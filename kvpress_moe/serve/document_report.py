@@ -54,6 +54,8 @@ class DocumentReport:
         if card is None:
             return None
         report = cls(**{name: card[name] for name in cls.__dataclass_fields__})
+        if not isinstance(report.kept, dict):
+            raise ValueError("kept has a wrong type")
         numbers = [report.full_bytes, report.read_seconds, *report.kept.values()]
         numbers += [number for number in (report.max_kl, report.expected_kl) if number is not None]
         if not all(map(is_number, numbers)) or report.is_promised not in (None, True, False):

@@ -172,7 +172,10 @@ class DocumentStore:
         return [document for document in self._all() if document.kind == "document"]
 
     def _all(self) -> list[Document]:
-        found = (self.find(path.stem) for path in self.directory.glob("doc-*.json"))
+        names = {path.stem for path in self.directory.glob("doc-*.json")}
+        for name in set(self._cards) - names:  # another server has deleted them
+            self._cards.pop(name, None)
+        found = (self.find(name) for name in names)
         return sorted((document for document in found if document), key=lambda one: (one.created, one.id))
 
     def sweep(self, older_than: float = 3600.0) -> None:

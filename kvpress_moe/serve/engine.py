@@ -16,19 +16,21 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.cache import read_together
-from kvpress_moe.errors import CheckpointError, WriteError
+from kvpress_moe.cache.joined_cache import rotary_changes
+from kvpress_moe.errors import CheckpointError, KVPressMoEError
 from kvpress_moe.model.end_tokens import end_tokens
 from kvpress_moe.model.hooks import hooked
 from kvpress_moe.model.layers import language_model
 from kvpress_moe.model.transformers_api import with_cache
 from kvpress_moe.model.twin import twin_of
 from kvpress_moe.press.moe_router_press import MoERouterPress
+from kvpress_moe.routers import Routers
 from kvpress_moe.serve.api_error import APIError
 from kvpress_moe.serve.chat_request import ChatRequest
 from kvpress_moe.serve.document_report import report_of
 from kvpress_moe.serve.document_store import Document, DocumentStore
 from kvpress_moe.serve.generation import Sampling, TextOfTokens, borrowed, draw, generator_of
-from kvpress_moe.serve.work import Compress, Read, read_in_chunks
+from kvpress_moe.serve.work import CHUNK, Compress, Read, read_in_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class Engine:
     store : DocumentStore
     settings : mapping or None
         Settings of the press that compresses documents. None: they are kept as they are.
+    routers : Routers, optional
+        The routers that ``settings`` name. All documents share them, and their key transforms.
     name : str
         The model's name for clients.
     """
@@ -82,10 +86,13 @@ class Engine:
         store: DocumentStore,
         settings: Mapping[str, Any] | None,
         name: str,
+        routers: Routers | None = None,
     ):
         self.model, self.tokenizer, self.store, self.settings, self.name = model, tokenizer, store, settings, name
         self.limit = int(language_model(model).config.max_position_embeddings)
         self._ends = end_tokens(model, tokenizer)
+        self._routers = routers
+        self._reads_alone = rotary_changes(model)
         self._reader = twin_of(model)  # reads documents, with the hooks of a press
         self.prefix_of("a")  # raises if the template cannot serve documents
 
@@ -176,8 +183,9 @@ class Engine:
 
     def read(self, reads: Sequence[Read]) -> list[Tensor]:
         """Read tokens of several chats in one forward pass. Logits (V,) after each, on the CPU."""
-        parts = zip(*((one.cache, one.input_ids, one.start) for one in reads), strict=True)
-        return list(read_together(self.model, *parts).cpu())
+        groups = [[one] for one in reads] if self._reads_alone else [reads]
+        parts = (zip(*((one.cache, one.input_ids, one.start) for one in group), strict=True) for group in groups)
+        return [logits for part in parts for logits in read_together(self.model, *part).cpu()]
 
     def compress(self, work: Compress, between: Callable[[], Any] = lambda: None) -> Document:
         """
@@ -207,7 +215,7 @@ class Engine:
                 "text",
                 "context_length_exceeded",
             )
-        press = None if self.settings is None else MoERouterPress(**self.settings)
+        press = self._press(self._routers)
         layers, own = language_model(self._reader).layers, 0.0
         cache, done, since = DynamicCache(), iter(range(1, len(layers) + 1)), time.perf_counter()
 
@@ -225,7 +233,14 @@ class Engine:
         ):
             self._reader.model(input_ids=torch.tensor([input_ids], device=self.model.device), **with_cache(cache))
         report = report_of(self.model, len(input_ids), press, own + time.perf_counter() - since)
-        return self.store.add(work.title, work.prefix, input_ids, cache, press, work.kind, report)
+        return self.store.add(work.title, work.prefix, input_ids, cache, self._press(), work.kind, report)
+
+    def _press(self, routers: Routers | None = None) -> MoERouterPress | None:
+        """A new press. Without routers it is only a description of how documents are compressed."""
+        if self.settings is None:
+            return None
+        own = {} if routers is None else {"router": routers}
+        return MoERouterPress(**{**self.settings, **own})
 
     def _is_whole(self, document: Document) -> bool:
         """Whether a document's cache can be read. If not, the document is deleted."""
@@ -273,7 +288,8 @@ class Engine:
         wanted = min(request.max_tokens or DEFAULT_MAX_TOKENS, room)
         sampling = Sampling(wanted, request.temperature, request.top_p, request.seed)
         written, chance = TextOfTokens(self.tokenizer, request.stop), generator_of(sampling)
-        logits, position = (yield from read_in_chunks(cache, input_ids, n_read)), n_prompt
+        chunk = len(input_ids) if self._reads_alone else CHUNK
+        logits, position = (yield from read_in_chunks(cache, input_ids, n_read, chunk)), n_prompt
         for n_new in range(1, wanted + 1):
             token = draw(logits, sampling, chance)
             if token in self._ends:
@@ -292,9 +308,9 @@ class Engine:
 
 
 def _kept(prefix: str) -> Generator[Compress, Document, Document | None]:
-    """Compress the beginning of a chat. None if the disk is full: the chat is then read as it is."""
+    """Compress the beginning of a chat. None if that fails, as on a full disk: the chat is then read as it is."""
     try:
         return (yield Compress("", prefix, "prefix"))
-    except WriteError as error:
+    except KVPressMoEError as error:
         logger.warning("the beginning of a chat is not kept: %s", error)
         return None

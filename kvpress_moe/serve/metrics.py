@@ -32,7 +32,7 @@ class Metrics:
         self._cached = Counter("kvpress_moe_cached_tokens", "Tokens of prompts that caches held", registry=own)
         self._written = Counter("kvpress_moe_completion_tokens", "Tokens that were written", registry=own)
         shown = {
-            "active_requests": ("Requests that take turns", lambda: scheduler.n_active),
+            "active_requests": ("Requests that are computed", lambda: scheduler.n_active),
             "waiting_requests": ("Requests that wait", lambda: scheduler.n_waiting),
             "documents_in_memory": ("Documents whose caches are in memory", lambda: engine.store.n_held),
             "cache_bytes": ("Bytes of caches in memory", lambda: engine.store.held_bytes),

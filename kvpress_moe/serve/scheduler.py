@@ -87,16 +87,16 @@ class Scheduler:
     """
     Computes the work of all jobs in one thread.
 
-    In each round all answers grow by one token, in one forward pass. Long prompts are read in chunks between them. A
-    document is read layer by layer; between two layers the answers get as much time as the layer took.
+    In each round all answers grow by one token, in one forward pass. Prompts are read in the same pass, in chunks, the
+    short ones first. One document at a time is read, layer by layer; the answers get as much time as it takes.
 
     Parameters
     ----------
     worker : Worker
     max_active : int
-        Number of jobs that are computed together. Others wait in the order in which they came.
+        Number of answers that are computed together. Others wait in the order in which they came.
     max_waiting : int
-        Number of jobs that may wait. More are refused with status 429.
+        Number of jobs that may wait, documents among them. More are refused with status 429.
     """
 
     def __init__(self, worker: Worker, max_active: int = 16, max_waiting: int = 64):
@@ -121,7 +121,7 @@ class Scheduler:
             if self._is_closing:
                 raise APIError(503, "The server is shutting down.")
             self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
-            if len(self._waiting) >= self.max_waiting:
+            if len(self._waiting) + max(0, len(self._documents()) - 1) >= self.max_waiting:
                 raise APIError(429, "Too many requests wait already. Try again later.", code="queue_full")
             self._waiting.append(job)
             self._changed.notify()
@@ -129,11 +129,15 @@ class Scheduler:
     @property
     def n_active(self) -> int:
         """Jobs that are computed."""
-        return len(self._active)
+        return len(self._active) - max(0, len(self._documents()) - 1)
 
     @property
     def n_waiting(self) -> int:
-        return len(self._waiting)
+        """Jobs that wait. All documents but one do."""
+        return len(self._waiting) + max(0, len(self._documents()) - 1)
+
+    def _documents(self) -> list[Job]:
+        return [job for job in self._active if isinstance(job.wants, Compress)]
 
     def close(self, timeout: float = 30.0) -> None:
         """Take no more jobs, finish those that are there, and end the thread. After ``timeout`` seconds drop them."""
@@ -154,28 +158,31 @@ class Scheduler:
                         return
                     self._changed.wait()
             self._round()
-            documents = [job for job in self._active if isinstance(job.wants, Compress)]
+            documents = self._documents()
             if documents:
                 self._compress(documents[0])
 
     def _round(self) -> bool:
-        """Let all answers grow by one token. Returns whether there was one."""
+        """Let all answers grow by one token, and read of the prompts what fits. Returns whether there was anything."""
         self._admit()
         self._drop_ended()
+        reading = [(len(job.wants.input_ids), job) for job in self._active if isinstance(job.wants, Read)]
         chosen, n_tokens = [], 0
-        for job in self._active:
-            if isinstance(job.wants, Read):
-                n_own = len(job.wants.input_ids)
-                n_long = n_own if n_own > 1 else 0
-                if n_long == 0 or n_tokens == 0 or n_tokens + n_long <= CHUNK:
-                    chosen.append(job)
-                    n_tokens += n_long
+        for n_own, job in sorted(reading, key=lambda pair: pair[0]):
+            n_long = n_own if n_own > 1 else 0
+            if n_tokens == 0 or n_tokens + n_long <= CHUNK:
+                chosen.append(job)
+                n_tokens += n_long
         if chosen:
             try:
                 answers = self.worker.read([job.wants for job in chosen if isinstance(job.wants, Read)])
             except Exception as error:  # some of the caches may have grown; none can be used again
+                shown: Exception = error
+                if len(chosen) > 1:
+                    logger.exception("a round of %d requests failed", len(chosen))
+                    shown = APIError(500, "The server failed on this request, or on one beside it. Its log says more.")
                 for job in chosen:
-                    job.go_on(error=error)
+                    job.go_on(error=shown)
             else:
                 for job, answer in zip(chosen, answers, strict=True):
                     job.go_on(answer)
@@ -186,7 +193,7 @@ class Scheduler:
         """Start jobs that wait, while there is room."""
         while True:
             with self._changed:
-                if not self._waiting or len(self._active) >= self.max_active:
+                if not self._waiting or len(self._active) - len(self._documents()) >= self.max_active:
                     return
                 job = self._waiting.popleft()
                 self._active.append(job)
@@ -202,15 +209,21 @@ class Scheduler:
     def _compress(self, job: Job) -> None:
         work = job.wants
         assert isinstance(work, Compress)
-        since = time.perf_counter()
+        since, owed, of_round = time.perf_counter(), 0.0, 0.0
 
         def between() -> None:
-            nonlocal since
+            nonlocal since, owed, of_round
             if job.is_cancelled:
                 raise Cancelled
-            until = time.perf_counter() + (time.perf_counter() - since)
-            while self._round() and time.perf_counter() < until:
-                pass
+            began = time.perf_counter()
+            owed += began - since
+            while owed >= of_round:
+                there_was_one = self._round()
+                since = time.perf_counter()
+                of_round, began = since - began, since
+                owed = owed - of_round if there_was_one else 0.0
+                if not there_was_one:
+                    break
             since = time.perf_counter()
 
         try:

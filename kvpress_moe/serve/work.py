@@ -60,10 +60,12 @@ class Worker(Protocol):
         """A document. ``between()`` is called after each layer; an exception that it raises ends the work."""
 
 
-def read_in_chunks(cache: DynamicCache, input_ids: Sequence[int], start: int) -> Generator[Read, Tensor, Tensor]:
-    """Ask for tokens to be read, a chunk at a time. Returns the logits (V,) after the last one."""
+def read_in_chunks(
+    cache: DynamicCache, input_ids: Sequence[int], start: int, chunk: int = CHUNK
+) -> Generator[Read, Tensor, Tensor]:
+    """Ask for tokens to be read, at most ``chunk`` at a time. Returns the logits (V,) after the last one."""
     logits: Tensor | None = None
-    for first in range(0, len(input_ids), CHUNK):
-        logits = yield Read(cache, input_ids[first : first + CHUNK], start + first)
+    for first in range(0, len(input_ids), chunk):
+        logits = yield Read(cache, input_ids[first : first + chunk], start + first)
     assert logits is not None
     return logits

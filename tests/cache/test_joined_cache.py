@@ -10,8 +10,14 @@ from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress, use_ragged_attention
 from kvpress_moe.cache import JoinedCache, PackedLayer, read_together
-from kvpress_moe.cache.compiled_products import COMPILED
-from kvpress_moe.cache.packed_attention import TORCH, can_attend_together, packed_attention_together
+from kvpress_moe.cache.compiled_products import COMPILED, compiled_packed_attention_together
+from kvpress_moe.cache.joined_cache import rotary_changes
+from kvpress_moe.cache.packed_attention import (
+    TORCH,
+    can_attend_together,
+    of_similar_length,
+    packed_attention_together,
+)
 from kvpress_moe.cache.torch_backend import torch_attention
 from kvpress_moe.codes.key_transform import KeyBasis
 from kvpress_moe.codes.precision import MIXED, MIXED_TRANSFORMED
@@ -122,6 +128,34 @@ def test_packed_layers_that_attend_together_give_what_each_gives_alone(products,
             torch_attention(q, decoded(layer), 0.3, cap) for q, layer in zip(queries.split(1), layers, strict=True)
         ]
     assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_layers_of_one_group_have_few_logits_together(monkeypatch):
+    monkeypatch.setattr("kvpress_moe.cache.packed_attention.LOGITS_AT_ONCE", 1000)
+    layers = {f"{n}": packed(None, n, 1, seed) for seed, n in enumerate([9, 300, 70, 41])}
+    longest = {name: layer.table.longest for name, layer in layers.items()}
+    groups = of_similar_length(layers, 6)
+    assert sorted(name for group in groups for name in group) == sorted(layers)
+    assert all(len(group) == 1 or 6 * len(group) * max(longest[n] for n in group) <= 1000 for group in groups)
+    assert groups == [["300"], ["70", "41"], ["9"]]
+
+
+@pytest.mark.parametrize("parameters", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope"}])
+def test_texts_are_not_read_together_where_one_would_change_the_positions_of_another(llama, parameters):
+    model = copy.deepcopy(llama)
+    assert not rotary_changes(model)
+    model.config.rope_parameters = parameters
+    assert rotary_changes(model)
+    with pytest.raises(UnsupportedInputError, match="one by one"):
+        read_together(model, [DynamicCache(), DynamicCache()], [[1], [2]], [0, 0])
+    assert read_together(model, [DynamicCache()], [[1, 2]], [0]).shape == (1, model.config.vocab_size)
+
+
+@compiler
+def test_the_library_refuses_tensors_that_are_not_on_the_cpu():
+    layer = packed(None, 9, 1, 0)
+    with pytest.raises(UnsupportedInputError, match="expected the CPU"):
+        compiled_packed_attention_together(torch.empty(1, 6, 1, 16, device="meta"), [layer], 0.3)
 
 
 def test_layers_of_other_routers_do_not_attend_together():

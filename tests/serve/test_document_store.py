@@ -1,5 +1,7 @@
 """Documents are there as a whole or not at all, survive a restart, and leave memory but not the disk."""
 
+import json
+
 import pytest
 
 from kvpress_moe import MoERouterPress
@@ -87,13 +89,25 @@ def test_a_write_that_fails_leaves_no_document(llama, store, monkeypatch, fails)
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "{}", "[]", '{"recipe": "recipe", "id": 3}', '{"recipe": "recipe", "id": "x"}']
+    "content", ["{", "{}", "[]", '{"recipe": "recipe", "id": 3}', '{"recipe": "recipe", "id": "x"}', "kept"]
 )
 def test_a_broken_card_is_left_out(llama, store, tmp_path, content, caplog):
     document = add(store, llama, 1)
+    if content == "kept":
+        report = {"full_bytes": 1, "read_seconds": 1, "kept": [], "max_kl": None, "expected_kl": None}
+        card = json.loads((tmp_path / f"{document.id}.json").read_text())
+        content = json.dumps(card | {"report": report | {"is_promised": None}})
     (tmp_path / f"{document.id}.json").write_text(content)
     assert store.documents() == []
     assert store.find("../" + document.id) is None
+
+
+def test_cards_of_deleted_documents_are_forgotten(llama, store, tmp_path):
+    document, kept = add(store, llama, 1), add(store, llama, 2)
+    assert len(store.documents()) == 2
+    (tmp_path / f"{document.id}.json").unlink()  # as another server does
+    assert store.documents() == [kept]
+    assert set(store._cards) == {kept.id}
 
 
 def test_what_a_killed_server_left_is_swept_after_an_hour(llama, store, tmp_path):

@@ -23,7 +23,7 @@ def answer(model, cache, n_read, input_ids, n, sampling=None):
     sampling = sampling or Sampling(n, temperature=0)
     chance, tokens, asked = generator_of(sampling), [], input_ids
     for _ in range(n):
-        steps = read_in_chunks(cache, asked, n_read)
+        steps = read_in_chunks(cache, asked, n_read, chunk=4)
         logits, n_read = None, n_read + len(asked)
         with suppress(StopIteration):
             while True:
@@ -34,8 +34,7 @@ def answer(model, cache, n_read, input_ids, n, sampling=None):
     return tokens
 
 
-def test_greedy_tokens_are_those_of_generate(llama, monkeypatch):
-    monkeypatch.setattr("kvpress_moe.serve.work.CHUNK", 4)
+def test_greedy_tokens_are_those_of_generate(llama):
     whole = tokens(70)
     cache = prefill(llama, whole[:, :60])
     assert answer(llama, cache, 60, whole[0, 60:].tolist(), 8) == greedy(llama, whole, 8)

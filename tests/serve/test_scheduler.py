@@ -113,7 +113,7 @@ def test_a_long_prompt_is_read_in_chunks_while_others_answer(worker, scheduler):
     for client in (first, second, other):
         assert client.wait()[-1] == ("end", None)
     assert first.events[0] == long[-1] + 1
-    assert [len(ids) for ids in worker.rounds[0]] == [CHUNK, 1]  # two chunks are too many for one round
+    assert [len(ids) for ids in worker.rounds[0]] == [1, CHUNK]  # two chunks are too many for one round
     assert [sum(len(ids) > 1 for ids in one) for one in worker.rounds[:4]] == [1, 1, 1, 1]
     assert all([6 + n] in one for n, one in enumerate(worker.rounds[1:4]))
 
@@ -142,6 +142,64 @@ def test_documents_are_read_one_after_the_other(worker, scheduler):
     for client in clients:
         client.wait()
     assert worker.rounds == ["a"] * 3 + ["b"] * 3
+
+
+def test_a_short_question_does_not_wait_for_a_long_prompt(worker, scheduler):
+    long, short = submit_together(scheduler, answering(list(range(4 * CHUNK)), 1), answering([5, 6], 1))
+    assert short.wait() == [7, ("end", None)]
+    long.wait()
+    assert worker.rounds[0] == [[5, 6]]
+    assert len(worker.rounds[1]) == 2
+
+
+def test_documents_that_wait_take_no_place_of_an_answer(worker):
+    scheduler = Scheduler(worker, max_active=1, max_waiting=3)
+    reading, going = threading.Event(), threading.Event()
+
+    def on_layer():
+        reading.set()
+        assert going.wait(10)
+
+    worker.on_layer = on_layer
+
+    def document(emit):
+        yield (yield Compress("", "mill"))
+
+    documents = [Client(document) for _ in range(3)]
+    for client in documents:
+        scheduler.submit(client.job)
+    assert reading.wait(10)
+    answer = Client(answering([5], 1))
+    scheduler.submit(answer.job)
+    with pytest.raises(APIError) as refused:
+        scheduler.submit(Client(document).job)
+    assert refused.value.status == 429
+    going.set()
+    assert answer.wait() == [6, ("end", None)]
+    for client in documents:
+        client.wait()
+    scheduler.close()
+    assert worker.rounds[:2] == ["mill", [[5]]]  # it waited for one layer
+
+
+def test_answers_get_as_much_time_as_the_layers_of_a_document(worker, scheduler, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("kvpress_moe.serve.scheduler.time.perf_counter", lambda: now[0])
+
+    def take(seconds):
+        now[0] += seconds
+
+    worker.layers, worker.on_layer, worker.on_read = 12, lambda: take(1.0), lambda: take(4.0)
+
+    def document(emit):
+        yield (yield Compress("", "mill"))
+
+    made, answer = submit_together(scheduler, document, answering([5], 30))
+    made.wait()
+    answer.wait()
+    first, last = worker.rounds.index("mill"), len(worker.rounds) - worker.rounds[::-1].index("mill")
+    between = sum(one != "mill" for one in worker.rounds[first:last])
+    assert 2 <= between <= 4  # 12 seconds of reading, rounds of 4 seconds
 
 
 def test_a_document_whose_client_is_gone_is_read_no_further(worker, scheduler):
@@ -184,7 +242,7 @@ def test_a_failure_in_a_round_is_told_to_all_in_it_and_others_go_on(worker, sche
     clients = submit_together(scheduler, answering([5]), answering([6]))
     for client in clients:
         ((kind, error),) = client.wait()
-        assert (kind, type(error)) == ("error", MemoryError)
+        assert (kind, type(error), error.status) == ("error", APIError, 500)  # which of them failed is not known
     after = Client(answering([7], 1))
     scheduler.submit(after.job)
     assert after.wait() == [8, ("end", None)]

@@ -486,6 +486,12 @@ def known(tab, **changes):
     wait_for(tab, "#list .pick[aria-current]", document["title"])
 
 
+def test_a_bound_that_is_not_promised_is_shown_as_such(serve, opened):
+    tab = opened(serve())
+    known(tab, is_promised=False)
+    assert "asked for (not promised)" in tab.text("#kept")
+
+
 def test_what_was_kept_is_shown_in_figures_and_bars(serve, opened):
     tab = opened(serve())
     known(tab)
@@ -500,8 +506,6 @@ def test_what_was_kept_is_shown_in_figures_and_bars(serve, opened):
         "expected KL divergence": "0.012",
         "promised: at most": "0.02",
     }
-    known(tab, is_promised=False)
-    assert "asked for (not promised)" in tab.text("#kept")
     rows = tab.page.locator("#kept table tr")
     assert [row.split() for row in rows.all_inner_texts()] == [
         ["evicted", "70", "%"],
