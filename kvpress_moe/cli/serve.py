@@ -11,7 +11,6 @@ import typer
 from kvpress_moe.cli.options import (
     Confidence,
     Device,
-    MaxKL,
     Model,
     Router,
     check_number,
@@ -41,7 +40,14 @@ def serve(
     share: Annotated[
         float, typer.Option("--bytes", help="Share of a 16-bit cache's bytes that a document keeps. Not with --max-kl.")
     ] = 0.1,
-    max_kl: MaxKL = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl",
+            help="Name the quality instead of the size: each document keeps as little as the mean KL divergence from "
+            "the full cache's answers allows, in nats, for example 0.02. Not with --bytes.",
+        ),
+    ] = None,
     confidence: Confidence = 0.9,
     router: Router = None,
     host: Annotated[
@@ -141,7 +147,7 @@ def serve(
         run(
             app,
             listening,
-            lambda address: typer.echo(f"{address}/v1 ({attention} attention; Ctrl+C ends)"),
+            lambda address: typer.echo(f"{address}/v1 (page: {address}/; {attention} attention; Ctrl+C ends)"),
             lifespan="on",
         )
 

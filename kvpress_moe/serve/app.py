@@ -80,6 +80,8 @@ def make_app(
                 if not isinstance(error, KVPressMoEError):
                     logger.exception("a request failed")
                 response = refusal(as_api_error(error))
+            except asyncio.CancelledError:  # the server ends, and has waited long enough
+                response = refusal(APIError(503, "The server is shutting down."))
             metrics.count(path, response.status_code, time.perf_counter() - started)
             return response
 

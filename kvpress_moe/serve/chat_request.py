@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -122,7 +123,10 @@ def parse_body(body: bytes) -> dict[str, Any]:
     except APIError:
         raise
     except (ValueError, RecursionError) as error:
-        raise APIError(400, f"body: got no JSON ({type(error).__name__}), expected a JSON object.") from error
+        why = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+        raise APIError(
+            400, f'body: got no JSON{why}, expected a JSON object such as {{"text": "The text of a document."}}.'
+        ) from error
     if not isinstance(data, dict):
         raise APIError(400, f"body: got {type(data).__name__}, expected a JSON object.")
     return data
@@ -149,7 +153,7 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     given = {name: value for name, value in body.items() if value is not None}
     _check("", body, _ACCEPTED, FIELDS - _ACCEPTED.keys())
     if not isinstance(given.get("model"), str):
-        raise wrong("model", given.get("model"), "the name of a model", "GET /v1/models lists it.")
+        raise wrong("model", given.get("model", "nothing"), "the name of a model", "GET /v1/models lists it.")
     fields = {name: read(given[name]) for name, read in _READERS.items() if name in given}
     if "max_completion_tokens" in given:
         fields["max_tokens"] = _whole("max_completion_tokens", 1)(given["max_completion_tokens"])
@@ -171,9 +175,11 @@ def _check(
     """Raise APIError for a field of an object that is not known, or that is accepted with other values only."""
     for name, value in given.items():
         if name not in accepted and name not in used:
-            known = ", ".join(sorted({*used, *(name for name, is_served in accepted.items() if is_served != _never)}))
+            known = sorted({*used, *(name for name, is_served in accepted.items() if is_served != _never)})
             shown = place + ascii(name)[1:-1][:80]
-            raise wrong(shown, value, "a field that this server knows", f"It knows {known}.")
+            near = difflib.get_close_matches(name, known, 1)
+            remedy = f"Did you mean {near[0]}?" if near else f"It knows {', '.join(known)}."
+            raise wrong(shown, value, "a field that this server knows", remedy)
         if name in accepted and value is not None and not accepted[name](value):
             raise wrong(place + name, value, "a value that this server can serve", "Leave it out.")
 

@@ -153,7 +153,12 @@ class Engine:
             )
         document = self.store.find(request.documents[0])
         if document is None:
-            raise APIError(404, f"documents: there is no document {request.documents[0]!r}.", "documents", "not_found")
+            raise APIError(
+                404,
+                f"documents: there is no document {request.documents[0]!r}. GET /v1/documents lists them.",
+                "documents",
+                "not_found",
+            )
         system = [message["content"] for message in request.messages if message["role"] == "system"]
         others = [message for message in request.messages if message["role"] != "system"]
         if not others or others[0]["role"] != "user":
