@@ -144,12 +144,15 @@ def serve(
         scheduler = Scheduler(engine, active, queue)
         hosts = ("127.0.0.1", "localhost", "[::1]") if host in LOOPBACK else ("*",)
         app = make_app(engine, scheduler, api_key, hosts)
-        run(
-            app,
-            listening,
-            lambda address: typer.echo(f"{address}/v1 (page: {address}/; {attention} attention; Ctrl+C ends)"),
-            lifespan="on",
-        )
+        try:
+            run(
+                app,
+                listening,
+                lambda address: typer.echo(f"{address}/v1 (page: {address}/; {attention} attention; Ctrl+C ends)"),
+                lifespan="on",
+            )
+        finally:  # after a second Ctrl-C nothing else has ended its thread
+            scheduler.close(0)
 
 
 def fastest_attention(device: str) -> str:
