@@ -20,6 +20,7 @@ import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from kvpress_moe import MoERouterPress
 from kvpress_moe.cache.attention_dispatch import use_ragged_attention
 from kvpress_moe.cli.ask import BUILT_IN_QUESTION
 from kvpress_moe.cli.options import read_context
@@ -105,8 +106,8 @@ def shoot_server(browser: Browser, model: Any, tokenizer: Any, directory: Path) 
     """The server's page: a document and two answers, with the settings of ``kvpress-moe serve``."""
     use_ragged_attention("compiled")
     store = DocumentStore(directory / "caches", model, "pictures", 2**30)
-    settings = {"precision": "mixed", "compression_ratio": 1 - 0.1 * 2 / model.dtype.itemsize}
-    engine = Engine(model, tokenizer, store, settings, DEFAULT_MODEL.rpartition("/")[2])
+    press = MoERouterPress(1 - 0.1 * 2 / model.dtype.itemsize, precision="mixed", cache_aware=False)
+    engine = Engine(model, tokenizer, store, press, DEFAULT_MODEL.rpartition("/")[2])
     (directory / "harbour.txt").write_text(read_context(None), encoding="utf-8")
     desk = {"viewport": {"width": 1280, "height": 760}}
     with running(serve_app.make_app(engine, Scheduler(engine)), lifespan="on") as address:

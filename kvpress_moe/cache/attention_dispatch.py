@@ -139,16 +139,21 @@ def recognising_ragged(function: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
-def check_implementation(model: Any) -> None:
+def check_implementation(config: Any) -> None:
     """
-    Raise if several caches of a model cannot be read together.
+    Raise if several caches cannot be read together.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        Of a model, without vision.
 
     Raises
     ------
     UnsupportedInputError
         If the model's attention implementation is not ``"sdpa"``.
     """
-    name = model.config.get_text_config(decoder=True)._attn_implementation
+    name = config._attn_implementation
     if name != "sdpa":
         raise UnsupportedInputError(
             f"attention: got {name!r}, expected 'sdpa' to read several caches together. Call "
@@ -164,7 +169,7 @@ def _attend_parts(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """
-    Attention of the new tokens of several caches, each over its own; see :class:`kvpress_moe.cache.JoinedCache`.
+    Attention of the new tokens of several caches, each over its own; see :mod:`kvpress_moe.cache.joined_cache`.
 
     Parameters
     ----------
@@ -179,6 +184,7 @@ def _attend_parts(
     -------
     Tensor, shape (1, sum of Q_i, num_heads, D)
     """
+    check_implementation(module.config)
     own = {name: value for name, value in kwargs.items() if name != "position_ids"}  # those of all caches
     queries = query.split([n_new for n_new, _, _ in parts], dim=2)
     outputs: list[Tensor | None] = [None] * len(parts)

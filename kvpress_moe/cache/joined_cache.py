@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvpress_moe.cache.attention_dispatch import check_implementation, register_ragged_attention
+from kvpress_moe.cache.attention_dispatch import register_ragged_attention
+from kvpress_moe.cache.ragged_layer import RaggedLayer
 from kvpress_moe.errors import UnsupportedInputError
 from kvpress_moe.model.transformers_api import with_cache
 
@@ -35,7 +36,7 @@ class JoinedCache(DynamicCache):
     Raises
     ------
     UnsupportedInputError
-        If the numbers of caches and lengths differ, or a length is not positive.
+        If the numbers of caches and lengths differ, a length is not positive, or a cache has several rows.
     """
 
     def __init__(self, caches: Sequence[DynamicCache], lengths: Sequence[int]):
@@ -43,6 +44,12 @@ class JoinedCache(DynamicCache):
         if not caches or len(caches) != len(lengths) or min(lengths) < 1:
             raise UnsupportedInputError(
                 f"lengths: got {list(lengths)} for {len(caches)} caches, expected one positive number for each cache."
+            )
+        rows = {n_rows(cache) for cache in caches} - {0, 1}
+        if rows:
+            raise UnsupportedInputError(
+                f"caches: got a cache of {rows.pop()} rows, expected one row each. Select one: "
+                "cache.batch_select_indices."
             )
         register_ragged_attention()
         self.caches, self.lengths = list(caches), list(lengths)
@@ -102,9 +109,20 @@ def rotary_changes(model: Any) -> bool:
     return any(one.get("rope_type", one.get("type")) in ("longrope", "dynamic") for one in by_layer)
 
 
+def n_rows(cache: DynamicCache) -> int:
+    """Number of rows of a cache; 0 if it is empty."""
+    first: Any = cache.layers[0] if cache.layers else None
+    if isinstance(first, RaggedLayer):
+        return len(first.lengths)
+    return 0 if first is None or first.keys is None else int(first.keys.shape[0])
+
+
 @torch.no_grad()
 def read_together(
-    model: Any, caches: Sequence[DynamicCache], input_ids: Sequence[Sequence[int]], starts: Sequence[int]
+    model: Any,
+    caches: Sequence[DynamicCache],
+    input_ids: Sequence[Sequence[int]],
+    starts: Sequence[int] | None = None,
 ) -> Tensor:
     """
     Read the next tokens of several texts in one forward pass.
@@ -117,8 +135,9 @@ def read_together(
         One for each text. They grow.
     input_ids : sequence of sequence of int
         The next tokens of each text, at least one.
-    starts : sequence of int
-        Number of tokens of each text that were read before.
+    starts : sequence of int, optional
+        Number of tokens of each text that were read before. By default what the caches say. A cache that kvpress alone
+        has shortened does not know it.
 
     Returns
     -------
@@ -131,7 +150,6 @@ def read_together(
         If the model's attention implementation is not ``"sdpa"``, or if its rotary embedding changes with the length
         of the longest text and there are several.
     """
-    check_implementation(model)
     if len(caches) > 1 and rotary_changes(model):
         raise UnsupportedInputError(
             "model: got a rotary embedding that depends on the longest text (longrope or dynamic), expected one that "
@@ -139,6 +157,8 @@ def read_together(
         )
     lengths = [len(ids) for ids in input_ids]
     joined = JoinedCache(caches, lengths)
+    if starts is None:
+        starts = [cache.get_seq_length() for cache in caches]
     positions = torch.cat(
         [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     ).to(model.device)

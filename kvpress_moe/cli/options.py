@@ -48,7 +48,7 @@ MaxKL = Annotated[
     typer.Option(
         "--max-kl",
         help="Name the quality instead of the size: keep as little as the mean KL divergence from the full cache's "
-        "answers allows, in nats, for example 0.02. Not with --ratio.",
+        "answers allows, in nats, for example 0.02. Not with a size.",
     ),
 ]
 Confidence = Annotated[

@@ -11,6 +11,7 @@ import typer
 from kvpress_moe.cli.options import (
     Confidence,
     Device,
+    MaxKL,
     Model,
     Router,
     check_number,
@@ -40,14 +41,7 @@ def serve(
     share: Annotated[
         float, typer.Option("--bytes", help="Share of a 16-bit cache's bytes that a document keeps. Not with --max-kl.")
     ] = 0.1,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(
-            "--max-kl",
-            help="Name the quality instead of the size: each document keeps as little as the mean KL divergence from "
-            "the full cache's answers allows, in nats, for example 0.02. Not with --bytes.",
-        ),
-    ] = None,
+    max_kl: MaxKL = None,
     confidence: Confidence = 0.9,
     router: Router = None,
     host: Annotated[
@@ -118,29 +112,24 @@ def serve(
             step("loading the model", total=1)
             loaded, tokenizer = load_model(model, device)
             check_model(loaded)
-            check_implementation(loaded)
+            check_implementation(loaded.config.get_text_config(decoder=True))
             if not tokenizer.chat_template:
                 raise SettingError(
                     "model", model, "a model whose tokenizer has a chat template", "Use its instruct version."
                 )
-            size = (
-                {"compression_ratio": 1 - share * 2 / loaded.dtype.itemsize}
-                if max_kl is None
-                else {"max_kl": max_kl, "confidence": confidence}
-            )
-            is_whole = max_kl is None and share == 1
-            settings: dict[str, Any] | None = None if is_whole else {"router": router, "precision": "mixed"} | size
-            routers, directory = None, None
-            if settings is not None:
-                press = MoERouterPress(**settings)
+            press, directory = None, None
+            if max_kl is not None or share < 1:
+                size: dict[str, Any] = {"max_kl": max_kl, "confidence": confidence}
+                if max_kl is None:
+                    size = {"compression_ratio": 1 - share * 2 / loaded.dtype.itemsize}
+                press = MoERouterPress(router=router, precision="mixed", cache_aware=False, **size)
                 press.post_init_from_model(loaded)  # refuses what cannot be served before the first request
-                routers = press.routers
-                if router is not None and routers is not None and routers.key_transforms:
+                if router is not None and press.routers is not None and press.routers.key_transforms:
                     directory = directory_at(router)
-            recipe = recipe_of(loaded, tokenizer, routers, settings)
+            recipe = recipe_of(loaded, tokenizer, press)
             store = DocumentStore(caches, loaded, recipe, int(memory * 2**20), directory)
             name = (model or DEFAULT_MODEL).rstrip("/").split("/")[-1]
-            engine = Engine(loaded, tokenizer, store, settings, name, routers)
+            engine = Engine(loaded, tokenizer, store, press, name)
         scheduler = Scheduler(engine, active, queue)
         hosts = ("127.0.0.1", "localhost", "[::1]") if host in LOOPBACK else ("*",)
         app = make_app(engine, scheduler, api_key, hosts)

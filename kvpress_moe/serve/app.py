@@ -14,8 +14,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvpress_moe.errors import CheckpointError, KVPressMoEError, WriteError
-from kvpress_moe.serve.api_error import APIError, wrong
+from kvpress_moe.serve.api_error import APIError
 from kvpress_moe.serve.chat_request import ChatRequest, parse_body, parse_chat
+from kvpress_moe.serve.document_request import DocumentRequest, parse_document
 from kvpress_moe.serve.document_store import Document
 from kvpress_moe.serve.engine import Engine, Piece
 from kvpress_moe.serve.known_hosts import KnownHosts
@@ -128,11 +129,10 @@ def make_app(
         return reply({**about, "object": "chat.completion", "choices": [choice], "usage": usage_of(piece)})
 
     async def add_document(request: Request) -> Response:
-        text, title, streamed = await parsed(request, document_of)
-
-        job, events = start(scheduler, partial(compressing, engine, title, text))
+        asked = await parsed(request, parse_document)
+        job, events = start(scheduler, partial(compressing, engine, asked))
         first = await next_event(request, job, events)
-        if streamed:
+        if asked.stream:
             return streamed_by(job, document_stream(first, job, events))
         event = first
         while not isinstance(event[1], Document):
@@ -233,31 +233,6 @@ async def body_of(request: Request) -> bytes:
     return bytes(body)
 
 
-def document_of(body: Mapping[str, Any]) -> tuple[str, str, bool]:
-    """Text, title and ``stream`` of a request for a new document."""
-    given = {name: value for name, value in body.items() if value is not None}
-    for name in body:
-        if name not in ("text", "title", "stream"):
-            raise wrong(ascii(name)[1:-1][:80], body[name], "text, title or stream")
-    text, title, streamed = given.get("text"), given.get("title", ""), given.get("stream", False)
-    for name, value in (("text", text), ("title", title)):
-        if not isinstance(value, str) or not _is_unicode(value):
-            raise wrong(name, value, "a text")
-    if not str(text).strip():
-        raise wrong("text", "", "a text with something in it")
-    if not isinstance(streamed, bool):
-        raise wrong("stream", streamed, "true or false")
-    return str(text), str(title)[:200], streamed
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -283,8 +258,8 @@ async def next_event(request: Request, job: Job, events: Events) -> tuple[str, A
         If the job failed, or if the client is gone; the job is cancelled then.
     """
     while True:
-        if time.monotonic() - job.looked > _POLL:
-            job.looked = time.monotonic()
+        if time.monotonic() - job.last_look > _POLL:
+            job.last_look = time.monotonic()
             if await request.is_disconnected():
                 job.cancel()
                 raise APIError(499, "The client is gone.")
@@ -310,9 +285,10 @@ def as_api_error(error: Exception) -> APIError:
     return APIError(500, f"The server failed ({type(error).__name__}). Its log says more.")
 
 
-def compressing(engine: Engine, title: str, text: str, emit: Callable[[Any], Any]) -> Generator[Any, Any, None]:
+def compressing(engine: Engine, asked: DocumentRequest, emit: Callable[[Any], Any]) -> Generator[Any, Any, None]:
     """A new document. It tells which layer it has reached."""
-    yield (yield Compress(title, engine.prefix_of(text), on_layer=lambda done, total: emit((done, total))))
+    prefix = engine.prefix_of(asked.text)
+    yield (yield Compress(asked.title, prefix, on_layer=lambda done, total: emit((done, total))))
 
 
 async def stream(

@@ -199,7 +199,7 @@ def _message(message: Any, number: int) -> dict[str, str]:
     if isinstance(content, list):  # parts, as some clients send them
         content = "".join(_part(f"{field}.content", part) for part in content)
     role = "system" if message["role"] == "developer" else message["role"]
-    return {"role": role, "content": _text(f"{field}.content", content)}
+    return {"role": role, "content": text_of(f"{field}.content", content)}
 
 
 def _part(field: str, part: Any) -> str:
@@ -207,10 +207,11 @@ def _part(field: str, part: Any) -> str:
     if not isinstance(part, dict) or part.get("type") != "text":
         raise wrong(field, part, "a text, or parts of type text", "Pictures cannot be read.")
     _check(f"{field}.", part, _OF_A_PART, ("type", "text"))
-    return _text(field, part.get("text"))
+    return text_of(field, part.get("text"))
 
 
-def _text(field: str, value: Any) -> str:
+def text_of(field: str, value: Any) -> str:
+    """A text in Unicode. Raises APIError for anything else."""
     if not isinstance(value, str):
         raise wrong(field, value, "a text")
     try:
@@ -246,7 +247,7 @@ def _stop(value: Any) -> tuple[str, ...]:
     if not right or not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
         expected = f"a text, or a list of at most {MOST_STOPS} texts, each of 1 to {LONGEST_STOP} characters"
         raise wrong("stop", value, expected)
-    return tuple(_text("stop", stop) for stop in stops)
+    return tuple(text_of("stop", stop) for stop in stops)
 
 
 def _documents(value: Any) -> tuple[str, ...]:

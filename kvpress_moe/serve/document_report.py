@@ -66,7 +66,11 @@ class DocumentReport:
 def report_of(
     model: PreTrainedModel, n_tokens: int, press: MoERouterPress | None, read_seconds: float
 ) -> DocumentReport:
-    """The report on a prompt of ``n_tokens`` that a new press has just compressed; None: it was not compressed."""
+    """
+    The report on a prompt of ``n_tokens`` tokens.
+
+    ``press`` has just compressed it, and counted nothing else. None: it was not compressed.
+    """
     config = model.config.get_text_config(decoder=True)
     layers = language_model(model).layers
     elements = sum(2 * config.num_key_value_heads * layer.self_attn.head_dim for layer in layers)

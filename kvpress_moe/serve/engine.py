@@ -24,7 +24,6 @@ from kvpress_moe.model.layers import language_model
 from kvpress_moe.model.transformers_api import with_cache
 from kvpress_moe.model.twin import twin_of
 from kvpress_moe.press.moe_router_press import MoERouterPress
-from kvpress_moe.routers import Routers
 from kvpress_moe.serve.api_error import APIError
 from kvpress_moe.serve.chat_request import ChatRequest
 from kvpress_moe.serve.document_report import report_of
@@ -71,10 +70,9 @@ class Engine:
     tokenizer : PreTrainedTokenizerBase
         With a chat template.
     store : DocumentStore
-    settings : mapping or None
-        Settings of the press that compresses documents. None: they are kept as they are.
-    routers : Routers, optional
-        The routers that ``settings`` name. All documents share them, and their key transforms.
+    press : MoERouterPress or None
+        Compresses documents. None: they are kept as they are. Nothing of one document may change the next one, so it
+        must have ``cache_aware=False``.
     name : str
         The model's name for clients.
     """
@@ -84,14 +82,12 @@ class Engine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         store: DocumentStore,
-        settings: Mapping[str, Any] | None,
+        press: MoERouterPress | None,
         name: str,
-        routers: Routers | None = None,
     ):
-        self.model, self.tokenizer, self.store, self.settings, self.name = model, tokenizer, store, settings, name
+        self.model, self.tokenizer, self.store, self.press, self.name = model, tokenizer, store, press, name
         self.limit = int(language_model(model).config.max_position_embeddings)
         self._ends = end_tokens(model, tokenizer)
-        self._routers = routers
         self._reads_alone = rotary_changes(model)
         self._reader = twin_of(model)  # reads documents, with the hooks of a press
         self.prefix_of("a")  # raises if the template cannot serve documents
@@ -189,7 +185,7 @@ class Engine:
     def read(self, reads: Sequence[Read]) -> list[Tensor]:
         """Read tokens of several chats in one forward pass. Logits (V,) after each, on the CPU."""
         groups = [[one] for one in reads] if self._reads_alone else [reads]
-        parts = (zip(*((one.cache, one.input_ids, one.start) for one in group), strict=True) for group in groups)
+        parts = (([one.cache for one in group], [one.input_ids for one in group]) for group in groups)
         return [logits for part in parts for logits in read_together(self.model, *part).cpu()]
 
     def compress(self, work: Compress, between: Callable[[], Any] = lambda: None) -> Document:
@@ -220,7 +216,8 @@ class Engine:
                 "text",
                 "context_length_exceeded",
             )
-        press = self._press(self._routers)
+        if self.press is not None:
+            self.press.reset_stats()
         layers, own = language_model(self._reader).layers, 0.0
         cache, done, since = DynamicCache(), iter(range(1, len(layers) + 1)), time.perf_counter()
 
@@ -233,19 +230,12 @@ class Engine:
 
         with (
             torch.no_grad(),
-            nullcontext() if press is None else press(self._reader),
+            nullcontext() if self.press is None else self.press(self._reader),
             hooked(layers, after_layer),
         ):
             self._reader.model(input_ids=torch.tensor([input_ids], device=self.model.device), **with_cache(cache))
-        report = report_of(self.model, len(input_ids), press, own + time.perf_counter() - since)
-        return self.store.add(work.title, work.prefix, input_ids, cache, self._press(), work.kind, report)
-
-    def _press(self, routers: Routers | None = None) -> MoERouterPress | None:
-        """A new press. Without routers it is only a description of how documents are compressed."""
-        if self.settings is None:
-            return None
-        own = {} if routers is None else {"router": routers}
-        return MoERouterPress(**{**self.settings, **own})
+        report = report_of(self.model, len(input_ids), self.press, own + time.perf_counter() - since)
+        return self.store.add(work.title, work.prefix, input_ids, cache, self.press, work.kind, report)
 
     def _is_whole(self, document: Document) -> bool:
         """Whether a document's cache can be read. If not, the document is deleted."""
@@ -294,7 +284,7 @@ class Engine:
         sampling = Sampling(wanted, request.temperature, request.top_p, request.seed)
         written, chance = TextOfTokens(self.tokenizer, request.stop), generator_of(sampling)
         chunk = len(input_ids) if self._reads_alone else CHUNK
-        logits, position = (yield from read_in_chunks(cache, input_ids, n_read, chunk)), n_prompt
+        logits = yield from read_in_chunks(cache, input_ids, chunk)
         for n_new in range(1, wanted + 1):
             token = draw(logits, sampling, chance)
             if token in self._ends:
@@ -308,8 +298,7 @@ class Engine:
                 yield Piece(text + written.rest(), "length", n_prompt, n_cached, n_new)
                 return
             yield Piece(text, None, n_prompt, n_cached, n_new)
-            logits = yield from read_in_chunks(cache, [token], position)
-            position += 1
+            logits = yield from read_in_chunks(cache, [token])
 
 
 def _kept(prefix: str) -> Generator[Compress, Document, Document | None]:

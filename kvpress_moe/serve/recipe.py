@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.model.fingerprint import model_fingerprint
 from kvpress_moe.model.layers import language_model
-from kvpress_moe.routers import Routers
+from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.routers.checkpoint import weights_hash
 
 _STEP = 997  # every so-manieth weight is looked at
@@ -22,31 +22,29 @@ _STEP = 997  # every so-manieth weight is looked at
 def recipe_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    routers: Routers | None,
-    settings: Mapping[str, Any] | None,
+    press: MoERouterPress | None,
 ) -> str:
     """
-    The hash for a server with this model, these routers and these settings of the press; None: no press.
+    The hash for a server with this model and this press, which has seen the model; None: no press.
 
     It covers samples of the weights of all layers, the type of the numbers, the chat template, what the routers
     promise, and the version of this package.
     """
     found = hashlib.sha256()
-    press = (
-        "none"
-        if routers is None or settings is None
-        else [
-            weights_hash(routers),
-            {name: promise.as_dict() for name, promise in routers.promises.items()},
-            {name: value for name, value in settings.items() if name != "router"},
+    of_press: list[Any] = []
+    if press is not None:
+        assert press.routers is not None
+        of_press = [
+            weights_hash(press.routers),
+            {name: promise.as_dict() for name, promise in press.routers.promises.items()},
+            {field.name: getattr(press, field.name) for field in fields(press) if field.name != "router"},
         ]
-    )
     about = [
         model_fingerprint(model),
         str(model.dtype),
         str(tokenizer.chat_template),
         len(tokenizer),
-        press,
+        of_press,
         version("kvpress-moe"),
     ]
     found.update(json.dumps(about, sort_keys=True, default=str).encode())

@@ -45,7 +45,7 @@ class Job:
         self.wants: Read | Compress | None = None
         self.has_ended = False
         self.is_cancelled = False
-        self.looked = time.monotonic()  # when its client was last looked for
+        self.last_look = time.monotonic()  # when its client was last looked for
 
     def cancel(self) -> None:
         """Compute no more. May be called in any thread."""
@@ -209,22 +209,18 @@ class Scheduler:
     def _compress(self, job: Job) -> None:
         work = job.wants
         assert isinstance(work, Compress)
-        since, owed, of_round = time.perf_counter(), 0.0, 0.0
+        since, owed = time.perf_counter(), 0.0  # owed: seconds that the answers have waited for longer than they took
 
         def between() -> None:
-            nonlocal since, owed, of_round
+            nonlocal since, owed
             if job.is_cancelled:
                 raise Cancelled
-            began = time.perf_counter()
-            owed += began - since
-            while owed >= of_round:
-                there_was_one = self._round()
-                since = time.perf_counter()
-                of_round, began = since - began, since
-                owed = owed - of_round if there_was_one else 0.0
-                if not there_was_one:
-                    break
-            since = time.perf_counter()
+            now = time.perf_counter()
+            owed += now - since
+            while owed > 0 and self._round():
+                before, now = now, time.perf_counter()
+                owed -= now - before
+            owed, since = min(owed, 0.0), time.perf_counter()
 
         try:
             document = self.worker.compress(work, between)

@@ -22,13 +22,10 @@ class Read:
     cache : DynamicCache
         It grows.
     input_ids : sequence of int
-    start : int
-        Number of tokens that were read before.
     """
 
     cache: DynamicCache
     input_ids: Sequence[int]
-    start: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +58,11 @@ class Worker(Protocol):
 
 
 def read_in_chunks(
-    cache: DynamicCache, input_ids: Sequence[int], start: int, chunk: int = CHUNK
+    cache: DynamicCache, input_ids: Sequence[int], chunk: int = CHUNK
 ) -> Generator[Read, Tensor, Tensor]:
     """Ask for tokens to be read, at most ``chunk`` at a time. Returns the logits (V,) after the last one."""
     logits: Tensor | None = None
     for first in range(0, len(input_ids), chunk):
-        logits = yield Read(cache, input_ids[first : first + chunk], start + first)
+        logits = yield Read(cache, input_ids[first : first + chunk])
     assert logits is not None
     return logits

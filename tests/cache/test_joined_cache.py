@@ -9,9 +9,9 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from kvpress_moe import MoERouterPress, use_ragged_attention
-from kvpress_moe.cache import JoinedCache, PackedLayer, read_together
+from kvpress_moe.cache import PackedLayer, read_together
 from kvpress_moe.cache.compiled_products import COMPILED, compiled_packed_attention_together
-from kvpress_moe.cache.joined_cache import rotary_changes
+from kvpress_moe.cache.joined_cache import JoinedCache, rotary_changes
 from kvpress_moe.cache.packed_attention import (
     TORCH,
     can_attend_together,
@@ -161,3 +161,29 @@ def test_the_library_refuses_tensors_that_are_not_on_the_cpu():
 def test_layers_of_other_routers_do_not_attend_together():
     layers = [packed(basis_of(70, 16, 3), 70, 1, seed) for seed in (1, 2)]
     assert not can_attend_together(layers)
+
+
+def test_positions_are_those_that_the_caches_know(llama):
+    """Also after an eviction, when fewer pairs are there than were read."""
+    caches = [made(llama, settings, 40 + n, n) for n, settings in enumerate(KINDS)]
+    new, starts = [[5, 6], [7], [8], [9, 10]], [40, 41, 42, 43]
+    given = read_together(llama, copy.deepcopy(caches), new, starts)
+    assert torch.equal(read_together(llama, caches, new), given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_together_as_alone(dtype, attention):
+    model = tiny_model("llama", dtype=dtype)
+    caches = [made(model, settings, 50, seed) for seed, settings in enumerate([*KINDS, KINDS[-1]])]
+    copies, new = copy.deepcopy(caches), [[5], [6, 7], [8], [9], [10]]
+    together = read_together(model, caches, new)
+    each = torch.stack([alone(model, *row, 50) for row in zip(copies, new, strict=True)]).float()
+    assert_close(together, each, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_a_cache_of_several_rows_is_refused(llama, settings):
+    press = None if settings is None else MoERouterPress(0.5, experts=["expected_attention"], **settings)
+    cache = prefill(llama, tokens(30, batch_size=2), press)
+    with pytest.raises(UnsupportedInputError, match="got a cache of 2 rows"):
+        read_together(llama, [DynamicCache(), cache], [[1], [2]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvpress_moe import MoERouterPress
 from kvpress_moe.serve.document_store import DocumentStore
 from kvpress_moe.serve.engine import Engine
 
@@ -13,4 +14,5 @@ SETTINGS = {"experts": ["expected_attention"], "budget": "global", "compression_
 
 
 def make_engine(model, tokenizer, directory: Path, max_bytes: int = 2**30, settings=SETTINGS) -> Engine:
-    return Engine(model, tokenizer, DocumentStore(directory, model, "recipe", max_bytes), settings, NAME)
+    press = None if settings is None else MoERouterPress(**settings, cache_aware=False)
+    return Engine(model, tokenizer, DocumentStore(directory, model, "recipe", max_bytes), press, NAME)

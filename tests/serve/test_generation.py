@@ -18,17 +18,16 @@ def greedy(model, input_ids, n):
         return model.generate(input_ids, max_new_tokens=n, do_sample=False)[0, input_ids.shape[1] :].tolist()
 
 
-def answer(model, cache, n_read, input_ids, n, sampling=None):
+def answer(model, cache, input_ids, n, sampling=None):
     """Tokens of an answer: drawn from the logits that are asked for."""
     sampling = sampling or Sampling(n, temperature=0)
     chance, tokens, asked = generator_of(sampling), [], input_ids
     for _ in range(n):
-        steps = read_in_chunks(cache, asked, n_read, chunk=4)
-        logits, n_read = None, n_read + len(asked)
+        steps, logits = read_in_chunks(cache, asked, chunk=4), None
         with suppress(StopIteration):
             while True:
                 want = steps.send(logits)
-                logits = read_together(model, [want.cache], [want.input_ids], [want.start])[0]
+                logits = read_together(model, [want.cache], [want.input_ids])[0]
         tokens.append(draw(logits, sampling, chance))
         asked = tokens[-1:]
     return tokens
@@ -37,7 +36,7 @@ def answer(model, cache, n_read, input_ids, n, sampling=None):
 def test_greedy_tokens_are_those_of_generate(llama):
     whole = tokens(70)
     cache = prefill(llama, whole[:, :60])
-    assert answer(llama, cache, 60, whole[0, 60:].tolist(), 8) == greedy(llama, whole, 8)
+    assert answer(llama, cache, whole[0, 60:].tolist(), 8) == greedy(llama, whole, 8)
 
 
 @pytest.mark.parametrize("settings", [None, {"budget": "global"}, {"budget": "global", "precision": "mixed"}])
@@ -47,7 +46,7 @@ def test_a_borrowed_cache_grows_and_the_original_stays(llama, settings):
     answers = []
     for _ in range(3):
         own = borrowed(cache)
-        answers.append(answer(llama, own, 60, [5, 6, 7], 6))
+        answers.append(answer(llama, own, [5, 6, 7], 6))
         assert own.get_seq_length() == 60 + 3 + 5  # the last token is not read any more
         assert cache.get_seq_length() == 60
     assert answers[0] == answers[1] == answers[2]
@@ -56,7 +55,7 @@ def test_a_borrowed_cache_grows_and_the_original_stays(llama, settings):
 def test_a_seed_gives_the_same_tokens_and_top_p_leaves_out_unlikely_ones(llama):
     def of_seed(seed):
         sampling = Sampling(12, temperature=1.0, top_p=0.9, seed=seed)
-        return answer(llama, DynamicCache(), 0, tokens(20)[0].tolist(), 12, sampling)
+        return answer(llama, DynamicCache(), tokens(20)[0].tolist(), 12, sampling)
 
     assert of_seed(1) == of_seed(1)
     assert of_seed(1) != of_seed(2)

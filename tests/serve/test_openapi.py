@@ -10,8 +10,9 @@ from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
 from kvpress_moe.serve.api_error import APIError
-from kvpress_moe.serve.app import document_of, make_app
+from kvpress_moe.serve.app import make_app
 from kvpress_moe.serve.chat_request import FIELDS, parse_chat
+from kvpress_moe.serve.document_request import parse_document
 from kvpress_moe.serve.openapi import openapi_document
 from kvpress_moe.serve.scheduler import Scheduler
 from tests.serve.made import NAME, TEXT, make_engine
@@ -120,12 +121,12 @@ def test_it_allows_just_the_messages_that_the_server_takes(name):
 @pytest.mark.parametrize("name", ["text", "title", "stream", "more"])
 def test_it_allows_just_the_documents_that_the_server_takes(name):
     for value in VALUES:
-        assert agree("NewDocument", {"text": "a"} | {name: value}, document_of), value
+        assert agree("NewDocument", {"text": "a"} | {name: value}, parse_document), value
 
 
 @pytest.mark.parametrize("name", ["ChatRequest", "NewDocument"])
 def test_what_it_demands_is_demanded(name):
-    parse = {"ChatRequest": parse_chat, "NewDocument": document_of}[name]
+    parse = {"ChatRequest": parse_chat, "NewDocument": parse_document}[name]
     right = {
         "ChatRequest": {"model": NAME, "messages": [{"role": "user", "content": "a"}]},
         "NewDocument": {"text": "a"},

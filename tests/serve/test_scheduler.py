@@ -65,11 +65,11 @@ def answering(prompt, n_tokens=3):
     """Like an answer: a prompt, then tokens, each of which is one more than the one before."""
 
     def steps(emit):
-        logits = yield from read_in_chunks(None, prompt, 0)
+        logits = yield from read_in_chunks(None, prompt)
         for _ in range(n_tokens):
             token = int(logits[-1]) + 1
             yield token
-            logits = yield from read_in_chunks(None, [token], 0)
+            logits = yield from read_in_chunks(None, [token])
 
     return steps
 
@@ -303,10 +303,10 @@ def test_a_scheduler_that_closes_drops_what_takes_too_long(worker):
 
 
 def test_reads_are_asked_for_in_chunks():
-    asked = read_in_chunks(None, list(range(CHUNK + 3)), 40)
+    asked = read_in_chunks(None, list(range(CHUNK + 3)))
     first = next(asked)
     second = asked.send(torch.tensor([0.0]))
-    assert [(one.start, len(one.input_ids)) for one in (first, second)] == [(40, CHUNK), (40 + CHUNK, 3)]
+    assert [len(one.input_ids) for one in (first, second)] == [CHUNK, 3]
     assert isinstance(second, Read)
     with pytest.raises(StopIteration) as end:
         asked.send(torch.tensor([1.0]))
