@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 from kvpress.pipeline import KVPressTextGenerationPipeline
 from transformers import DynamicCache
 
-from experiments.served import QUESTIONS, Served, served, texts
+from experiments.served import QUESTIONS, Served, save, served, texts, versions
 from kvpress_moe.cache import load_cache
 from kvpress_moe.cache.answering import answer_each
 from kvpress_moe.model.loading import load_model
@@ -101,12 +100,11 @@ def main() -> None:
     median = {name: statistics.median(times) for name, times in rows.items()}
     found["of_anew"] = median["server"] / median["anew"]
     found["of_ask"] = median["server"] / median["ask"]
-    versions = ", ".join(f"{package} {version(package)}" for package in ("kvpress-moe", "torch", "transformers"))
     lines = [
         "# First token",
         "",
         f"A document of {found['tokens']} tokens; {found['model']}, float32, {torch.get_num_threads()} threads; "
-        f"`--bytes {arguments.bytes}`; medians of {arguments.rounds} rounds; {versions}.",
+        f"`--bytes {arguments.bytes}`; medians of {arguments.rounds} rounds; {versions()}.",
         "",
         "| what | seconds | ratio |",
         "|---|---|---|",
@@ -118,11 +116,7 @@ def main() -> None:
         f"Server over this process: {found['of_ask']:.2f}. Reading and compressing took the server "
         f"{found['read_seconds']:.1f} s, once.",
     ]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "latency.md").write_text("\n".join(lines) + "\n")
-    (arguments.out / "latency.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(lines))
-    print(json.dumps(found))
+    save(arguments.out, "latency", lines, found)
 
 
 if __name__ == "__main__":

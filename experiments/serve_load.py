@@ -24,7 +24,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ if PLAN in os.environ:  # locust has loaded this file
                 "stream_options": {"include_usage": True},
                 "max_tokens": self.plan["max_tokens"],
             }
-            started, first, n_tokens = time.perf_counter(), None, 0
+            started, first, n_tokens = time.monotonic(), None, 0
             with self.client.post(
                 "/v1/chat/completions", json=body, stream=True, catch_response=True, name="chat"
             ) as answer:
@@ -68,13 +67,13 @@ if PLAN in os.environ:  # locust has loaded this file
                         self.note({"status": "error in the stream"})
                         return
                     if event["choices"] and event["choices"][0]["delta"].get("content") and first is None:
-                        first = time.perf_counter() - started
+                        first = time.monotonic() - started
                     if event.get("usage"):
                         n_tokens = event["usage"]["completion_tokens"]
                 if answer.status_code != 200 or not n_tokens:
                     answer.failure(f"status {answer.status_code}, {n_tokens} tokens")
-            whole = time.perf_counter() - started
-            self.note({"status": answer.status_code, "first": first, "whole": whole, "tokens": n_tokens})
+            times = {"started": started, "first": first, "whole": time.monotonic() - started}
+            self.note({"status": answer.status_code, "tokens": n_tokens, **times})
 
         def note(self, row: dict[str, Any]) -> None:
             """Add a line to the file of results."""
@@ -106,12 +105,10 @@ def load(server: Any, documents: Sequence[str], clients: int, seconds: int, max_
 
         watching = threading.Thread(target=watch)
         watching.start()
-        started = time.perf_counter()
         try:
             environment = {**os.environ, PLAN: json.dumps(plan)}
             subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         finally:
-            took = time.perf_counter() - started
             done.set()
             watching.join()
         rows = [json.loads(line) for line in results.read_text().splitlines()]
@@ -126,13 +123,20 @@ def load(server: Any, documents: Sequence[str], clients: int, seconds: int, max_
         "first_token_median": statistics.median(firsts),
         "first_token_p95": firsts[int(0.95 * (len(firsts) - 1))],
         "whole_median": statistics.median(row["whole"] for row in good),
-        "tokens_per_second": sum(row["tokens"] for row in good) / took,
+        "tokens_per_second": tokens_within(good, seconds) / seconds,
         "rss_mib": [round(max(memory[1 : half + 1] or memory)), round(max(memory[half:]))],
     }
 
 
+def tokens_within(answers: Sequence[dict[str, Any]], seconds: float) -> float:
+    """Tokens of the answers in these seconds since the first question; of answers that end later, their share."""
+    stop = min(answer["started"] for answer in answers) + seconds
+    shares = (min(1.0, (stop - answer["started"]) / answer["whole"]) for answer in answers)
+    return sum(max(0.0, share) * answer["tokens"] for share, answer in zip(shares, answers, strict=True))
+
+
 def main() -> int:
-    from experiments.served import served, texts
+    from experiments.served import save, served, texts, versions
     from kvpress_moe.model.loading import load_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,13 +162,12 @@ def main() -> int:
                 row = load(server, names, clients, arguments.seconds, arguments.max_tokens)
                 found[share].append(row)
                 print(f"--bytes {share}: {row}", flush=True)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("kvpress-moe", "torch", "transformers", "locust"))
     lines = [
         "# Load",
         "",
         f"{arguments.documents} documents of about {arguments.tokens} tokens, answers of at most "
         f"{arguments.max_tokens} tokens, {arguments.seconds} s for each row; `--attention {arguments.attention}`; "
-        f"SmolLM2-135M-Instruct, float32, {os.cpu_count()} CPU threads; {versions}.",
+        f"SmolLM2-135M-Instruct, float32, {os.cpu_count()} CPU threads; {versions('locust')}.",
         "",
         "| `--bytes` | clients | answers | refused (429) | errors | first token, median s | 95th percentile "
         "| whole answer, median s | tokens/s, all | memory, first half | second half |",
@@ -176,12 +179,8 @@ def main() -> int:
             cells = [share, *(row[key] for key in ("clients", "answers", "refused", "errors")), *times]
             cells += [f"{row['tokens_per_second']:.1f}", *(f"{mib} MiB" for mib in row["rss_mib"])]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     name = "load" if arguments.attention == "compiled" else f"load_{arguments.attention}"
-    (arguments.out / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(lines))
-    print(json.dumps(found))
+    save(arguments.out, name, lines, found)
     return int(any(row["errors"] for rows in found.values() for row in rows))
 
 

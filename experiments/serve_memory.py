@@ -12,13 +12,11 @@ document.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from experiments.served import served, texts
+from experiments.served import save, served, texts, versions
 from kvpress_moe.model.loading import load_model
 
 
@@ -63,12 +61,11 @@ def main() -> None:
     }
     whole, small = found["1"], found[arguments.bytes]
     in_16_bits = small["documents"] * arguments.memory / small["full_16_bit_mib"]  # of the same documents
-    versions = ", ".join(f"{package} {version(package)}" for package in ("kvpress-moe", "torch", "transformers"))
     lines = [
         "# Documents in the same memory",
         "",
         f"`--memory {arguments.memory}` (MiB of caches), documents of about {arguments.tokens} tokens; "
-        f"SmolLM2-135M-Instruct; seed 0; {versions}.",
+        f"SmolLM2-135M-Instruct; seed 0; {versions()}.",
         "",
         "| `--bytes` | documents held | MiB of caches | ratio to 16 bits, uncompressed | growth of the process |",
         "|---|---|---|---|---|",
@@ -80,11 +77,7 @@ def main() -> None:
         "",
         "The growth of the process has what it needs to read a document, about the same on both servers.",
     ]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "memory.md").write_text("\n".join(lines) + "\n")
-    (arguments.out / "memory.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(lines))
-    print(json.dumps(found | {"ratio": small["documents"] / in_16_bits}))
+    save(arguments.out, "memory", lines, found | {"ratio": small["documents"] / in_16_bits})
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,20 @@ def served(caches: Path, *arguments: str) -> Iterator[Served]:
     finally:
         server.client.close()
         server.kill()
+
+
+def save(directory: Path, name: str, lines: Sequence[str], found: Mapping[str, Any]) -> None:
+    """Write a table and its figures, and print both."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (directory / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(lines))
+    print(json.dumps(found))
+
+
+def versions(*more: str) -> str:
+    """The versions that figures depend on."""
+    return ", ".join(f"{name} {version(name)}" for name in ("kvpress-moe", "torch", "transformers", *more))
 
 
 def texts(count_tokens: Callable[[str], int], length: int, seed: int = 0) -> Iterator[str]:

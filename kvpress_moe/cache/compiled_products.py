@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -23,19 +24,27 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvpress_moe.cache.packed_attention import TORCH, Products, packed_attention, packed_attention_together
+from kvpress_moe.cache.packed_attention import (
+    TORCH,
+    Bases,
+    Products,
+    Segment,
+    packed_attention,
+    packed_attention_together,
+)
 from kvpress_moe.cache.packed_pairs import PackedPairs
 from kvpress_moe.cache.ragged_pairs import RaggedPairs
-from kvpress_moe.cache.tier import Vectors
+from kvpress_moe.cache.tier import Tier, Vectors
 from kvpress_moe.cache.torch_backend import torch_attention
 from kvpress_moe.codes.bit_packing import Groups, planes
 from kvpress_moe.codes.scale_bytes import from_bytes
-from kvpress_moe.codes.transform_codes import TransformCodes
-from kvpress_moe.codes.vector_codes import VectorCodes
+from kvpress_moe.codes.transform_codes import TransformCodes, middles, steps
+from kvpress_moe.codes.vector_codes import middle_of
+from kvpress_moe.codes.whole_vectors import WholeVectors
 from kvpress_moe.errors import SettingError, UnsupportedInputError
 from kvpress_moe.model.loading import cache_directory
 
-FEW_QUERIES = 32  # of a KV head; for more, PyTorch's matrix products are faster
+FEW_QUERIES = 256  # of a KV head; for many more, PyTorch's matrix products are as fast
 # -ffast-math would change the arithmetic of the whole process when the library is loaded
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 
@@ -76,130 +85,180 @@ def _check_device(query: Tensor) -> None:
 
 
 class CompiledProducts(Products):
-    """The same with the C library. Whole vectors are left to PyTorch."""
+    """The same with the C library, all segments in one call. Whole vectors in half precision are left to PyTorch."""
 
-    def key_logits(
-        self,
-        keys: Vectors,
-        starts: Sequence[int],
-        asked: Tensor,
-        constants: Tensor,
-        means: Tensor | None,
-        offsets: Sequence[int],
-        logits: Tensor,
-    ) -> None:
-        if not isinstance(keys, (VectorCodes, TransformCodes)):
-            return super().key_logits(keys, starts, asked, constants, means, offsets, logits)
-        asked, constants = asked.contiguous(), constants.contiguous()
+    def key_logits(self, segments: Sequence[Segment], bases: Bases, logits: Tensor) -> None:
+        of_segments = _c_segments(segments, "keys")
         failed = library().key_logits(
-            *arguments_of(keys, starts),
-            (ctypes.c_int64 * len(offsets))(*offsets),
-            _pointer(asked),
-            asked.shape[1],
-            asked.shape[2],
-            _pointer(constants),
-            _pointer(means if isinstance(keys, TransformCodes) else None),
-            0 if means is None else means.shape[-1],
+            of_segments,
+            len(segments),
+            _pointer(bases.queries),
+            _pointer(bases.turned),
+            _pointer(bases.coefficients),
+            _pointer(bases.means),
+            0 if bases.means is None else bases.means.shape[-1],
+            *bases.queries.shape[1:],
             _pointer(logits),
             logits.shape[-1],
         )
         if failed:
             raise MemoryError("attention over codes: no memory for the table of tasks.")
-        return None
+        for segment, number in _left_out(segments, "keys"):
+            self.tier_logits(segment, number, bases, logits[segment.rows])
 
-    def value_sums(
-        self,
-        values: Vectors,
-        starts: Sequence[int],
-        weights: Tensor,
-        offsets: Sequence[int],
-        whole: Tensor,
-        rotated: Tensor,
-        zeros: Tensor,
-    ) -> None:
-        if not isinstance(values, VectorCodes):
-            return super().value_sums(values, starts, weights, offsets, whole, rotated, zeros)
+    def value_sums(self, segments: Sequence[Segment], weights: Tensor, whole: Tensor, rotated: Tensor) -> None:
+        of_segments = _c_segments(segments, "values")
         failed = library().value_sums(
-            *arguments_of(values, starts),
-            (ctypes.c_int64 * len(offsets))(*offsets),
+            of_segments,
+            len(segments),
             _pointer(weights),
             weights.shape[-1],
-            weights.shape[1],
-            rotated.shape[-1],
+            *rotated.shape[1:],
+            _pointer(whole),
             _pointer(rotated),
-            _pointer(zeros),
         )
         if failed:
             raise MemoryError("attention over codes: no memory for partial sums.")
-        return None
+        for segment, number in _left_out(segments, "values"):
+            self.tier_sums(segment, number, *(tensor[segment.rows] for tensor in (weights, whole, rotated)))
 
 
 COMPILED = CompiledProducts()
 
 
-#: Codes -> their first arguments, by the heads that are asked for and by the place in memory, which shared memory
-#: changes. The codes themselves never change, so this is done once.
-_ARGUMENTS: WeakKeyDictionary[Any, dict[tuple[int, ...], tuple[Any, ...]]] = WeakKeyDictionary()
+def _left_out(segments: Sequence[Segment], which: str) -> list[tuple[Segment, int]]:
+    """Segments with their tiers whose keys or values the library does not read."""
+    return [(segment, number) for segment in segments for number in _codes(segment.layer, which).left_out]
 
 
-def arguments_of(codes: VectorCodes | TransformCodes, starts: Sequence[int]) -> tuple[Any, ...]:
-    """The first arguments of both functions: the codes of some heads of a tier, as the C library reads them."""
-    of_codes = _ARGUMENTS.setdefault(codes, {})
-    key = (*starts, *(tensor.data_ptr() for tensor in codes.tensors.values()))
-    if key not in of_codes:
-        of_codes[key] = _arguments(codes, starts)
-    return of_codes[key]
+def _is_read(vectors: Vectors) -> bool:
+    return not isinstance(vectors, WholeVectors) or vectors.vectors.dtype == torch.float32
 
 
-def _arguments(codes: VectorCodes | TransformCodes, starts: Sequence[int]) -> tuple[Any, ...]:
-    packed, first = codes.packed, starts[0]
-    position = codes.position if isinstance(codes, TransformCodes) else None
-    scales = codes.gain if isinstance(codes, TransformCodes) else codes.reach
-    if not all(tensor is None or tensor.is_contiguous() for tensor in (packed, scales, position)):
-        raise UnsupportedInputError("packed attention 'compiled': got codes that are not contiguous in memory.")
-    middle = 0.0 if isinstance(codes, TransformCodes) else codes.middle
-    return (
-        ctypes.c_void_p(packed.data_ptr() + first),
-        packed.shape[1],
-        *_table(codes.groups),
-        len(starts) - 1,
-        (ctypes.c_int64 * len(starts))(*(start - first for start in starts)),
-        ctypes.c_void_p(scales.data_ptr() + first),
-        _numbers_of_bytes(middle or 1.0),
-        middle,
-        ctypes.c_void_p(None if position is None else position.data_ptr() + first * position.itemsize),
-        0 if position is None else position.itemsize,
+class _Tier(ctypes.Structure):
+    """As in the C library."""
+
+    _fields_ = (
+        ("whole", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("n_pairs", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("planes", "channels", "weights", "zeros", "starts", "offsets")),
+        *((name, ctypes.c_void_p) for name in ("scales", "table", "positions")),
+        *((name, ctypes.c_int32) for name in ("n_planes", "n_channels", "position_bytes")),
     )
 
 
-@cache
-def _numbers_of_bytes(divided_by: float) -> Any:
-    """What each scale byte stands for."""
-    numbers = (from_bytes(torch.arange(256)) / divided_by).tolist()
-    return (ctypes.c_float * 256)(*numbers)
+class _Segment(ctypes.Structure):
+    """As in the C library."""
+
+    _fields_ = (
+        ("tiers", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("n_tiers", "first", "end", "row")),
+    )
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """Keys or values of a layer for the C library, all arrays that it points to, and the tiers that are left out."""
+
+    tiers: Any
+    left_out: list[int]
+    addresses: tuple[int, ...]
+    held: tuple[Any, ...]
+
+
+#: First tier of a layer -> its codes, by what they are. Codes never change, and copies of a layer share its tiers.
+_CODES: WeakKeyDictionary[Tier, dict[str, _Codes]] = WeakKeyDictionary()
+
+
+def _c_segments(segments: Sequence[Segment], which: str) -> Any:
+    found = []
+    for segment in segments:
+        tiers = _codes(segment.layer, which).tiers
+        found.append((ctypes.addressof(tiers), len(tiers), segment.heads.start, segment.heads.stop, segment.rows.start))
+    return (_Segment * len(found))(*(_Segment(*one) for one in found))
+
+
+def _codes(layer: PackedPairs, which: str) -> _Codes:
+    of_tiers: list[Vectors] = [getattr(tier, which) for tier in layer.tiers]
+    # the first tensor of each tells: shared memory moves tensors in place
+    addresses = tuple(next(iter(vectors.tensors.values())).data_ptr() for vectors in of_tiers)
+    known = _CODES.setdefault(layer.tiers[0], {})
+    if which not in known or known[which].addresses != addresses:
+        parts = zip(of_tiers, layer.table.starts, layer.table.offsets, strict=True)
+        made = [_c_tier(*part) for part in parts if _is_read(part[0])]
+        left_out = [number for number, vectors in enumerate(of_tiers) if not _is_read(vectors)]
+        tiers = (_Tier * len(made))(*(tier for tier, _ in made))
+        known[which] = _Codes(tiers, left_out, addresses, tuple(held for _, held in made))
+    return known[which]
+
+
+def _c_tier(codes: Vectors, starts: Sequence[int], offsets: Sequence[int]) -> tuple[_Tier, Any]:
+    """A tier for the C library, and the arrays that it points to and that nothing else holds."""
+    held = ((ctypes.c_int64 * len(starts))(*starts), (ctypes.c_int64 * len(offsets))(*offsets))
+    of_heads = {"starts": ctypes.addressof(held[0]), "offsets": ctypes.addressof(held[1])}
+    if not all(tensor.is_contiguous() for tensor in codes.tensors.values()):
+        raise UnsupportedInputError("packed attention 'compiled': got codes that are not contiguous in memory.")
+    if isinstance(codes, WholeVectors):
+        return _Tier(whole=codes.vectors.data_ptr(), n_channels=codes.vectors.shape[1], **of_heads), held
+    position: Tensor | None = None
+    if isinstance(codes, TransformCodes):
+        scales, position, head_dim = codes.gain, codes.position, codes.head_dim
+    else:
+        scales, head_dim = codes.reach, None
+    tables = _tables(codes.groups, codes.bits, head_dim)
+    names = ("planes", "channels", "weights", "zeros", "table")
+    tier = _Tier(
+        packed=codes.packed.data_ptr(),
+        n_pairs=codes.packed.shape[1],
+        scales=scales.data_ptr(),
+        positions=None if position is None else position.data_ptr(),
+        n_planes=len(tables[0]) // 4,
+        n_channels=len(tables[3]),
+        position_bytes=0 if position is None else position.itemsize,
+        **{name: ctypes.addressof(table) for name, table in zip(names, tables, strict=True)},
+        **of_heads,
+    )
+    return tier, held
 
 
 @cache
-def _table(groups: Groups) -> tuple[int, Any, Any, Any]:
-    """Planes and their channels, as the C library reads them."""
-    found = planes(groups)
+def _tables(groups: Groups, bits: int, head_dim: int | None) -> tuple[Any, ...]:
+    """
+    Planes, their channels and weights, zeros of the channels, and what each scale byte stands for.
+
+    ``head_dim`` is that of transform codes, None for vector codes.
+    """
+    numbers = from_bytes(torch.arange(256))
+    if head_dim is not None:
+        steps_of, middles_of = steps(head_dim, bits).tolist(), middles(head_dim, bits).tolist()
+    else:
+        ((n_channels, _),) = groups
+        middle = middle_of(bits)
+        steps_of, middles_of, numbers = [1.0] * n_channels, [middle] * n_channels, numbers / middle
     of_planes: list[int] = []
     channels: list[int] = []
     weights: list[float] = []
-    for plane in found:
+    for plane in planes(groups):
         of_planes += [plane.width, plane.bytes.start, plane.bytes.stop - plane.bytes.start, len(channels)]
         channels += plane.channels
         weights += [float(2**below) for below in plane.below]
+    weights = [weight * steps_of[channel] for weight, channel in zip(weights, channels, strict=True)]
+    zeros = [step * middle for step, middle in zip(steps_of, middles_of, strict=True)]
     return (
-        len(found),
         (ctypes.c_int32 * len(of_planes))(*of_planes),
         (ctypes.c_int32 * len(channels))(*channels),
         (ctypes.c_float * len(weights))(*weights),
+        (ctypes.c_float * len(zeros))(*zeros),
+        (ctypes.c_float * 256)(*numbers.tolist()),
     )
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 def find_compiler() -> str | None:
@@ -235,12 +294,10 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise _not_built(f"{error}. Name another cache directory with KVPRESS_MOE_CACHE.") from error
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    of_code: list[Any] = [
-        *(pointer, count, number, pointer, pointer, pointer, number, pointer),
-        *(pointer, pointer, ctypes.c_float, pointer, number, pointer),
+    loaded.key_logits.argtypes = [
+        *(pointer, count, pointer, pointer, pointer, pointer, count, number, number, pointer, count),
     ]
-    loaded.key_logits.argtypes = [*of_code, *(pointer, number, number, pointer, pointer, count, pointer, count)]
-    loaded.value_sums.argtypes = [*of_code, pointer, count, number, number, pointer, pointer]
+    loaded.value_sums.argtypes = [pointer, count, pointer, count, number, number, pointer, pointer]
     return loaded
 
 

@@ -26,42 +26,102 @@ LOGITS_AT_ONCE = 2**21  # limit of the logits in memory: 8 MiB, and a few tempor
 Part = tuple[int, slice, slice]  # head, its place in a block, its place among the head's pairs of the tier
 
 
+@dataclass(frozen=True)
+class Segment:
+    """
+    Neighbouring heads of a layer.
+
+    Attributes
+    ----------
+    layer : PackedPairs
+    heads : slice
+        Among the B·H heads of the layer.
+    rows : slice
+        Their rows in the tensors of all heads that are computed together.
+    """
+
+    layer: PackedPairs
+    heads: slice
+    rows: slice
+
+
+class Bases:
+    """
+    Queries (R, Q, D), float32, in all bases that keys are stored in.
+
+    Attributes
+    ----------
+    queries : Tensor, shape (R, Q, D)
+        For whole keys.
+    turned : Tensor, shape (R, Q, D)
+        Rotated as vector codes are.
+    coefficients : Tensor or None, shape (R, Q, D)
+        In the basis of transform codes.
+    means : Tensor or None, shape (R, Q, n_positions)
+        Their products with the means of transform codes at every position.
+    """
+
+    def __init__(self, queries: Tensor, segments: Sequence[Segment]):
+        self.queries = queries = queries.contiguous()
+        self.turned = queries @ rotation(queries.shape[-1], queries.device)
+        self.coefficients: Tensor | None = None
+        self.means: Tensor | None = None
+        bases = [segment.layer.basis for segment in segments if segment.layer.has_transform_codes]
+        if bases:
+            basis = max((basis for basis in bases if basis is not None), key=lambda basis: basis.n_positions)
+            n_heads = segments[0].layer.new_keys.shape[1]
+            heads = [torch.arange(one.heads.start, one.heads.stop, device=queries.device) for one in segments]
+            of_rows = torch.cat(heads) % n_heads
+            self.means = basis.mean_logits(queries, of_rows)
+            self.coefficients = basis.query_coefficients(queries, of_rows)
+        self._asked: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+    def of(self, tier: Tier) -> tuple[Tensor, Tensor]:
+        """Queries (R, Q, C) in the basis of a tier's keys, and the constants (R, Q) that belong to them."""
+        kind = (tier.keys.kind, tier.precision.key_bits)
+        if kind not in self._asked:
+            self._asked[kind] = self._of(tier)
+        return self._asked[kind]
+
+    def _of(self, tier: Tier) -> tuple[Tensor, Tensor]:
+        if isinstance(tier.keys, TransformCodes):
+            assert self.coefficients is not None
+            scaled, constants = KeyBasis.for_codes(self.coefficients, tier.keys.bits)
+            return scaled, constants[..., 0]
+        if tier.keys.kind == "whole":
+            return self.queries, self.queries[..., 0]  # not used
+        return self.turned, self.turned.sum(-1)
+
+
 class Products:
     """
-    How codes of one tier are multiplied: in plain PyTorch. Blocks of pairs are unpacked, then multiplied head by head.
+    How pairs are multiplied: in plain PyTorch. Blocks of codes are unpacked, then multiplied head by head.
 
     All tensors are float32. Results go into tensors that all tiers share, so that none has to be copied.
     """
 
-    def key_logits(
-        self,
-        keys: Vectors,
-        starts: Sequence[int],
-        asked: Tensor,
-        constants: Tensor,
-        means: Tensor | None,
-        offsets: Sequence[int],
-        logits: Tensor,
-    ) -> None:
+    def key_logits(self, segments: Sequence[Segment], bases: Bases, logits: Tensor) -> None:
         """
-        Write the logits of R neighbouring heads.
+        Write the logits of all pairs.
 
         Parameters
         ----------
-        keys : VectorCodes, TransformCodes or WholeVectors
-            Of a tier.
-        starts : sequence of R + 1 int
-            Where the pairs of the heads start in the tier, and where the last one ends.
-        asked, constants : Tensor, shape (R, Q, C), (R, Q)
-            Queries in the basis of the keys, and what belongs to them.
-        means : Tensor or None, shape (R, Q, n_positions)
-            Products of the queries with the means of transform codes.
-        offsets : sequence of R int
-            Where the logits of each head's pairs start in ``logits``.
+        segments : sequence of Segment
+        bases : Bases
         logits : Tensor, shape (R, Q, n)
         """
+        for segment in segments:
+            for number in range(len(segment.layer.tiers)):
+                self.tier_logits(segment, number, bases, logits[segment.rows])
+
+    def tier_logits(self, segment: Segment, number: int, bases: Bases, logits: Tensor) -> None:
+        """Write the logits of the pairs of one tier. ``logits`` are those of the segment."""
+        tier = segment.layer.tiers[number]
+        starts, offsets = segment.layer.table.of_heads(number, segment.heads)
+        asked, constants = (tensor[segment.rows] for tensor in bases.of(tier))
+        means = None if bases.means is None else bases.means[segment.rows]
         for start, stop, parts in _blocks(starts):
-            block = _Block.of(keys, start, stop)
+            block = _Block.of(tier.keys, start, stop)
             for head, here, there in parts:
                 place = logits[head, :, offsets[head] + there.start : offsets[head] + there.stop]
                 torch.mm(asked[head], block.numbers[:, here], out=place)
@@ -73,30 +133,29 @@ class Products:
                     place.add_(constants[head, :, None]).mul_(block.scale[here])
                     place += means[head].index_select(-1, block.positions[here])
 
-    def value_sums(
-        self,
-        values: Vectors,
-        starts: Sequence[int],
-        weights: Tensor,
-        offsets: Sequence[int],
-        whole: Tensor,
-        rotated: Tensor,
-        zeros: Tensor,
-    ) -> None:
+    def value_sums(self, segments: Sequence[Segment], weights: Tensor, whole: Tensor, rotated: Tensor) -> None:
         """
-        Add the weighted values of R neighbouring heads.
+        Add the weighted values of all pairs.
 
         Parameters
         ----------
-        values : VectorCodes or WholeVectors
-            Of a tier.
-        starts, offsets : sequence of int
-            As for :meth:`key_logits`.
+        segments : sequence of Segment
         weights : Tensor, shape (R, Q, n + T)
             Attention weights of pairs and later tokens.
-        whole, rotated, zeros : Tensor, shape (R, Q, D), (R, Q, D), (R, Q)
-            Sums of whole values; of coded ones, which are rotated; and of their zeros.
+        whole, rotated : Tensor, shape (R, Q, D)
+            Sums of whole values, and of coded ones, which are rotated.
         """
+        for segment in segments:
+            for number in range(len(segment.layer.tiers)):
+                own = (tensor[segment.rows] for tensor in (weights, whole, rotated))
+                self.tier_sums(segment, number, *own)
+
+    def tier_sums(self, segment: Segment, number: int, weights: Tensor, whole: Tensor, rotated: Tensor) -> None:
+        """Add the weighted values of one tier. The tensors are those of the segment."""
+        values, (starts, offsets) = (
+            segment.layer.tiers[number].values,
+            segment.layer.table.of_heads(number, segment.heads),
+        )
         for start, stop, parts in _blocks(starts):
             block = _Block.of(values, start, stop)
             for head, here, there in parts:
@@ -105,7 +164,7 @@ class Products:
                     whole[head].addmm_(place, block.numbers[:, here].T)
                 else:
                     rotated[head].addmm_(place * block.scale[here], block.numbers[:, here].T)
-                    zeros[head].addmv_(place, block.zero[here])
+                    rotated[head].add_((place @ block.zero[here])[:, None])
 
 
 TORCH = Products()
@@ -129,67 +188,17 @@ def packed_attention(
     grouped, new_logits = newest_logits(query, layer, scaling, cap)  # (B·H, G·Q, D), (B·H, G·Q, T)
     output = torch.empty(grouped.shape, dtype=torch.float32, device=query.device)
     new_values = layer.new_values.flatten(0, 1)
-    width = max(map(max, layer.lengths)) + new_logits.shape[2]
-    if layer.basis is not None:
-        width = max(width, layer.basis.n_positions)
+    width = layer.width + new_logits.shape[2]
     n_rows = max(1, min(grouped.shape[1], LOGITS_AT_ONCE // width))
     n_heads = max(1, LOGITS_AT_ONCE // (n_rows * width))
-    starts = [tier.starts() for tier in layer.tiers]
     for first in range(0, len(grouped), n_heads):
         heads = slice(first, min(first + n_heads, len(grouped)))
-        own = [at[first : heads.stop + 1] for at in starts]
+        segment = Segment(layer, heads, slice(0, heads.stop - first))
         for row in range(0, grouped.shape[1], n_rows):
             rows = slice(row, row + n_rows)
-            output[heads, rows] = _attend(
-                grouped[heads, rows].float(),
-                new_logits[heads, rows],
-                new_values[heads],
-                layer,
-                own,
-                first,
-                cap,
-                products,
-            )
+            new = [(segment.rows, new_logits[heads, rows], new_values[heads])]
+            output[heads, rows] = _attend(grouped[heads, rows].float(), [segment], new, cap, products)
     return output.to(query.dtype).view(n_batch, num_heads, q_len, head_dim).transpose(1, 2)
-
-
-def _attend(
-    queries: Tensor,
-    new_logits: Tensor,
-    new_values: Tensor,
-    layer: PackedPairs,
-    starts: list[list[int]],
-    first: int,
-    cap: float | None,
-    products: Products,
-) -> Tensor:
-    """The output (R, Q, D), float32, of R neighbouring heads from ``first`` on, whose pairs start at ``starts``."""
-    n_heads = len(queries)
-    ends = [list(ends) for ends in zip(*(_lengths(at) for at in starts), strict=True)]  # by head: pairs of each tier
-    offsets = [[sum(own[:tier]) for own in ends] for tier in range(len(starts))]
-    longest = max(map(sum, ends))
-    heads = torch.arange(first, first + n_heads, device=queries.device) % len(layer.lengths[0])
-    logits = torch.full((*queries.shape[:2], longest), -torch.inf, device=queries.device)
-    transformed = any(isinstance(tier.keys, TransformCodes) for tier in layer.tiers)
-    means = coefficients = None
-    if layer.basis is not None and transformed:
-        means = layer.basis.mean_logits(queries, heads)
-        coefficients = layer.basis.query_coefficients(queries, heads)
-    turned = queries @ rotation(queries.shape[-1], queries.device)
-    for tier, at, offset in zip(layer.tiers, starts, offsets, strict=True):
-        asked, constants = _in_basis_of(tier, queries, turned, coefficients)
-        products.key_logits(tier.keys, at, asked, constants, means, offset, logits)
-    del means
-    if cap is not None:
-        logits = torch.where(logits == -torch.inf, logits, apply_softcap(logits, cap))
-    weights = torch.cat((logits, new_logits), dim=-1).softmax(dim=-1)
-    del logits
-    rotated, zeros = queries.new_zeros(queries.shape), queries.new_zeros(queries.shape[:2])
-    whole = weights[..., longest:] @ new_values.float()
-    for tier, at, offset in zip(layer.tiers, starts, offsets, strict=True):
-        products.value_sums(tier.values, at, weights, offset, whole, rotated, zeros)
-    turn = rotation(queries.shape[-1], queries.device)
-    return whole + (rotated + zeros[..., None]) @ turn.T
 
 
 def packed_attention_together(
@@ -213,58 +222,58 @@ def packed_attention_together(
     -------
     Tensor, shape (N, 1, num_heads, D)
     """
-    n_heads, device = layers[0].new_keys.shape[1], query.device
+    n_heads = layers[0].new_keys.shape[1]
     queries = (query.unflatten(1, (n_heads, -1)).squeeze(3) * scaling).flatten(0, 1).float()  # (N·H, G, D)
     places = [slice(first, first + n_heads) for first in range(0, len(queries), n_heads)]
-    heads = torch.arange(n_heads, device=device).repeat(len(layers))
-    tables = [layer.table for layer in layers]
-    longest = max(table.longest for table in tables)
-    n_new = max(layer.new_keys.shape[2] for layer in layers)
-    logits = torch.full((*queries.shape[:2], longest + n_new), -torch.inf, device=device)
-    means = coefficients = None
-    with_bases = [layer.basis for layer in layers if layer.basis is not None]
-    if with_bases:
-        most = max(with_bases, key=lambda basis: basis.n_positions)
-        means = most.mean_logits(queries, heads)
-        coefficients = most.query_coefficients(queries, heads)
-    turn = rotation(queries.shape[-1], device)
-    turned = queries @ turn
-    asked: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-    for place, layer, table in zip(places, layers, tables, strict=True):
-        for tier, at, offset in zip(layer.tiers, table.starts, table.offsets, strict=True):
-            kind = (tier.keys.kind, tier.precision.key_bits)
-            if kind not in asked:
-                asked[kind] = _in_basis_of(tier, queries, turned, coefficients)
-            own, constants = asked[kind]
-            own_means = None if means is None else means[place]
-            products.key_logits(tier.keys, at, own[place], constants[place], own_means, offset, logits[place])
-        new = layer.new_keys[0].float()
-        torch.bmm(queries[place], new.mT, out=logits[place, :, longest : longest + new.shape[1]])
+    segments = [Segment(layer, slice(0, n_heads), rows) for layer, rows in zip(layers, places, strict=True)]
+    new = [
+        (rows, apply_softcap(queries[rows] @ layer.new_keys[0].float().mT, cap), layer.new_values[0])
+        for layer, rows in zip(layers, places, strict=True)
+    ]
+    output = _attend(queries, segments, new, cap, products)
+    return output.to(query.dtype).view(len(layers), 1, -1, query.shape[-1])
+
+
+def _attend(
+    queries: Tensor,
+    segments: Sequence[Segment],
+    new: Sequence[tuple[slice, Tensor, Tensor]],
+    cap: float | None,
+    products: Products,
+) -> Tensor:
+    """
+    The output (R, Q, D), float32, of scaled queries.
+
+    ``new`` has rows, logits (of these rows, Q, T) and values (of these rows, T, D) of later tokens.
+    """
+    longest = max(segment.layer.table.longest for segment in segments)
+    n_new = max(logits.shape[-1] for _, logits, _ in new)
+    logits = torch.full((*queries.shape[:2], longest + n_new), -torch.inf, device=queries.device)
+    products.key_logits(segments, Bases(queries, segments), logits)
     if cap is not None:
         logits = torch.where(logits == -torch.inf, logits, apply_softcap(logits, cap))
+    for rows, own, _ in new:
+        logits[rows, :, longest : longest + own.shape[-1]] = own
     weights = logits.softmax(dim=-1)
+    del logits
     whole, rotated = queries.new_zeros(queries.shape), queries.new_zeros(queries.shape)
-    zeros = queries.new_zeros(queries.shape[:2])
-    for place, layer, table in zip(places, layers, tables, strict=True):
-        for tier, at, offset in zip(layer.tiers, table.starts, table.offsets, strict=True):
-            products.value_sums(tier.values, at, weights[place], offset, whole[place], rotated[place], zeros[place])
-        new = layer.new_values[0].float()
-        whole[place].baddbmm_(weights[place, :, longest : longest + new.shape[1]], new)
-    output: Tensor = whole + (rotated + zeros[..., None]) @ turn.T
-    return output.to(query.dtype).view(len(layers), 1, -1, queries.shape[-1])
+    for rows, _, values in new:
+        torch.bmm(weights[rows, :, longest : longest + values.shape[1]], values.float(), out=whole[rows])
+    products.value_sums(segments, weights, whole, rotated)
+    return whole + rotated @ rotation(queries.shape[-1], queries.device).T
 
 
 def of_similar_length(layers: Mapping[int, PackedPairs], num_heads: int) -> list[list[int]]:
     """
     Groups of layers, by their keys, for :func:`packed_attention_together`.
 
-    It computes as many logits for each layer as the longest one of the group has. So a group has at most
+    It computes as many numbers for each layer as the widest one of the group needs. So a group has at most
     ``LOGITS_AT_ONCE``, unless it has only one layer.
     """
     groups: list[list[int]] = []
-    for name in sorted(layers, key=lambda name: -layers[name].table.longest):
-        longest = layers[groups[-1][0]].table.longest if groups else 0
-        if groups and (len(groups[-1]) + 1) * num_heads * longest <= LOGITS_AT_ONCE:
+    for name in sorted(layers, key=lambda name: -layers[name].width):
+        widest = layers[groups[-1][0]].width if groups else 0
+        if groups and (len(groups[-1]) + 1) * num_heads * widest <= LOGITS_AT_ONCE:
             groups[-1].append(name)
         else:
             groups.append([name])
@@ -295,25 +304,6 @@ class _Block:
             return cls(numbers, vectors.gains(start, stop), positions=vectors.positions(start, stop))
         scales = vectors.scales(start, stop)
         return cls(numbers, scales, scales * -vectors.middle)
-
-
-def _in_basis_of(tier: Tier, queries: Tensor, turned: Tensor, coefficients: Tensor | None) -> tuple[Tensor, Tensor]:
-    """
-    Queries (R, Q, C) in the basis of a tier's keys, and the constants (R, Q) that belong to them.
-
-    They are given as they are, turned as vector codes are, and as coefficients of transform codes.
-    """
-    if isinstance(tier.keys, TransformCodes):
-        assert coefficients is not None
-        scaled, constants = KeyBasis.for_codes(coefficients, tier.keys.bits)
-        return scaled, constants[..., 0]
-    if tier.keys.kind == "whole":
-        return queries, queries[..., 0]  # not used
-    return turned, turned.sum(-1)
-
-
-def _lengths(starts: list[int]) -> list[int]:
-    return [end - start for start, end in pairwise(starts)]
 
 
 def _blocks(starts: Sequence[int]) -> Iterator[tuple[int, int, list[Part]]]:

@@ -122,6 +122,16 @@ class PackedPairs(RaggedPairs):
             self._table = TierTable.of(self.tiers)
         return self._table
 
+    @property
+    def width(self) -> int:
+        """How many numbers attention needs for each query: a logit for each pair, or one for each position."""
+        return max(self.table.longest, 0 if self.basis is None else self.basis.n_positions)
+
+    @property
+    def has_transform_codes(self) -> bool:
+        """Whether keys of a tier are transform codes. Then there is a basis."""
+        return any(isinstance(tier.keys, TransformCodes) for tier in self.tiers)
+
     def _forget_derived(self) -> None:
         super()._forget_derived()
         self._packed_tilings = {}

@@ -92,3 +92,7 @@ class TierTable:
         by_head = [list(accumulate(own, initial=0)) for own in zip(*lengths, strict=True)]
         offsets = [[own[number] for own in by_head] for number in range(len(tiers))]
         return cls([tier.starts() for tier in tiers], offsets, max(own[-1] for own in by_head))
+
+    def of_heads(self, number: int, heads: slice) -> tuple[list[int], list[int]]:
+        """Starts and offsets of some neighbouring heads in a tier; one start more, where the last head ends."""
+        return self.starts[number][heads.start : heads.stop + 1], self.offsets[number][heads]

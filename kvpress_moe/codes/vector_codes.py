@@ -70,7 +70,7 @@ class VectorCodes:
     @property
     def middle(self) -> float:
         """The number that stands for 0. It lies between two numbers."""
-        return _middle(self.bits)
+        return middle_of(self.bits)
 
     @property
     def groups(self) -> Groups:
@@ -78,7 +78,8 @@ class VectorCodes:
         return ((len(self.packed) * 8 // self.bits, self.bits),)
 
 
-def _middle(bits: int) -> float:
+def middle_of(bits: int) -> float:
+    """The number that stands for 0 in codes of ``bits`` bits."""
     middle: float = ((1 << bits) - 1) / 2
     return middle
 
@@ -129,8 +130,8 @@ def encode(vectors: Tensor, bits: int) -> VectorCodes:
 
 def round_to_levels(vectors: Tensor, reach: Tensor, bits: int) -> Tensor:
     """Whole numbers from 0 to ``2**bits - 1``, shape (N, D), float32, for vectors (N, D) with a reach (N,) each."""
-    numbers = vectors * (_middle(bits) / reach)[:, None]
-    numbers.add_(_middle(bits)).round_().clamp_(0, (1 << bits) - 1)
+    numbers = vectors * (middle_of(bits) / reach)[:, None]
+    numbers.add_(middle_of(bits)).round_().clamp_(0, (1 << bits) - 1)
     return numbers
 
 
@@ -142,7 +143,11 @@ def best_reach(vectors: Tensor, bits: int) -> Tensor:
         return largest
     tried = torch.stack([largest.clamp(min=1e-30) * part for part in parts])
     errors = [
-        (round_to_levels(vectors, reach, bits) / _middle(bits) - 1).mul_(reach[:, None]).sub_(vectors).square_().sum(-1)
+        (round_to_levels(vectors, reach, bits) / middle_of(bits) - 1)
+        .mul_(reach[:, None])
+        .sub_(vectors)
+        .square_()
+        .sum(-1)
         for reach in tried
     ]
     return tried.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
