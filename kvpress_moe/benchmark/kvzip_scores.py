@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.model.attention_view import AttentionView
+from kvpress_moe.model.chat_template import cut_message
 from kvpress_moe.model.kvpress_host import teach_kvpress
 from kvpress_moe.model.layers import Attention, language_model
 from kvpress_moe.model.transformers_api import own_names
@@ -92,9 +93,4 @@ def chat_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a chat template puts between the user's words and the answer; a new line if there is no template."""
     if not tokenizer.chat_template:
         return "\n"
-    words = "dummy context"
-    text: Any = tokenizer.apply_chat_template(
-        [{"role": "user", "content": words}], add_generation_prompt=True, tokenize=False, enable_thinking=False
-    )
-    suffix: str = text.split(words)[1]
-    return suffix
+    return cut_message(tokenizer, "dummy context")[1]

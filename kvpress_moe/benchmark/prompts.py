@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.tasks.sample import Sample
 from kvpress_moe.errors import SettingError
+from kvpress_moe.model.chat_template import cut_message
 
 SETTINGS = ("agnostic", "aware")
 
@@ -60,16 +60,10 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
     if sample.chat and not chat:
         context, question = context + "\n", "\n" + sample.question + "\n" + sample.answer_prefix
     if chat:
-        mark = "\n" + "#" * 40 + "\n"
-        text: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": sample.context + mark + sample.question}],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=False,
-        )
-        context, question = text.split(mark)
-        prefix = context.removesuffix(sample.context)
-        context, question = context + "\n", "\n" + question + sample.answer_prefix
+        own = sample.context + "\n"
+        context, question = cut_message(tokenizer, own, "\n" + sample.question)
+        prefix = context.removesuffix(own).removesuffix(own.lstrip())
+        question += sample.answer_prefix
     if sample.chat and setting == "aware":
         # The cache is compressed when all tokens before the answer but the last one are in it.
         context, question = context + question, ""

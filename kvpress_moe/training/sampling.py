@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.model.chat_template import cut_message
 from kvpress_moe.model.end_tokens import end_tokens
 from kvpress_moe.model.transformers_api import with_cache
 
@@ -32,14 +33,7 @@ def request_ids(tokenizer: PreTrainedTokenizerBase, request: str, beginning: str
     head, tail = request, beginning
     chat = bool(tokenizer.chat_template)
     if chat:
-        mark = "#" * 40
-        text: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": request + mark}],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=False,
-        )
-        head, tail = text.split(mark)
+        head, tail = cut_message(tokenizer, request)
         tail += beginning
     before: list[int] = tokenizer(head, add_special_tokens=not chat).input_ids
     after: list[int] = tokenizer(tail, add_special_tokens=False).input_ids if tail else []

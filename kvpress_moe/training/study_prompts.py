@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,7 +25,7 @@ from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room, swept_d
 from kvpress_moe.benchmark.tasks.sample import Sample
 from kvpress_moe.benchmark.tasks.texts import modules, sentences, source
 from kvpress_moe.errors import CheckpointError, SettingError
-from kvpress_moe.files import write_atomically
+from kvpress_moe.files import is_text, is_whole, write_atomically
 from kvpress_moe.model.end_tokens import end_tokens
 from kvpress_moe.model.fingerprint import model_fingerprint
 from kvpress_moe.model.transformers_api import with_cache
@@ -183,8 +183,8 @@ def study_prompts(
         made["answers"] = []
         save()
     prompts = []
-    for index, fields in enumerate(made["samples"]):
-        sample = Sample(**{**fields, "references": ()})
+    for index, values in enumerate(made["samples"]):
+        sample = Sample(**{**values, "references": ()})
         prompt = encode(replace(sample, answer=" -"), tokenizer)  # a placeholder: the answer is known as tokens
         if index == len(made["answers"]):
             progress("answering", index, n)
@@ -218,12 +218,35 @@ def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     try:
         made: dict[str, Any] = json.loads(path.read_text())
         same = made["about"] == json.loads(json.dumps(about))
+        if same:
+            _check(made, about["n"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"study prompts: {path} cannot be read ({type(error).__name__}: {str(error)[:200]}), expected a file that "
             "`train` wrote. Delete it; it is made again."
         ) from error
     return made if same else {"about": about}
+
+
+def _check(made: dict[str, Any], n: int) -> None:
+    """Raise ValueError unless everything in a file has the form that :func:`study_prompts` writes."""
+    documents, questions = made.get("documents", []), made.get("questions", [None] * n)
+    samples: Any = made.get("samples")
+    answers: Any = made.get("answers")
+    if not all(set(one) == {"title", "text"} and all(map(is_text, one.values())) for one in documents):
+        raise ValueError("documents: expected a title and a text for each")
+    if len(questions) != n or not all(question is None or is_text(question) for question in questions):
+        raise ValueError(f"questions: expected {n} texts or null")
+    if samples is None and answers is None:
+        return
+    names = {field.name for field in fields(Sample)}
+    texts = ("task", "split", "context", "question", "answer_prefix")
+    if len(samples) != n or not all(
+        set(one) == names and all(is_text(one[text]) for text in texts) and is_whole(one["index"]) for one in samples
+    ):
+        raise ValueError(f"samples: expected {n}, each with {', '.join(sorted(names))}")
+    if len(answers) > n or not all(answer and all(is_whole(token) for token in answer) for answer in answers):
+        raise ValueError(f"answers: expected at most {n} lists of token ids")
 
 
 def _subjects(n: int, seed: int) -> list[str]:

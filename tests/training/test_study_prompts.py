@@ -116,6 +116,32 @@ def test_a_broken_file_is_named_in_the_error(served, tmp_path, text):
         study_prompts(*served, 2, LENGTH, 0, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "damage"),
+    [
+        ("documents", lambda documents: [{"title": "A", "text": 3}]),
+        ("documents", lambda documents: [{"title": "A"}]),
+        ("documents", lambda documents: 7),
+        ("questions", lambda questions: questions[:-1]),
+        ("questions", lambda questions: [3, *questions[1:]]),
+        ("samples", lambda samples: samples[1:]),
+        ("samples", lambda samples: [{**samples[0], "context": None}, *samples[1:]]),
+        ("samples", lambda samples: [{"task": "study"}, *samples[1:]]),
+        ("samples", lambda samples: None),
+        ("answers", lambda answers: [[], *answers[1:]]),
+        ("answers", lambda answers: [["one"], *answers[1:]]),
+        ("answers", lambda answers: [*answers, [1]]),
+        ("answers", lambda answers: None),
+    ],
+)
+def test_wrong_contents_are_named_in_the_error(served, made, tmp_path, field, damage):
+    original = next(made[1].glob("*.json"))
+    contents = json.loads(original.read_text())
+    (tmp_path / original.name).write_text(json.dumps({**contents, field: damage(contents[field])}))
+    with pytest.raises(CheckpointError, match=rf"{original.name} cannot be read"):
+        study_prompts(*served, 11, LENGTH, 0, tmp_path)
+
+
 def test_contexts_have_the_lengths_in_turn(served, made):
     _, tokenizer = served
     prompts, directory = made
