@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvpress_moe.budget.shared_bytes import decide_strategies
+from kvpress_moe.budget.shared_bytes import decide_strategies, strategy_costs
 from kvpress_moe.cache.packed_layer import PackedLayer
 from kvpress_moe.cache.tier import TABLE_BYTES
 from kvpress_moe.codes.key_transform import KeyBasis
@@ -17,11 +17,12 @@ from kvpress_moe.codes.precision import Precision
 from kvpress_moe.experts.layer_call import LayerCall
 from kvpress_moe.model.attention import per_kv_head
 from kvpress_moe.model.layers import Attention
-from kvpress_moe.press.packing import Menu, cost_of_strategies, key_basis, positions_of
+from kvpress_moe.press.packing import Menu, cost_of_strategies, key_basis, losses_of_strategies, positions_of
 
 if TYPE_CHECKING:
     from kvpress_moe.benchmark.methods import Method
 
+LEAST_WEIGHT = 1e-9  # of a pair
 ELEMENT_SIZE = 2  # all bytes are shares of a 16-bit cache, whatever type the model has here
 
 
@@ -126,6 +127,45 @@ class CostTaker:
         own = self.method.precision == "own"  # such a press knows its scope once it has seen the model
         budget = self.press.scope if own else str(self.method.budget)
         return by_cost(self.costs, ratio, self.menu, self.bases, budget, min_share)
+
+
+class LossTaker:
+    """
+    What each strategy loses of the pairs of a prompt, layer by layer. Weights of pairs come later, from another pass.
+
+    Parameters
+    ----------
+    press : MoERouterPress
+        Its menu and the key transforms of its routers are used.
+    """
+
+    def __init__(self, press: Any):
+        self.press = press
+        self.losses: list[Tensor] = []
+        self.bases: list[KeyBasis | None] = []
+        self.menu: Menu | None = None
+
+    def add_layer(self, module: Attention, arguments: tuple[Any, ...], clock: Any) -> None:
+        call = LayerCall(module, *arguments)
+        positions = positions_of(call, None)
+        basis = key_basis(call, call.layer_idx, self.press.routers, positions)
+        menu = self.menu = Menu.of(self.press.menu, call.keys.shape[-1], ELEMENT_SIZE, basis)
+        self.losses.append(losses_of_strategies(call, menu, basis, positions))
+        self.bases.append(basis)
+
+    def costs(self, weights: Sequence[Tensor], sinks: int, recent: int) -> list[Tensor]:
+        """
+        Costs (M, 1, H, S) of each layer by the rule with constants, from what it costs to evict each pair (H, S).
+
+        The first and the last tokens are never evicted.
+        """
+        found = []
+        for weight, losses in zip(weights, self.losses, strict=True):
+            costs = strategy_costs(weight[None].clamp(min=LEAST_WEIGHT).log(), losses)
+            costs[0, ..., :sinks] = torch.inf
+            costs[0, ..., max(0, costs.shape[-1] - recent) :] = torch.inf
+            found.append(costs)
+        return found
 
 
 #: RDKV's numbers of bits, for keys and values alike.

@@ -53,8 +53,9 @@ class Method:
         Whether the press needs its own prefill, because it changes the prefill or processes the prompt again.
     eager : bool
         Whether that prefill needs eager attention.
-    precision : Precision, "own", "rdkv" or None
-        How kept pairs are stored: as they are, all with one precision, by the press's own rule, or by RDKV's.
+    precision : Precision, "own", "rdkv", "weighed" or None
+        How kept pairs are stored: as they are (None), all with one precision, by the press's own rule, by RDKV's, or by
+        our rule with constants, where a pair's score is what its eviction costs.
     fixed_share : float or None
         Share of a 16-bit cache's bytes that the method always takes.
     """
@@ -166,9 +167,9 @@ def find_methods(names: Iterable[str] | None) -> dict[str, Method]:
     Parameters
     ----------
     names : iterable of str
-        Registered names; ``name+k8v4`` for a method whose press only scores, with keys of 8 and values of 4
-        bits; or your own presses as ``module:Class(argument=1)``. A name before it is possible:
-        ``mine=package.module:MyPress(alpha=0.5)``.
+        Registered names; ``name+k8v4`` for a method whose press only scores, with keys of 8 and values of 4 bits;
+        ``kvzip_global+mixed`` for KVzip's scores with our codes; or your own presses as ``module:Class(argument=1)``.
+        A name before it is possible: ``mine=package.module:MyPress(alpha=0.5)``.
 
     Raises
     ------
@@ -190,7 +191,14 @@ def find_methods(names: Iterable[str] | None) -> dict[str, Method]:
 
 
 def _coded(name: str, known: Mapping[str, Method]) -> Method | None:
-    """``"keydiff_global+k8v4"``: a method that only scores, whose kept pairs are coded. None for other names."""
+    """
+    A method that only scores, whose kept pairs are coded: ``"keydiff_global+k8v4"``. None for other names.
+
+    ``+mixed`` is for KVzip alone: its scores are attention, which weighs pairs of all heads alike.
+    """
+    base = known.get(name.removesuffix("+mixed"))
+    if name.endswith("+mixed") and base is not None and base.scorer == "kvzip":
+        return replace(base, name=name, group="bytes", precision="weighed")
     match = re.fullmatch(r"(?P<base>[\w.-]+)\+k(?P<key>\d+)v(?P<value>\d+)", name)
     base = known.get(match["base"]) if match else None
     if match is None or base is None or base.budget is None or base.precision is not None:

@@ -14,6 +14,7 @@ from kvpress.presses.base_press import BasePress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.benchmark.byte_strategies import by_cost
 from kvpress_moe.benchmark.kvzip_scores import ReplayScores
 from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.prompts import Prompt
@@ -39,7 +40,7 @@ def select_in_own_prefill(
 ) -> None:
     """Add what methods with their own prefill keep to ``selections``. Arguments as in ``select_pairs``."""
     input_ids = prompt.context.to(model.device)
-    replay: tuple[list[Tensor], float] | None = None
+    replay: tuple[Tensor, float] | None = None
     for name, ratio in cells:
         method = methods[name]
         if method.scorer == "kvzip":
@@ -48,16 +49,39 @@ def select_in_own_prefill(
                 scores = ReplayScores().of(model, tokenizer, input_ids, selections.cache, prompt.n_prefix)[
                     selections.layers
                 ]
+                replay = scores, time.perf_counter() - start
+            if method.precision == "weighed":
+                kept = _weighed(replay[0], ratio, method, selections, sinks, recent, min_share)
+            else:
+                scores = replay[0].clone()
                 scores[..., :sinks] = scores[..., max(0, scores.shape[-1] - recent) :] = torch.inf
-                replay = list(scores), time.perf_counter() - start
-            layers: list[Any] = selections.cache.layers
-            kept = kept_under(replay[0], ratio, method, min_share, layers[selections.layers[0]].keys.shape[-1])
+                layers: list[Any] = selections.cache.layers
+                head_dim = layers[selections.layers[0]].keys.shape[-1]
+                kept = kept_under(list(scores), ratio, method, min_share, head_dim)
             kept.seconds = replay[1]
             selections.kept[name, ratio] = kept
         elif method.own_prefill:
             press = method.make(partial(protect, sinks=sinks, recent=recent))
             set_ratio(press, ratio)
             selections.kept[name, ratio] = select_hooked(model, input_ids, press, selections, method.eager)
+
+
+def _weighed(
+    attention: Tensor, ratio: float, method: Method, selections: Selections, sinks: int, recent: int, min_share: float
+) -> Kept:
+    """
+    The strategies of pairs whose weight is the attention (L, H, S) that a repetition pays.
+
+    Of the attention the square root is taken: of the powers 0.5, 1, 1.5 and 2 it was the best at 5 % of the bytes on
+    four samples of the tune split, and nearly the best at 10 %.
+    """
+    losses = selections.losses
+    assert losses is not None
+    assert losses.menu is not None
+    costs = losses.costs(list(attention.sqrt()), sinks, recent)
+    coded = by_cost(costs, ratio, losses.menu, losses.bases, str(method.budget), min_share)
+    masks = [layer > 0 for layer in coded.strategies]
+    return Kept(masks, None, attention.shape[-1], coded=coded, n_bytes=coded.n_bytes)
 
 
 def select_hooked(

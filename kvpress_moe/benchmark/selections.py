@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvpress_moe.benchmark.byte_strategies import Coded
+from kvpress_moe.benchmark.byte_strategies import Coded, LossTaker
 
 Cell = tuple[str, float]  # method, compression ratio
 
@@ -61,6 +61,8 @@ class Selections:
     layers : list of int
         Layers with full attention. Presses compress only these; the caches of the other layers are bounded anyway.
     kept : dict of (method, ratio) -> Kept
+    losses : LossTaker or None
+        What each strategy loses of the pairs, if a method needs it whose weights come from another pass.
     prefill_seconds : float
         Duration of the shared prefill, without the time that presses took.
     """
@@ -68,4 +70,5 @@ class Selections:
     cache: DynamicCache
     layers: list[int]
     kept: dict[Cell, Kept] = field(default_factory=dict)
+    losses: LossTaker | None = None
     prefill_seconds: float = 0.0

@@ -15,7 +15,13 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvpress_moe.benchmark.byte_strategies import ELEMENT_SIZE, CostTaker, at_one_precision, pairs_that_fit
+from kvpress_moe.benchmark.byte_strategies import (
+    ELEMENT_SIZE,
+    CostTaker,
+    LossTaker,
+    at_one_precision,
+    pairs_that_fit,
+)
 from kvpress_moe.benchmark.methods import Budget, Method
 from kvpress_moe.benchmark.protected_tokens import protect
 from kvpress_moe.benchmark.quantised_caches import QUANTISED
@@ -278,7 +284,11 @@ def select_pairs(
             wanted = sorted({ratio for other in same for ratio in ratios[other]})
             if method.scorer not in scorers:
                 scorers[method.scorer] = _Scores(method.make(protecting), wanted)
-    passing: list[_Scores | _Selection | CostTaker] = [*scorers.values(), *own.values(), *costs.values()]
+    passing: list[_Scores | _Selection | CostTaker | LossTaker] = [*scorers.values(), *own.values(), *costs.values()]
+    losses = None
+    if any(methods[name].precision == "weighed" for name in ratios):
+        losses = LossTaker(memo.remember(MoERouterPress(precision="mixed")))
+        passing.append(losses)
 
     clock = _Clock(model.device)
     cache = DynamicCache()
@@ -296,7 +306,8 @@ def select_pairs(
     presses = [taker.press for taker in passing]
     with prepared(model, presses), hooked(full_attentions(model), pass_layer):
         model.model(input_ids=input_ids.to(model.device), **with_cache(cache))
-    selections = Selections(cache, full_attention_layers(model), prefill_seconds=clock.now() - start - clock.total)
+    seconds = clock.now() - start - clock.total
+    selections = Selections(cache, full_attention_layers(model), losses=losses, prefill_seconds=seconds)
 
     head_dim = cache.layers[selections.layers[0]].keys.shape[-1]  # type: ignore[union-attr]
     for name in ratios:

@@ -88,7 +88,7 @@ class CompiledProducts(Products):
     """The same with the C library, all segments in one call. Whole vectors in half precision are left to PyTorch."""
 
     def key_logits(self, segments: Sequence[Segment], bases: Bases, logits: Tensor) -> None:
-        of_segments = _c_segments(segments, "keys")
+        of_segments, prepared = _c_segments(segments, "keys")
         failed = library().key_logits(
             of_segments,
             len(segments),
@@ -103,11 +103,11 @@ class CompiledProducts(Products):
         )
         if failed:
             raise MemoryError("attention over codes: no memory for the table of tasks.")
-        for segment, number in _left_out(segments, "keys"):
+        for segment, number in _left_out(segments, prepared):
             self.tier_logits(segment, number, bases, logits[segment.rows])
 
     def value_sums(self, segments: Sequence[Segment], weights: Tensor, whole: Tensor, rotated: Tensor) -> None:
-        of_segments = _c_segments(segments, "values")
+        of_segments, prepared = _c_segments(segments, "values")
         failed = library().value_sums(
             of_segments,
             len(segments),
@@ -119,24 +119,26 @@ class CompiledProducts(Products):
         )
         if failed:
             raise MemoryError("attention over codes: no memory for partial sums.")
-        for segment, number in _left_out(segments, "values"):
+        for segment, number in _left_out(segments, prepared):
             self.tier_sums(segment, number, *(tensor[segment.rows] for tensor in (weights, whole, rotated)))
 
 
 COMPILED = CompiledProducts()
 
 
-def _left_out(segments: Sequence[Segment], which: str) -> list[tuple[Segment, int]]:
+def _left_out(segments: Sequence[Segment], prepared: Sequence[_Prepared]) -> list[tuple[Segment, int]]:
     """Segments with their tiers whose keys or values the library does not read."""
-    return [(segment, number) for segment in segments for number in _codes(segment.layer, which).left_out]
+    return [(segment, n) for segment, one in zip(segments, prepared, strict=True) for n in one.left_out]
 
 
 def _is_read(vectors: Vectors) -> bool:
-    return not isinstance(vectors, WholeVectors) or vectors.vectors.dtype == torch.float32
+    if not isinstance(vectors, WholeVectors):
+        return True
+    return vectors.vectors.dtype == torch.float32 and vectors.vectors.is_contiguous()
 
 
 class _Tier(ctypes.Structure):
-    """As in the C library."""
+    """``Tier`` of the C library."""
 
     _fields_ = (
         ("whole", ctypes.c_void_p),
@@ -149,7 +151,7 @@ class _Tier(ctypes.Structure):
 
 
 class _Segment(ctypes.Structure):
-    """As in the C library."""
+    """``Segment`` of the C library."""
 
     _fields_ = (
         ("tiers", ctypes.c_void_p),
@@ -158,43 +160,66 @@ class _Segment(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class _Codes:
-    """Keys or values of a layer for the C library, all arrays that it points to, and the tiers that are left out."""
+class _Prepared:
+    """
+    Keys or values of a layer, ready for the C library.
+
+    Attributes
+    ----------
+    tiers : array of _Tier
+        Those that the library reads.
+    left_out : list of int
+        Numbers of the others.
+    rest : list of Tier
+        All tiers but the first one.
+    addresses : tuple of int
+        Of all tensors. Shared memory moves tensors in place.
+    held : tuple
+        What the array points to.
+    """
 
     tiers: Any
     left_out: list[int]
+    rest: list[Tier]
     addresses: tuple[int, ...]
     held: tuple[Any, ...]
 
 
-#: First tier of a layer -> its codes, by what they are. Codes never change, and copies of a layer share its tiers.
-_CODES: WeakKeyDictionary[Tier, dict[str, _Codes]] = WeakKeyDictionary()
+#: First tier of a layer -> its keys and its values. Codes never change, and copies of a layer share its tiers.
+_PREPARED: WeakKeyDictionary[Tier, dict[str, _Prepared]] = WeakKeyDictionary()
 
 
-def _c_segments(segments: Sequence[Segment], which: str) -> Any:
-    found = []
-    for segment in segments:
-        tiers = _codes(segment.layer, which).tiers
-        found.append((ctypes.addressof(tiers), len(tiers), segment.heads.start, segment.heads.stop, segment.rows.start))
-    return (_Segment * len(found))(*(_Segment(*one) for one in found))
+def _c_segments(segments: Sequence[Segment], which: str) -> tuple[Any, list[_Prepared]]:
+    """Segments for the C library, and what has to live as long as they are used."""
+    prepared = [_prepare(segment.layer, which) for segment in segments]
+    rows = [
+        _Segment(
+            ctypes.addressof(one.tiers), len(one.tiers), segment.heads.start, segment.heads.stop, segment.rows.start
+        )
+        for segment, one in zip(segments, prepared, strict=True)
+    ]
+    return (_Segment * len(rows))(*rows), prepared
 
 
-def _codes(layer: PackedPairs, which: str) -> _Codes:
+def _prepare(layer: PackedPairs, which: str) -> _Prepared:
+    first, *rest = layer.tiers
     of_tiers: list[Vectors] = [getattr(tier, which) for tier in layer.tiers]
-    # the first tensor of each tells: shared memory moves tensors in place
-    addresses = tuple(next(iter(vectors.tensors.values())).data_ptr() for vectors in of_tiers)
-    known = _CODES.setdefault(layer.tiers[0], {})
-    if which not in known or known[which].addresses != addresses:
+    addresses = tuple(tensor.data_ptr() for vectors in of_tiers for tensor in vectors.tensors.values())
+    known = _PREPARED.setdefault(first, {})
+    found = known.get(which)
+    if found is None or found.addresses != addresses or found.rest != rest:
         parts = zip(of_tiers, layer.table.starts, layer.table.offsets, strict=True)
         made = [_c_tier(*part) for part in parts if _is_read(part[0])]
         left_out = [number for number, vectors in enumerate(of_tiers) if not _is_read(vectors)]
         tiers = (_Tier * len(made))(*(tier for tier, _ in made))
-        known[which] = _Codes(tiers, left_out, addresses, tuple(held for _, held in made))
-    return known[which]
+        # of_tiers: no tensor may be freed while the addresses are compared with others
+        held = (of_tiers, *(arrays for _, arrays in made))
+        known[which] = found = _Prepared(tiers, left_out, rest, addresses, held)
+    return found
 
 
 def _c_tier(codes: Vectors, starts: Sequence[int], offsets: Sequence[int]) -> tuple[_Tier, Any]:
-    """A tier for the C library, and the arrays that it points to and that nothing else holds."""
+    """A tier for the C library, and the arrays that it points to, beside the tensors of the codes."""
     held = ((ctypes.c_int64 * len(starts))(*starts), (ctypes.c_int64 * len(offsets))(*offsets))
     of_heads = {"starts": ctypes.addressof(held[0]), "offsets": ctypes.addressof(held[1])}
     if not all(tensor.is_contiguous() for tensor in codes.tensors.values()):
@@ -219,7 +244,7 @@ def _c_tier(codes: Vectors, starts: Sequence[int], offsets: Sequence[int]) -> tu
         **{name: ctypes.addressof(table) for name, table in zip(names, tables, strict=True)},
         **of_heads,
     )
-    return tier, held
+    return tier, (held, tables)
 
 
 @cache
@@ -257,7 +282,11 @@ def _tables(groups: Groups, bits: int, head_dim: int | None) -> tuple[Any, ...]:
 def _pointer(tensor: Tensor | None) -> int | None:
     if tensor is None:
         return None
-    assert tensor.is_contiguous()
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise UnsupportedInputError(
+            f"packed attention 'compiled': got a tensor of {tensor.dtype} on {tensor.device}, expected contiguous "
+            "float32 on the CPU. Call use_ragged_attention('torch')."
+        )
     return tensor.data_ptr()
 
 

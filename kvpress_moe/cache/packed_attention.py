@@ -66,9 +66,10 @@ class Bases:
         self.turned = queries @ rotation(queries.shape[-1], queries.device)
         self.coefficients: Tensor | None = None
         self.means: Tensor | None = None
-        bases = [segment.layer.basis for segment in segments if segment.layer.has_transform_codes]
+        with_codes = [segment.layer for segment in segments if segment.layer.has_transform_codes]
+        bases = [layer.basis for layer in with_codes if layer.basis is not None]
         if bases:
-            basis = max((basis for basis in bases if basis is not None), key=lambda basis: basis.n_positions)
+            basis = max(bases, key=lambda basis: basis.n_positions)
             n_heads = segments[0].layer.new_keys.shape[1]
             heads = [torch.arange(one.heads.start, one.heads.stop, device=queries.device) for one in segments]
             of_rows = torch.cat(heads) % n_heads
@@ -152,10 +153,8 @@ class Products:
 
     def tier_sums(self, segment: Segment, number: int, weights: Tensor, whole: Tensor, rotated: Tensor) -> None:
         """Add the weighted values of one tier. The tensors are those of the segment."""
-        values, (starts, offsets) = (
-            segment.layer.tiers[number].values,
-            segment.layer.table.of_heads(number, segment.heads),
-        )
+        values = segment.layer.tiers[number].values
+        starts, offsets = segment.layer.table.of_heads(number, segment.heads)
         for start, stop, parts in _blocks(starts):
             block = _Block.of(values, start, stop)
             for head, here, there in parts:
@@ -248,7 +247,7 @@ def _attend(
     """
     longest = max(segment.layer.table.longest for segment in segments)
     n_new = max(logits.shape[-1] for _, logits, _ in new)
-    logits = torch.full((*queries.shape[:2], longest + n_new), -torch.inf, device=queries.device)
+    logits = queries.new_full((*queries.shape[:2], longest + n_new), -torch.inf)  # float32, as the queries are
     products.key_logits(segments, Bases(queries, segments), logits)
     if cap is not None:
         logits = torch.where(logits == -torch.inf, logits, apply_softcap(logits, cap))
@@ -271,8 +270,9 @@ def of_similar_length(layers: Mapping[int, PackedPairs], num_heads: int) -> list
     ``LOGITS_AT_ONCE``, unless it has only one layer.
     """
     groups: list[list[int]] = []
-    for name in sorted(layers, key=lambda name: -layers[name].width):
-        widest = layers[groups[-1][0]].width if groups else 0
+    widths = {name: layer.width + layer.new_keys.shape[2] for name, layer in layers.items()}
+    for name in sorted(layers, key=lambda name: -widths[name]):
+        widest = widths[groups[-1][0]] if groups else 0
         if groups and (len(groups[-1]) + 1) * num_heads * widest <= LOGITS_AT_ONCE:
             groups[-1].append(name)
         else:

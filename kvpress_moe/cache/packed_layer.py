@@ -16,6 +16,7 @@ from kvpress_moe.codes.precision import WHOLE, Precision
 from kvpress_moe.codes.transform_codes import TRANSFORM_BITS, encode_coefficients
 from kvpress_moe.codes.vector_codes import encode
 from kvpress_moe.codes.whole_vectors import WholeVectors
+from kvpress_moe.errors import UnsupportedInputError
 
 # B = batch, H = KV heads, S = tokens of the prompt, D = head dim
 
@@ -79,6 +80,11 @@ class PackedLayer(PackedPairs, RaggedLayer):
             With a basis, keys of few bits become transform codes.
         positions : Tensor, shape (B or 1, S), int64, optional
             Positions of the keys, as the rotary embedding got them. Needed with a basis. By default 0 to S - 1.
+
+        Raises
+        ------
+        UnsupportedInputError
+            If a position is negative, or outside of the basis.
         """
         with exact(keys.device):
             return cls._coded(keys, values, strategies, menu, basis, positions)
@@ -98,6 +104,8 @@ class PackedLayer(PackedPairs, RaggedLayer):
         if positions is None:
             positions = torch.arange(keys.shape[2], device=keys.device)[None]
         positions = positions.to(keys.device)
+        if basis is not None:
+            _check_positions(positions, basis.n_positions)
         coefficients = None if basis is None else basis.coefficients(keys, positions)
         positions = positions[:, None].expand(strategies.shape)
         tiers: list[Tier] = []
@@ -121,6 +129,17 @@ class PackedLayer(PackedPairs, RaggedLayer):
         self.basis = None if self.basis is None else self.basis.to(device)
         self.new_keys = self.new_keys.to(device, non_blocking=True)
         self.new_values = self.new_values.to(device, non_blocking=True)
+
+
+def _check_positions(positions: Tensor, n_positions: int) -> None:
+    if not positions.numel():
+        return
+    low, high = (int(end) for end in positions.aminmax())
+    if low < 0 or high >= n_positions:
+        raise UnsupportedInputError(
+            f"positions: got {low} to {high}, expected 0 to {n_positions - 1}, for which the key basis was made. Count "
+            "positions from 0, or make the basis for more of them."
+        )
 
 
 def _coded(vectors: Tensor, bits: int) -> Vectors:

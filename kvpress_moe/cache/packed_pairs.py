@@ -125,7 +125,8 @@ class PackedPairs(RaggedPairs):
     @property
     def width(self) -> int:
         """How many numbers attention needs for each query: a logit for each pair, or one for each position."""
-        return max(self.table.longest, 0 if self.basis is None else self.basis.n_positions)
+        n_positions = self.basis.n_positions if self.basis is not None and self.has_transform_codes else 0
+        return max(self.table.longest, n_positions)
 
     @property
     def has_transform_codes(self) -> bool:

@@ -99,7 +99,9 @@ def profile(head_dim: int, bits: int) -> Groups:
 def steps(head_dim: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
     """Step of each coefficient that has bits, float32."""
     with lasting():
-        of_groups = [torch.full((count,), _STEPS[number]) for count, number in profile(head_dim, bits)]
+        of_groups = [
+            torch.full((count,), _STEPS[number], dtype=torch.float32) for count, number in profile(head_dim, bits)
+        ]
         return torch.cat(of_groups).to(device)
 
 
@@ -107,7 +109,10 @@ def steps(head_dim: int, bits: int, device: torch.device | str = "cpu") -> Tenso
 def middles(head_dim: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
     """The number that stands for 0, for each coefficient that has bits, float32."""
     with lasting():
-        of_groups = [torch.full((count,), 2 ** (number - 1) - 0.5) for count, number in profile(head_dim, bits)]
+        of_groups = [
+            torch.full((count,), 2 ** (number - 1) - 0.5, dtype=torch.float32)
+            for count, number in profile(head_dim, bits)
+        ]
         return torch.cat(of_groups).to(device)
 
 

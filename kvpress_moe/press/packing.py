@@ -15,7 +15,7 @@ from kvpress_moe.budget.shared_bytes import ByteBudget, SharedBytes, as_costs, s
 from kvpress_moe.cache.masks import fit_masks
 from kvpress_moe.cache.packed_layer import PackedLayer
 from kvpress_moe.cache.tier import TABLE_BYTES
-from kvpress_moe.codes.distortion import distortions
+from kvpress_moe.codes.distortion import Distortion, distortions
 from kvpress_moe.codes.exact import exact
 from kvpress_moe.codes.key_transform import KeyBasis, KeyTransform
 from kvpress_moe.codes.precision import WHOLE, Precision
@@ -168,12 +168,21 @@ def cost_of_strategies(
         return _costs(call, routing, scores, menu, basis, positions)
 
 
+def losses_of_strategies(call: LayerCall, menu: Menu, basis: KeyBasis | None, positions: Tensor) -> Tensor:
+    """What each strategy but the first loses of each pair: (M - 1, B, H, S), float32. 1 is the loss of eviction."""
+    with exact(call.keys.device):
+        return _losses(call, menu, basis, positions).total(menu.precisions, call.keys[..., 0])
+
+
+def _losses(call: LayerCall, menu: Menu, basis: KeyBasis | None, positions: Tensor) -> Distortion:
+    power = query_power(call)
+    return distortions(call.keys, call.values, menu.precisions, call.module.scaling, power, basis, positions)
+
+
 def _costs(
     call: LayerCall, routing: Routing, scores: Tensor, menu: Menu, basis: KeyBasis | None, positions: Tensor
 ) -> Tensor:
-    lost = distortions(
-        call.keys, call.values, menu.precisions, call.module.scaling, query_power(call), basis, positions
-    )
+    lost = _losses(call, menu, basis, positions)
     router = routing.router
     worths = router.worths(call.hidden_states)
     if router.rule is not None and worths is not None:

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 import kvpress_moe.benchmark.byte_strategies as byte_strategies
+import kvpress_moe.benchmark.shared_prefill as shared_prefill
 from kvpress_moe import MoERouterPress
-from kvpress_moe.benchmark.byte_strategies import Coded, decode_all
+from kvpress_moe.benchmark.byte_strategies import Coded, LossTaker, decode_all
 from kvpress_moe.benchmark.evaluator import Evaluator
+from kvpress_moe.benchmark.kvzip_scores import ReplayScores
 from kvpress_moe.benchmark.methods import Method, find_methods
+from kvpress_moe.benchmark.multi_pass import select_in_own_prefill
 from kvpress_moe.benchmark.plan import Plan
+from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.quantised_caches import QUANTISED, kivi
 from kvpress_moe.benchmark.records import read_records
 from kvpress_moe.benchmark.results import load
@@ -90,7 +94,16 @@ def test_a_press_of_ones_own_with_a_precision_is_judged_by_its_own_rule(llama, t
 
 
 def test_no_method_takes_more_than_its_share_of_a_16_bit_cache(llama, chat_tokenizer):
-    names = ("knorm", "knorm+k8v4", "keydiff_global+k4v2", "rdkv", "kvzip_global+k4v4", "kivi_4", "kivi_2")
+    names = (
+        "knorm",
+        "knorm+k8v4",
+        "keydiff_global+k4v2",
+        "rdkv",
+        "kvzip_global+k4v4",
+        "kvzip_global+mixed",
+        "kivi_4",
+        "kivi_2",
+    )
     evaluator = Evaluator(replace(PLAN, methods=names), (llama, chat_tokenizer))
     evaluator.methods["mine"] = mixed(llama)
     full, *rows = evaluator.evaluate(evaluator.samples[0], evaluator.cells())["results"]
@@ -113,9 +126,39 @@ def test_first_and_last_tokens_are_never_evicted(llama):
 def test_names_say_how_pairs_are_coded():
     (method,) = find_methods(["snapkv_global+k8v4"]).values()
     assert (str(method.precision), method.group, method.budget) == ("K8V4", "bytes", "global")
-    for wrong in ("snapkv+k7v4", "adakv_snapkv+k8v4", "nothing+k8v4", "rdkv+k8v4"):
+    (method,) = find_methods(["kvzip_layer+mixed"]).values()
+    assert (method.precision, method.group, method.budget) == ("weighed", "bytes", "layer")
+    for wrong in (
+        "keydiff_global+mixed",
+        "moe_mixed+mixed",
+        "snapkv+k7v4",
+        "adakv_snapkv+k8v4",
+        "nothing+k8v4",
+        "rdkv+k8v4",
+    ):
         with pytest.raises(SettingError):
             find_methods([wrong])
+
+
+def test_weights_from_another_pass_give_the_strategies_of_a_press_with_these_weights(llama, monkeypatch):
+    """A calibrated router without a rule weighs a pair by ``exp(score)``. Here KVzip's scores are these weights."""
+    routers = calibrated_routers(llama)
+    for layer in routers.layers:
+        layer.rule = None
+    press = MoERouterPress(precision="mixed", router=routers, cache_aware=False)
+    mix, scores = press.mix, []
+    monkeypatch.setattr(press, "mix", lambda *arguments: scores.append(mix(*arguments)[0]) or scores[-1][None])
+    monkeypatch.setattr(shared_prefill, "LossTaker", lambda _: LossTaker(press))
+    (zipped,) = find_methods(["kvzip_global+mixed"]).values()
+    methods = {"mine": replace(mixed(llama), make=lambda protect: press), "zipped": zipped}
+    cells = [(name, ratio) for ratio in (0.7, 0.9) for name in methods]
+    prompt = Prompt(tokens(180), tokens(4), tokens(2))
+    selections = select_pairs(llama, prompt.context, methods, cells, 4, 16)
+    monkeypatch.setattr(ReplayScores, "of", lambda *_: torch.stack(scores).float().exp().square())
+    select_in_own_prefill(llama, None, prompt, selections, methods, cells, 4, 16)
+    for ratio in (0.7, 0.9):
+        ours, theirs = (torch.stack(selections.kept[name, ratio].coded.strategies) for name in methods)
+        assert (ours == theirs).float().mean() > 0.99  # exp and log are not exact
 
 
 def naive_kivi(keys, values, bits):

@@ -1,5 +1,6 @@
 """The C library for packed layers: it computes what plain PyTorch computes, and says why if it cannot be built."""
 
+import ctypes
 import shutil
 import subprocess
 
@@ -10,10 +11,18 @@ from torch.testing import assert_close
 import kvpress_moe.cache.compiled_products as compiled_module
 import kvpress_moe.cache.packed_attention as packed_attention_module
 from kvpress_moe import SettingError, UnsupportedInputError, use_ragged_attention
-from kvpress_moe.cache.compiled_products import FEW_QUERIES, compiled_packed_attention, library
+from kvpress_moe.cache.compiled_products import (
+    FEW_QUERIES,
+    _tables,
+    compiled_packed_attention,
+    compiled_packed_attention_together,
+    library,
+)
 from kvpress_moe.cache.packed_attention import packed_attention
+from kvpress_moe.cache.packed_layer import PackedLayer
 from kvpress_moe.cache.torch_backend import torch_attention
 from kvpress_moe.codes.precision import MIXED, MIXED_TRANSFORMED, Precision
+from kvpress_moe.codes.transform_codes import steps
 from kvpress_moe.codes.vector_codes import BITS
 from kvpress_moe.model.transformers_api import with_cache
 from tests.cache.test_packed_layer import decoded, press_of
@@ -167,3 +176,93 @@ def test_tensors_on_another_device_are_refused():
     query, layer = made(MIXED, 64, 1, 1, torch.float32, False)
     with pytest.raises(UnsupportedInputError, match="got tensors on meta, expected the CPU"):
         compiled_packed_attention(query.to("meta"), layer, 0.1)
+
+
+def attended(query, layer):
+    """What the library computes, which is compared with the decoded pairs first."""
+    with torch.no_grad():
+        got, wanted = compiled_packed_attention(query, layer, 0.1), torch_attention(query, decoded(layer), 0.1)
+    assert_close(got, wanted, atol=2e-4, rtol=2e-3)
+    return got
+
+
+@compiler
+@pytest.mark.parametrize("which", ["keys", "values"])
+@pytest.mark.parametrize("with_basis", [True, False], ids=["transformed", "rotated"])
+def test_tensors_that_were_moved_in_place_are_read_where_they_are_now(which, with_basis):
+    """Shared memory does this, tensor by tensor."""
+    query, layer = made(MIXED_TRANSFORMED if with_basis else MIXED, 64, 2, 1, torch.float32, with_basis, 300)
+    before = attended(query, layer)
+    for tier in layer.tiers:
+        for tensor in getattr(tier, which).tensors.values():
+            old = tensor.detach()
+            tensor.data = tensor.clone()
+            old.zero_()
+            assert torch.equal(attended(query, layer), before)
+
+
+@compiler
+def test_layers_that_share_their_first_tier_alone_are_told_apart():
+    (query, layer), (_, other), (_, mixed) = (made(MIXED, 64, 1, 1, torch.float32, False, 300) for _ in range(3))
+    for one in (layer, other):
+        one._select([1])
+    query = query[1:]
+    mixed._hold_tiers([layer.tiers[0], *other.tiers[1:]], None, 64, torch.float32, "cpu")
+    mixed.update(layer.new_keys, layer.new_values)
+    layers = [layer, mixed, layer]
+    with torch.no_grad():
+        together = compiled_packed_attention_together(query.expand(3, -1, -1, -1), layers, 0.1)
+    for row, one in zip(together, layers, strict=True):
+        assert_close(row[None], attended(query, one), atol=1e-5, rtol=1e-4)
+
+
+@compiler
+def test_arrays_that_the_library_reads_live_as_long_as_the_codes():
+    query, layer = made([Precision(5, 5)], 72, 1, 1, torch.float32, False, 300)
+    before = attended(query, layer)
+    _tables.cache_clear()  # so does another thread that makes the same tables at the same time
+    others = [(ctypes.c_float * length)(*[7.0] * length) for length in (72, 128, 256) for _ in range(500)]
+    assert torch.equal(attended(query, layer), before)
+    assert others
+
+
+@compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_type_of_new_tensors_changes_nothing(dtype, monkeypatch):
+    query, layer = made(MIXED, 56, 1, 1, torch.float32, False, 300)
+    before = attended(query, layer)
+    torch.set_default_dtype(dtype)
+    try:
+        steps.cache_clear()
+        with torch.no_grad():
+            assert torch.equal(compiled_packed_attention(query, layer, 0.1), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_whole_vectors_in_half_precision_are_left_to_pytorch(dtype):
+    query, layer = made(MIXED, 64, 1, 1, dtype, False, 300)
+    with torch.no_grad():
+        got, wanted = compiled_packed_attention(query, layer, 0.1), packed_attention(query, layer, 0.1)
+    assert_close(got, wanted, atol=1e-2, rtol=1e-2)
+
+
+@compiler
+def test_whole_vectors_that_are_not_contiguous_are_left_to_pytorch():
+    query, layer = made(MIXED, 64, 1, 1, torch.float32, False, 300)
+    before = attended(query, layer)
+    whole = layer.tiers[-1].keys
+    whole.vectors.data = whole.vectors.T.contiguous().T
+    assert not whole.vectors.is_contiguous()
+    assert_close(attended(query, layer), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_positions_outside_of_the_basis_are_refused(shift):
+    _, layer = made(MIXED_TRANSFORMED, 64, 1, 1, torch.float32, True, 300)
+    keys = torch.zeros(1, 2, 20, 64)
+    positions = torch.arange(20) + (shift if shift < 0 else layer.basis.n_positions - 20 + shift)
+    with pytest.raises(UnsupportedInputError, match="positions: got"):
+        PackedLayer.from_strategies(keys, keys, torch.ones(1, 2, 20), MIXED_TRANSFORMED, layer.basis, positions[None])
