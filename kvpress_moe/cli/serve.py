@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,6 +52,13 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="KVPRESS_MOE_API_KEY", help="Key that clients must send as a bearer token.")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another site whose pages may ask, for example https://chat.example. Can be repeated. '*' allows all, "
+            "and needs --api-key."
+        ),
+    ] = None,
     memory: Annotated[float, typer.Option(help="MiB of caches in memory. Others stay on disk.")] = 1024,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more get status 429.")] = 64,
     active: Annotated[int, typer.Option(help="Requests that are computed together.")] = 16,
@@ -86,6 +94,7 @@ def serve(
             f"a key, because {host} can be reached from elsewhere",
             "Add --api-key, or leave --host out.",
         )
+    origins = [checked_origin(origin, api_key) for origin in allow_origin or ()]
     if attention not in (None, "torch", "compiled", "triton"):
         raise SettingError("attention", attention, "torch, compiled or triton", "torch works everywhere.")
     if attention == "compiled" and device != "cpu":
@@ -132,7 +141,7 @@ def serve(
             engine = Engine(loaded, tokenizer, store, press, name)
         scheduler = Scheduler(engine, active, queue)
         hosts = ("127.0.0.1", "localhost", "[::1]") if host in LOOPBACK else ("*",)
-        app = make_app(engine, scheduler, api_key, hosts)
+        app = make_app(engine, scheduler, api_key, hosts, origins)
         try:
             run(
                 app,
@@ -142,6 +151,28 @@ def serve(
             )
         finally:  # after a second Ctrl-C nothing else has ended its thread
             scheduler.close(0)
+
+
+def checked_origin(origin: str, api_key: str | None) -> str:
+    """
+    An origin as browsers send it: in lower case, without a path.
+
+    Raises
+    ------
+    SettingError
+        If it is none, or if all sites would be allowed without a key.
+    """
+    if origin == "*":
+        if not api_key:
+            raise SettingError(
+                "allow_origin", origin, "sites by name", "Every web page could read the documents. Or add --api-key."
+            )
+        return origin
+    if not re.fullmatch(r"https?://(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(:\d{1,5})?", origin.lower()):
+        raise SettingError(
+            "allow_origin", origin, "a site as https://chat.example or http://localhost:3000", "Leave out any path."
+        )
+    return origin.lower()
 
 
 def fastest_attention(device: str) -> str:

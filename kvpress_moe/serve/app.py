@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -31,6 +31,7 @@ from starlette.applications import Starlette  # isort: skip  (loopback says what
 from starlette.background import BackgroundTask  # isort: skip
 from starlette.exceptions import HTTPException  # isort: skip
 from starlette.middleware import Middleware  # isort: skip
+from starlette.middleware.cors import CORSMiddleware  # isort: skip
 from starlette.requests import ClientDisconnect, Request  # isort: skip
 from starlette.responses import JSONResponse, Response, StreamingResponse  # isort: skip
 from starlette.routing import Match, Route  # isort: skip
@@ -51,6 +52,7 @@ def make_app(
     scheduler: Scheduler,
     api_key: str | None = None,
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost"),
+    origins: Sequence[str] = (),
 ) -> Starlette:
     """
     Make the app.
@@ -64,6 +66,8 @@ def make_app(
         Requests must send it as ``Authorization: Bearer KEY``.
     hosts : tuple of str
         Host names that requests may name; ``"*"`` allows all.
+    origins : sequence of str
+        Other sites whose pages may ask, as ``https://chat.example``; ``"*"`` allows all.
     """
     metrics = Metrics(engine, scheduler)
     description = openapi_document(engine.name, api_key is not None)
@@ -73,7 +77,7 @@ def make_app(
             started = time.perf_counter()
             try:
                 if api_key is None:
-                    check_origin(request)
+                    check_origin(request, origins)
                 elif needs_key:
                     check_key(request, api_key)
                 response: Response = await endpoint(request)
@@ -184,7 +188,10 @@ def make_app(
             route("/v1/documents/{name}", delete_document, "DELETE"),
             route("/v1/documents/{name}", show_document),
         ],
-        middleware=[Middleware(KnownHosts, hosts=hosts)],
+        middleware=[
+            Middleware(KnownHosts, hosts=hosts),
+            *([allowing(origins)] if origins else []),
+        ],
         exception_handlers={HTTPException: unknown},
         lifespan=lifespan,
     )
@@ -200,10 +207,24 @@ def check_key(request: Request, api_key: str) -> None:
         raise APIError(401, "Authorization: expected 'Bearer KEY' with the server's key.", code="invalid_api_key")
 
 
-def check_origin(request: Request) -> None:
+def check_origin(request: Request, allowed: Sequence[str] = ()) -> None:
     """Raise APIError if a page of another site sends the request. A browser would do so without asking its user."""
-    if "origin" in request.headers and request.headers["origin"] != own_origin(request):
-        raise APIError(403, "Origin: got another site's, expected none. Only pages of this server may ask.")
+    origin = request.headers.get("origin")
+    if origin is not None and origin not in (own_origin(request), *allowed):
+        raise APIError(
+            403, "Origin: got another site's, expected none. Only pages of this server may ask, and of --allow-origin."
+        )
+
+
+def allowing(origins: Sequence[str]) -> Middleware:
+    """Lets browsers give answers to pages of these sites (CORS). Clients in browsers send headers of their own."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
 
 
 def methods_of(request: Request) -> set[str]:

@@ -9,6 +9,8 @@ import pytest
 from jinja2 import TemplateError
 from starlette.testclient import TestClient
 
+from kvpress_moe.cli.serve import checked_origin
+from kvpress_moe.errors import SettingError
 from kvpress_moe.serve.app import make_app, streamed_by
 from kvpress_moe.serve.engine import LONG_PREFIX
 from kvpress_moe.serve.scheduler import Job, Scheduler
@@ -212,6 +214,51 @@ def test_pages_of_other_sites_are_refused_where_no_key_is_set(client):
     for path in ("/v1/documents", "/v1/chat/completions"):
         assert client.post(path, content=b"{}", headers=foreign).status_code == 403
     assert client.get("/v1/models", headers={"origin": ADDRESS}).status_code == 200
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+@pytest.mark.parametrize("origins", [("https://chat.example", "http://localhost:3000"), ("*",)])
+def test_pages_of_sites_that_are_allowed_may_ask_and_read_the_answers(engine, key, origins):
+    if key is None and "*" in origins:
+        return  # refused by the command
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    app = make_app(engine, Scheduler(engine), key, origins=origins)
+    with TestClient(app, base_url=ADDRESS, headers=headers) as client:
+        mine = {"origin": "https://chat.example"}
+        asked = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,x-stainless-os",
+        }
+        before = client.options("/v1/chat/completions", headers=mine | asked)
+        assert before.status_code == 200
+        assert before.headers["access-control-allow-origin"] in (mine["origin"], "*")
+        assert "x-stainless-os" in before.headers["access-control-allow-headers"]
+        for stream in (False, True):
+            body = {"model": NAME, "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 2, "stream": stream}
+            answer = client.post("/v1/chat/completions", json=body, headers=mine)
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] in (mine["origin"], "*")
+        if "*" in origins:
+            return
+        other = {"origin": "https://chat.example.evil.example"}
+        assert client.options("/v1/chat/completions", headers=other | asked).status_code == 400
+        refused = client.get("/v1/documents", headers=other)
+        assert "access-control-allow-origin" not in refused.headers
+        assert refused.status_code == (403 if key is None else 200)  # a browser keeps the answer from the page
+
+
+@pytest.mark.parametrize(
+    "wrong", ["*", "chat.example", "https://chat.example/", "https://chat.example/page", "null", "ftp://a.example", ""]
+)
+def test_origins_that_no_browser_sends_are_refused(wrong):
+    with pytest.raises(SettingError, match="allow_origin: got"):
+        checked_origin(wrong, None)
+
+
+def test_origins_are_written_as_browsers_send_them():
+    assert checked_origin("HTTPS://Chat.Example:8443", None) == "https://chat.example:8443"
+    assert checked_origin("http://[::1]:3000", None) == "http://[::1]:3000"
+    assert checked_origin("*", "secret") == "*"
 
 
 def test_a_document_whose_file_is_broken_is_read_again(client, engine, tmp_path):
