@@ -17,7 +17,7 @@ def say_promise(promise: dict[str, Any], precision: str | None) -> str:
     if not promise["is_enough"]:
         held = "max_bytes or the menu is too small for it"
     elif promise["is_unlike"]:
-        held = "nothing is promised, because the text is unlike those of the calibration; it keeps more"
+        held = "nothing is promised, because the text is unlike those of the calibration; it got a wider margin"
     else:
         held = f"it holds for {promise['confidence']:.0%} of texts like those of the calibration"
     return (

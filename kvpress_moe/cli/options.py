@@ -55,7 +55,9 @@ Confidence = Annotated[
     float,
     typer.Option(help="With --max-kl: share of the prompts like those of the calibration that stay within the bound."),
 ]
-MaxBytes = Annotated[int | None, typer.Option(help="With --max-kl: largest number of bytes of the cache.")]
+MaxBytes = Annotated[
+    int | None, typer.Option(help="With --max-kl: largest number of bytes of the cache, if it had 16 bits.")
+]
 Router = Annotated[
     str | None,
     typer.Option(help="Trained routers: a directory or a hub id. Default: those in the package for the model."),

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 class Promising:
     """What a press does if ``max_kl`` is set. The press itself declares the settings."""
 
+    precision: Any
     max_kl: float | None
     confidence: float
     max_bytes: int | None
@@ -55,11 +56,12 @@ class Promising:
         self._feedback.stats.add_promise(report_of(promise, sight, *wanted, decision, n_tokens))
         if decision.is_unlike:
             logger.warning(
-                "MoERouterPress: a prompt of %d tokens is unlike the prompts that max_kl was calibrated with. It keeps "
-                "more, %.1f%% of the bytes, but nothing is promised. Calibrate with texts of this kind: kvpress-moe "
-                "calibrate --texts DIR.",
+                "MoERouterPress: a prompt of %d tokens is unlike the prompts that max_kl was calibrated with. It got a "
+                "wider margin and keeps %.1f%% of the %s, but nothing is promised. Calibrate with texts of this kind: "
+                "kvpress-moe calibrate --texts DIR.",
                 n_tokens,
                 100 * decision.share,
+                "pairs" if self.precision is None else "bytes",
             )
         if not decision.is_enough:
             logger.warning(
