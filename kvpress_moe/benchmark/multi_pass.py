@@ -49,6 +49,9 @@ def select_in_own_prefill(
                 scores = ReplayScores().of(model, tokenizer, input_ids, selections.cache, prompt.n_prefix)[
                     selections.layers
                 ]
+                n_prefix = prompt.n_prefix  # never repeated, so KVzip has no score for it; evicted, it costs much
+                if 0 < n_prefix < scores.shape[-1]:
+                    scores[..., :n_prefix] = scores[..., n_prefix:].mean(-1, keepdim=True)
                 replay = scores, time.perf_counter() - start
             if method.precision == "weighed":
                 kept = _weighed(replay[0], ratio, method, selections, sinks, recent, min_share)

@@ -1,5 +1,7 @@
 """The shared prefill is exact: every method keeps and answers what its hooked press would have."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,6 +10,7 @@ from transformers import DynamicCache
 from kvpress_moe import MoERouterPress
 from kvpress_moe.benchmark.cache_eval import batches, evaluate_caches, evaluate_full_cache, hit_rate, stack
 from kvpress_moe.benchmark.hooked_baseline import answer_hooked
+from kvpress_moe.benchmark.kvzip_scores import ReplayScores
 from kvpress_moe.benchmark.methods import find_methods, touches_windows
 from kvpress_moe.benchmark.multi_pass import select_in_own_prefill
 from kvpress_moe.benchmark.prompts import Prompt
@@ -119,6 +122,22 @@ def test_kvzip_of_a_model_with_windows_judges_the_other_layers(gemma, prompt, to
     masks = found.kept["kvzip_global", 0.7].mask
     assert sum(int(mask.sum()) for mask in masks) == 2 * 2 * 90
     assert masks[0].sum(-1).tolist() != [90, 90]
+
+
+def test_kvzip_judges_the_beginning_of_the_chat_template_like_the_mean_token(llama, prompt, monkeypatch):
+    """KVzip never repeats it, so its own score of 0 says nothing."""
+    n_tokens, n_prefix = prompt.context.shape[1], 12
+    given = torch.rand(2, 2, n_tokens)
+    given[..., :n_prefix] = 0
+    monkeypatch.setattr(ReplayScores, "of", lambda *_: given.clone())
+    method = find_methods(["kvzip_uniform"])
+    cells = [("kvzip_uniform", 0.4), ("kvzip_uniform", 0.8)]
+    found = select_pairs(llama, prompt.context, method, cells, sinks=0, recent=0)
+    with_prefix = replace(prompt, n_prefix=n_prefix)
+    select_in_own_prefill(llama, None, with_prefix, found, method, cells, sinks=0, recent=0)
+    for cell, are_kept in zip(cells, (True, False), strict=True):
+        for mask in found.kept[cell].mask:
+            assert (mask[:, :n_prefix] == are_kept).all()
 
 
 @pytest.mark.parametrize("budget", ["layer", "global"])
