@@ -44,16 +44,16 @@ fuzz: setup  ## damaged and forged files through every loader: 136,000 inputs, a
 BESIDE = $(PYTHON) -m venv --clear $(1) \
 	&& echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
 		> "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth" \
-	&& $(1)/bin/python -m pip install -q transformers==$(2) \
+	&& $(1)/bin/python -m pip install -q $(2) \
 	&& $(PYTEST:$(BIN)%=$(1)/bin%) $(TESTS)
 
 lowest: setup  ## the tests (or TESTS=...) with the oldest transformers that is allowed, in an environment of its own
-	$(call BESIDE,.venv-lowest,4.56.0)
+	$(call BESIDE,.venv-lowest,-e ".[dev]" transformers==4.56.0)
 
 # kvpress declares transformers <5.3. pip says so and installs what was asked for.
 NEWEST ?= 5.24.0
 newest: setup  ## the tests (or TESTS=...) with the newest transformers that was tested, in an environment of its own
-	$(call BESIDE,.venv-newest,$(NEWEST))
+	$(call BESIDE,.venv-newest,transformers==$(NEWEST))
 
 package: setup  ## wheel and sdist: built, looked into, installed into an empty environment
 	$(BIN)/python -m pip install -q -c constraints.txt build twine
