@@ -13,8 +13,8 @@ typedef struct { int32_t width, first, size, channels; } Plane;
    byte stands for in a table. `zeros` has the middle of each channel; both it and the weights of the planes are
    multiplied by the channel's step. `starts` (heads + 1) says where the pairs of a head are, `offsets` (heads) where
    they stand among all pairs of the head. `positions` are those of transform codes, of 2 or 4 bytes, else NULL.
-   Vectors that are not coded are in `whole` (pairs, channels), which else is NULL; of the rest they have only `starts`,
-   `offsets` and the number of channels. */
+   Vectors that are not coded are in `whole` (pairs, channels), which else is NULL; of the rest they have only `starts`
+   and `offsets`. A tier without pairs has no task, so nothing of it is read. */
 typedef struct {
     const float *whole;
     const uint8_t *packed;
@@ -50,8 +50,8 @@ static void four_channels(const Tier *tier, Plane plane, int step, int64_t first
     }
 }
 
-/* Cuts all pairs into tasks of at most `most` pairs of one head. Returns their number, and fills `tasks` if there are
-   any to fill. */
+/* Cuts all pairs into tasks of at most `most` pairs of one head. Returns their number. Fills `tasks`, unless it is NULL:
+   then they are only counted. */
 static int64_t cut(const Segment *segments, int64_t n_segments, int64_t most, Task *tasks) {
     int64_t count = 0;
     for (const Segment *segment = segments; segment < segments + n_segments; segment++)

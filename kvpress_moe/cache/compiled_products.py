@@ -225,7 +225,7 @@ def _c_tier(codes: Vectors, starts: Sequence[int], offsets: Sequence[int]) -> tu
     if not all(tensor.is_contiguous() for tensor in codes.tensors.values()):
         raise UnsupportedInputError("packed attention 'compiled': got codes that are not contiguous in memory.")
     if isinstance(codes, WholeVectors):
-        return _Tier(whole=codes.vectors.data_ptr(), n_channels=codes.vectors.shape[1], **of_heads), held
+        return _Tier(whole=codes.vectors.data_ptr(), **of_heads), held
     position: Tensor | None = None
     if isinstance(codes, TransformCodes):
         scales, position, head_dim = codes.gain, codes.position, codes.head_dim
