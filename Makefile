@@ -41,7 +41,7 @@ fuzz: setup  ## damaged and forged files through every loader: 136,000 inputs, a
 	$(BIN)/python -m fuzz
 
 # An environment that holds another transformers and what it needs; all else is that of .venv.
-BESIDE = $(PYTHON) -m venv --clear $(1) \
+BESIDE = $(BIN)/python -m venv --clear $(1) \
 	&& echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
 		> "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth" \
 	&& $(1)/bin/python -m pip install -q $(2) \
@@ -77,7 +77,7 @@ setup:
 	fi
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
 # The documentation site in site/; search works where it is served: python -m http.server -d site
 .PHONY: docs

@@ -14,13 +14,16 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from torch import Tensor
 
+from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.model.loading import load_model
 from kvpress_moe.press.moe_router_press import MoERouterPress
@@ -33,49 +36,58 @@ from kvpress_moe.training.text_prompts import text_prompts
 SEED = 3  # of texts and questions; fit and calibration have 0 and 1
 
 
-def texts(tokenizer: Any, length: int, per_kind: int) -> list[tuple[str, str]]:
-    """Names and contexts, some of each kind of the calibration."""
+def texts(tokenizer: Any, length: int, per_kind: int) -> list[str]:
+    """Contexts, some of each kind of the calibration."""
 
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
     kinds = TrainingConfig().tasks
     samples = [make_sample(kind, count_tokens, length, n, SEED, "tune") for n in range(per_kind) for kind in kinds]
-    return [(f"{sample.task}-{sample.index}", sample.context) for sample in samples]
+    return [sample.context for sample in samples]
 
 
-def spreads(logs: Tensor, errors: Tensor, n_texts: int) -> dict[str, float]:
-    """Standard deviations of logarithms of KL divergences (questions · texts,), text by text within a question."""
-    of_text = logs.view(-1, n_texts)
+def asked(model: Any, tokenizer: Any, contexts: Sequence[str], n_questions: int) -> list[Prompt]:
+    """Some prompts about each text: text by text."""
+    # Every sixth question is one of a list, so the texts come in another order each time.
+    order = [number for n in range(n_questions) for number in Random(n).sample(range(len(contexts)), len(contexts))]
+    prompts = text_prompts(model, tokenizer, [("the text", contexts[number]) for number in order], SEED)
+    return [prompts[place] for place in sorted(range(len(order)), key=order.__getitem__)]
+
+
+def spreads(logs: Tensor, errors: Tensor) -> dict[str, float]:
+    """Standard deviations of logarithms of KL divergences, and of the estimate's errors, both (texts, questions)."""
     return {
         "median": float(logs.median().exp()),
         "all": float(logs.std()),
-        "questions": float(of_text.var(0).mean().sqrt()),
-        "error": float(errors.std()),
+        "questions": float(logs.var(1).mean().sqrt()),
+        "error": float(errors.square().mean().sqrt()),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for measurements and the table")
-    parser.add_argument("--questions", type=int, default=4, help="questions about each text")
+    parser.add_argument("--questions", type=int, default=4, help="questions about each text, at least 2")
     parser.add_argument("--texts", type=int, default=1, help="texts of each kind")
     parser.add_argument("--length", type=int, default=1024)
     arguments = parser.parse_args()
+    if arguments.questions < 2 or arguments.texts < 1:
+        parser.error("questions: at least 2, so that they can differ; texts: at least 1")
     arguments.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model()
     press = MoERouterPress(precision="mixed")
     press.post_init_from_model(model)
     assert press.routers is not None
     promise = press.routers.promises[setting_of(press.menu)]
-    pieces = texts(tokenizer, arguments.length, arguments.texts)
-    prompts = text_prompts(model, tokenizer, pieces * arguments.questions, SEED)
+    contexts = texts(tokenizer, arguments.length, arguments.texts)
+    prompts = asked(model, tokenizer, contexts, arguments.questions)
     found = measure(model, prompts, {"mixed": press}, arguments.out / "questions.jsonl", partial(print, flush=True))
     features, lost, divergences = tensors(found["mixed"])
     logs = divergences.clamp(min=LEAST).log()
     errors = logs - promise.estimate.at(features, lost, promise.shares)
     rows: list[dict[str, Any]] = [
-        {"share": share, **spreads(logs[:, number], errors[:, number], len(pieces))}
+        {"share": share, **spreads(*(one[:, number].view(len(contexts), -1) for one in (logs, errors)))}
         for number, share in enumerate(promise.shares.tolist())
     ]
     rows = [row for row in rows if FITTED[0] < row["median"] < FITTED[1]]
@@ -84,12 +96,13 @@ def main() -> None:
     lines = [
         "# What the question decides",
         "",
-        f"Command: `{command}`. {len(pieces)} texts of {len(TrainingConfig().tasks)} kinds, tune split, seed {SEED}; "
-        f"{arguments.questions} questions about each, written by the model; SmolLM2-135M-Instruct, float32; {versions}",
+        f"Command: `{command}`. {len(contexts)} texts of {len(TrainingConfig().tasks)} kinds, tune split, seed {SEED}; "
+        f"{arguments.questions} questions about each; five of six are written by the model, the others are general "
+        f"ones. SmolLM2-135M-Instruct, float32; {versions}.",
         "",
         "Standard deviations of the logarithm of the KL divergence: between all prompts, between the questions of one "
-        "text, and of the shipped estimate's error, which sees the text alone. *Explained*: share of the error's "
-        "variance that is the questions' variance.",
+        "text, and the root of the mean squared error of the shipped estimate, which sees the text alone. *Explained*: "
+        "share of this mean square that is the questions' variance.",
         "",
         "| share of the bytes | median KL | all prompts | questions of one text | error of the estimate | explained |",
         "|---|---|---|---|---|---|",

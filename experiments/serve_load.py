@@ -129,10 +129,18 @@ def load(server: Any, documents: Sequence[str], clients: int, seconds: int, max_
 
 
 def tokens_within(answers: Sequence[dict[str, Any]], seconds: float) -> float:
-    """Tokens of the answers in these seconds since the first question; of answers that end later, their share."""
+    """
+    Tokens of the answers in these seconds since the first question.
+
+    Of answers that end later, the tokens after the first one are counted as if they came at even times.
+    """
     stop = min(answer["started"] for answer in answers) + seconds
-    shares = (min(1.0, (stop - answer["started"]) / answer["whole"]) for answer in answers)
-    return sum(max(0.0, share) * answer["tokens"] for share, answer in zip(shares, answers, strict=True))
+    found = 0.0
+    for answer in answers:
+        first = answer["first"] or 0.0
+        writing = max(1e-9, answer["whole"] - first)
+        found += answer["tokens"] * min(1.0, max(0.0, (stop - answer["started"] - first) / writing))
+    return found
 
 
 def main() -> int:

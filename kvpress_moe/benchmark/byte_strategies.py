@@ -22,7 +22,7 @@ from kvpress_moe.press.packing import Menu, cost_of_strategies, key_basis, losse
 if TYPE_CHECKING:
     from kvpress_moe.benchmark.methods import Method
 
-LEAST_WEIGHT = 1e-9  # of a pair
+LEAST_WEIGHT = 1e-9  # of a pair, so that its logarithm is finite
 ELEMENT_SIZE = 2  # all bytes are shares of a 16-bit cache, whatever type the model has here
 
 
@@ -144,14 +144,17 @@ class LossTaker:
         self.losses: list[Tensor] = []
         self.bases: list[KeyBasis | None] = []
         self.menu: Menu | None = None
+        self.seconds = 0.0
 
     def add_layer(self, module: Attention, arguments: tuple[Any, ...], clock: Any) -> None:
+        start = clock.now()
         call = LayerCall(module, *arguments)
         positions = positions_of(call, None)
         basis = key_basis(call, call.layer_idx, self.press.routers, positions)
         menu = self.menu = Menu.of(self.press.menu, call.keys.shape[-1], ELEMENT_SIZE, basis)
         self.losses.append(losses_of_strategies(call, menu, basis, positions))
         self.bases.append(basis)
+        self.seconds += clock.now() - start
 
     def costs(self, weights: Sequence[Tensor], sinks: int, recent: int) -> list[Tensor]:
         """

@@ -197,7 +197,14 @@ def _coded(name: str, known: Mapping[str, Method]) -> Method | None:
     ``+mixed`` is for KVzip alone: its scores are attention, which weighs pairs of all heads alike.
     """
     base = known.get(name.removesuffix("+mixed"))
-    if name.endswith("+mixed") and base is not None and base.scorer == "kvzip":
+    if name.endswith("+mixed") and base is not None:
+        if base.scorer != "kvzip":
+            raise SettingError(
+                "methods",
+                name,
+                "+mixed after one of KVzip's methods, for example kvzip_global+mixed",
+                "Other scores do not weigh the pairs of all heads alike. Use one code, for example +k8v4.",
+            )
         return replace(base, name=name, group="bytes", precision="weighed")
     match = re.fullmatch(r"(?P<base>[\w.-]+)\+k(?P<key>\d+)v(?P<value>\d+)", name)
     base = known.get(match["base"]) if match else None

@@ -62,7 +62,7 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, setting: str = "a
     if chat:
         own = sample.context + "\n"
         context, question = cut_message(tokenizer, own, "\n" + sample.question)
-        prefix = context.removesuffix(own).removesuffix(own.lstrip())
+        prefix = context[: len(context) - len(own if context.endswith(own) else own.lstrip())]
         question += sample.answer_prefix
     if sample.chat and setting == "aware":
         # The cache is compressed when all tokens before the answer but the last one are in it.

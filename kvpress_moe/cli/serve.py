@@ -155,7 +155,7 @@ def serve(
 
 def checked_origin(origin: str, api_key: str | None) -> str:
     """
-    An origin as browsers send it: in lower case, without a path.
+    An origin as browsers send it: in lower case, without a path and a usual port.
 
     Raises
     ------
@@ -168,11 +168,17 @@ def checked_origin(origin: str, api_key: str | None) -> str:
                 "allow_origin", origin, "sites by name", "Every web page could read the documents. Or add --api-key."
             )
         return origin
-    if not re.fullmatch(r"https?://(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(:\d{1,5})?", origin.lower()):
+    match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?", origin, re.ASCII | re.I)
+    if match is None or int(match[3] or 0) > 65535:
         raise SettingError(
-            "allow_origin", origin, "a site as https://chat.example or http://localhost:3000", "Leave out any path."
+            "allow_origin",
+            origin,
+            "one site as https://chat.example or http://localhost:3000",
+            "Give scheme, host and port alone, and the option again for each further site.",
         )
-    return origin.lower()
+    scheme, host, port = match[1].lower(), match[2].lower(), int(match[3] or 0)
+    is_usual = port in (0, {"http": 80, "https": 443}.get(scheme))  # browsers leave it out
+    return f"{scheme}://{host}" + ("" if is_usual else f":{port}")
 
 
 def fastest_attention(device: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kvpress_moe.errors import UnsupportedModelError
@@ -42,8 +41,10 @@ def cut_message(tokenizer: PreTrainedTokenizerBase, before: str, after: str = ""
             tokenize=False,
             enable_thinking=False,
         )
-    except TemplateError as error:
-        raise UnsupportedModelError(f"chat template: fails for one message of the user ({error}). {_REMEDY}") from error
+    except Exception as error:  # a template is foreign code
+        raise UnsupportedModelError(
+            f"chat template: fails for one message of the user ({type(error).__name__}: {str(error)[:200]}). {_REMEDY}"
+        ) from error
     head, *tails = text.split(_MARK)
     if len(tails) != 1:
         raise UnsupportedModelError(

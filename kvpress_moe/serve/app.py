@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 
-from kvpress_moe.errors import CheckpointError, KVPressMoEError, WriteError
+from kvpress_moe.errors import CheckpointError, KVPressMoEError, SettingError, WriteError
 from kvpress_moe.serve.api_error import APIError
 from kvpress_moe.serve.chat_request import ChatRequest, parse_body, parse_chat
 from kvpress_moe.serve.document_request import DocumentRequest, parse_document
@@ -68,7 +69,14 @@ def make_app(
         Host names that requests may name; ``"*"`` allows all.
     origins : sequence of str
         Other sites whose pages may ask, as ``https://chat.example``; ``"*"`` allows all.
+
+    Raises
+    ------
+    SettingError
+        If all sites are allowed without a key.
     """
+    if "*" in origins and api_key is None:
+        raise SettingError("origins", "*", "sites by name, or a key", "Every web page could read the documents.")
     metrics = Metrics(engine, scheduler)
     description = openapi_document(engine.name, api_key is not None)
 
@@ -212,14 +220,21 @@ def check_origin(request: Request, allowed: Sequence[str] = ()) -> None:
     origin = request.headers.get("origin")
     if origin is not None and origin not in (own_origin(request), *allowed):
         raise APIError(
-            403, "Origin: got another site's, expected none. Only pages of this server may ask, and of --allow-origin."
+            403, "Origin: got another site's, expected none, this server's own, or one named with --allow-origin."
         )
 
 
 def allowing(origins: Sequence[str]) -> Middleware:
-    """Lets browsers give answers to pages of these sites (CORS). Clients in browsers send headers of their own."""
+    """
+    Lets browsers give answers to pages of these sites (CORS). Clients in browsers send headers of their own.
+
+    Chromium asks further whether pages of public sites may reach this machine.
+    """
+    knows_local = "allow_private_network" in signature(CORSMiddleware).parameters  # not in older releases of Starlette
+    local: dict[str, Any] = {"allow_private_network": True} if knows_local else {}
     return Middleware(
         CORSMiddleware,
+        **local,
         allow_origins=list(origins),
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],

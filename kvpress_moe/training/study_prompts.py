@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ from kvpress_moe.benchmark.tasks.filling import CountTokens, check_room, swept_d
 from kvpress_moe.benchmark.tasks.sample import Sample
 from kvpress_moe.benchmark.tasks.texts import modules, sentences, source
 from kvpress_moe.errors import CheckpointError, SettingError
-from kvpress_moe.files import is_text, is_whole, write_atomically
+from kvpress_moe.files import is_number, is_text, is_whole, write_atomically
 from kvpress_moe.model.end_tokens import end_tokens
 from kvpress_moe.model.fingerprint import model_fingerprint
 from kvpress_moe.model.transformers_api import with_cache
@@ -148,7 +148,7 @@ def study_prompts(
     about = {"format": FORMAT, "model": model_fingerprint(model), "n": n, "length": length, "seed": seed}
     about["tokenizer"] = words  # answers are kept as token ids
     path = directory / f"study-{length}-{n}-{seed}.json"
-    made = _read(path, about)
+    made = _read(path, about, int(cast(Any, model.get_input_embeddings()).weight.shape[0]))
 
     def save() -> None:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(made, indent=1)))
@@ -210,7 +210,7 @@ def _digest(prompt: Prompt) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
 
 
-def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+def _read(path: Path, about: dict[str, Any], n_words: int) -> dict[str, Any]:
     """What a file holds, if it was made for the same prompts; else only what it is about."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -219,8 +219,8 @@ def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
         made: dict[str, Any] = json.loads(path.read_text())
         same = made["about"] == json.loads(json.dumps(about))
         if same:
-            _check(made, about["n"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            _check(made, about["n"], n_words)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"study prompts: {path} cannot be read ({type(error).__name__}: {str(error)[:200]}), expected a file that "
             "`train` wrote. Delete it; it is made again."
@@ -228,25 +228,36 @@ def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     return made if same else {"about": about}
 
 
-def _check(made: dict[str, Any], n: int) -> None:
+def _check(made: dict[str, Any], n: int, n_words: int) -> None:
     """Raise ValueError unless everything in a file has the form that :func:`study_prompts` writes."""
     documents, questions = made.get("documents", []), made.get("questions", [None] * n)
     samples: Any = made.get("samples")
     answers: Any = made.get("answers")
-    if not all(set(one) == {"title", "text"} and all(map(is_text, one.values())) for one in documents):
+    if not _is_list(documents, lambda one: set(one) == {"title", "text"} and all(map(is_text, one.values())), dict):
         raise ValueError("documents: expected a title and a text for each")
-    if len(questions) != n or not all(question is None or is_text(question) for question in questions):
+    if not _is_list(questions, lambda one: one is None or is_text(one)) or len(questions) != n:
         raise ValueError(f"questions: expected {n} texts or null")
     if samples is None and answers is None:
         return
     names = {field.name for field in fields(Sample)}
-    texts = ("task", "split", "context", "question", "answer_prefix")
-    if len(samples) != n or not all(
-        set(one) == names and all(is_text(one[text]) for text in texts) and is_whole(one["index"]) for one in samples
-    ):
+    texts = ("task", "split", "context", "question", "answer_prefix", "answer")
+
+    def is_sample(one: dict[str, Any]) -> bool:
+        whole = all(is_whole(one[name]) for name in ("index", "length")) and is_number(one["depth"])
+        return whole and one["chat"] is True and one["metric"] == "tokens" and all(is_text(one[name]) for name in texts)
+
+    if not _is_list(samples, lambda one: set(one) == names and is_sample(one), dict) or len(samples) != n:
         raise ValueError(f"samples: expected {n}, each with {', '.join(sorted(names))}")
-    if len(answers) > n or not all(answer and all(is_whole(token) for token in answer) for answer in answers):
-        raise ValueError(f"answers: expected at most {n} lists of token ids")
+    if (
+        not _is_list(answers, lambda one: one and all(is_whole(t) and t < n_words for t in one), list)
+        or len(answers) > n
+    ):
+        raise ValueError(f"answers: expected at most {n} lists of token ids below {n_words}")
+
+
+def _is_list(found: Any, is_right: Callable[[Any], Any], of_type: type = object) -> bool:
+    """Whether something is a list whose entries have a type and are right."""
+    return isinstance(found, list) and all(isinstance(one, of_type) and is_right(one) for one in found)
 
 
 def _subjects(n: int, seed: int) -> list[str]:

@@ -128,8 +128,9 @@ def test_names_say_how_pairs_are_coded():
     assert (str(method.precision), method.group, method.budget) == ("K8V4", "bytes", "global")
     (method,) = find_methods(["kvzip_layer+mixed"]).values()
     assert (method.precision, method.group, method.budget) == ("weighed", "bytes", "layer")
+    with pytest.raises(SettingError, match=r"for example kvzip_global\+mixed"):
+        find_methods(["keydiff_global+mixed"])
     for wrong in (
-        "keydiff_global+mixed",
         "moe_mixed+mixed",
         "snapkv+k7v4",
         "adakv_snapkv+k8v4",

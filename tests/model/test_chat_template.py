@@ -15,6 +15,8 @@ TWICE = PLAIN.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}")
 UPPER = PLAIN.replace("m.content", "m.content | upper")
 NEVER = "{{ messages[0].role }}"
 FAILS = "{{ raise_exception('no') }}"
+WRONG = "{{ 1 / 0 }}"
+NAMED = {"tool_use": PLAIN}  # several templates, and none of them is the default
 
 
 def with_template(template):
@@ -35,7 +37,14 @@ def test_white_space_that_a_template_removes_is_no_error():
 
 @pytest.mark.parametrize(
     ("template", "says"),
-    [(TWICE, "2 times"), (NEVER, "0 times"), (UPPER, "times|changes"), (FAILS, "fails for one message")],
+    [
+        (TWICE, "2 times"),
+        (NEVER, "0 times"),
+        (UPPER, "times|changes"),
+        (FAILS, "fails for one message"),
+        (WRONG, "ZeroDivisionError"),
+        (NAMED, "fails"),
+    ],
 )
 def test_templates_that_change_the_message_are_refused(template, says):
     with pytest.raises(UnsupportedModelError, match=says):
@@ -45,7 +54,7 @@ def test_templates_that_change_the_message_are_refused(template, says):
 
 
 @pytest.mark.parametrize("template", [PLAIN, TRIMMED])
-@pytest.mark.parametrize("context", ["A row.", "  indented\n" + "#" * 40 + "\ncode"])
+@pytest.mark.parametrize("context", ["A row.", "<user>", " <user>", "  indented\n" + "#" * 40 + "\ncode"])
 def test_the_prefix_is_what_comes_before_the_context(template, context):
     tokenizer = with_template(template)
     prompt = encode(Sample("t", "test", 9, 0, context, "Who?", "", " I", (), "tokens"), tokenizer)

@@ -216,49 +216,87 @@ def test_pages_of_other_sites_are_refused_where_no_key_is_set(client):
     assert client.get("/v1/models", headers={"origin": ADDRESS}).status_code == 200
 
 
-@pytest.mark.parametrize("key", [None, "secret"])
-@pytest.mark.parametrize("origins", [("https://chat.example", "http://localhost:3000"), ("*",)])
-def test_pages_of_sites_that_are_allowed_may_ask_and_read_the_answers(engine, key, origins):
-    if key is None and "*" in origins:
-        return  # refused by the command
-    headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    app = make_app(engine, Scheduler(engine), key, origins=origins)
-    with TestClient(app, base_url=ADDRESS, headers=headers) as client:
-        mine = {"origin": "https://chat.example"}
-        asked = {
-            "access-control-request-method": "POST",
-            "access-control-request-headers": "authorization,x-stainless-os",
-        }
-        before = client.options("/v1/chat/completions", headers=mine | asked)
-        assert before.status_code == 200
-        assert before.headers["access-control-allow-origin"] in (mine["origin"], "*")
-        assert "x-stainless-os" in before.headers["access-control-allow-headers"]
-        for stream in (False, True):
-            body = {"model": NAME, "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 2, "stream": stream}
-            answer = client.post("/v1/chat/completions", json=body, headers=mine)
-            assert answer.status_code == 200
-            assert answer.headers["access-control-allow-origin"] in (mine["origin"], "*")
-        if "*" in origins:
-            return
-        other = {"origin": "https://chat.example.evil.example"}
-        assert client.options("/v1/chat/completions", headers=other | asked).status_code == 400
-        refused = client.get("/v1/documents", headers=other)
-        assert "access-control-allow-origin" not in refused.headers
-        assert refused.status_code == (403 if key is None else 200)  # a browser keeps the answer from the page
+SITE = "https://chat.example"
 
 
 @pytest.mark.parametrize(
-    "wrong", ["*", "chat.example", "https://chat.example/", "https://chat.example/page", "null", "ftp://a.example", ""]
+    ("key", "origins"), [(None, (SITE, "http://localhost:3000")), ("secret", (SITE,)), ("secret", ("*",))]
 )
-def test_origins_that_no_browser_sends_are_refused(wrong):
+def test_pages_of_sites_that_are_allowed_may_ask_and_read_the_answers(engine, key, origins):
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    app = make_app(engine, Scheduler(engine), key, origins=origins)
+    with TestClient(app, base_url=ADDRESS, headers=headers) as client:
+        asked = {
+            "access-control-request-method": "DELETE",
+            "access-control-request-headers": "authorization,x-stainless-os",
+            "access-control-request-private-network": "true",
+        }
+        before = client.options("/v1/documents/doc-1", headers={"origin": SITE, **asked})
+        assert before.status_code == 200
+        assert before.headers["access-control-allow-origin"] in (SITE, "*")
+        assert before.headers["access-control-allow-private-network"] == "true"
+        assert "x-stainless-os" in before.headers["access-control-allow-headers"]
+        foreign = client.options("/v1/documents", headers={"origin": SITE, "host": "evil.example", **asked})
+        assert foreign.status_code == 400
+        for stream in (False, True):
+            body = {"model": NAME, "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 2, "stream": stream}
+            answer = client.post("/v1/chat/completions", json=body, headers={"origin": SITE})
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] in (SITE, "*")
+            assert answer.headers["access-control-expose-headers"] == "Retry-After"
+        missing = client.get("/v1/documents/doc-1", headers={"origin": SITE})
+        assert missing.status_code == 404
+        assert missing.headers["access-control-allow-origin"] in (SITE, "*")
+        if key is not None:
+            unknown = client.get("/v1/documents", headers={"origin": SITE, "authorization": "Bearer wrong"})
+            assert unknown.status_code == 401
+            assert unknown.headers["access-control-allow-origin"] in (SITE, "*")
+        if "*" in origins:
+            return
+        for other in (f"{SITE}.evil.example", "null", SITE.upper(), f"{SITE}:8443"):
+            assert client.options("/v1/documents", headers={"origin": other, **asked}).status_code == 400
+            refused = client.get("/v1/documents", headers={"origin": other})
+            assert "access-control-allow-origin" not in refused.headers
+            assert refused.status_code == (403 if key is None else 200)  # a browser keeps the answer from the page
+
+
+def test_all_sites_are_not_allowed_without_a_key(engine):
+    with pytest.raises(SettingError, match="origins: got"):
+        make_app(engine, Scheduler(engine), None, origins=("*",))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "*",
+        "chat.example",
+        "https://chat.example/",
+        "https://chat.example/page",
+        "https://a.example, https://b.example",
+        "https://b\u00fccher.example",
+        "http://a.example:70000",
+        "http://a.\u212a",
+        "null",
+        "",
+    ],
+)
+def test_what_is_no_origin_is_refused(wrong):
     with pytest.raises(SettingError, match="allow_origin: got"):
         checked_origin(wrong, None)
 
 
-def test_origins_are_written_as_browsers_send_them():
-    assert checked_origin("HTTPS://Chat.Example:8443", None) == "https://chat.example:8443"
-    assert checked_origin("http://[::1]:3000", None) == "http://[::1]:3000"
-    assert checked_origin("*", "secret") == "*"
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("HTTPS://Chat.Example:8443", "https://chat.example:8443"),
+        ("https://chat.example:443", "https://chat.example"),
+        ("http://localhost:80", "http://localhost"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+        ("chrome-extension://abcdef", "chrome-extension://abcdef"),
+    ],
+)
+def test_origins_are_taken_as_browsers_send_them(given, sent):
+    assert checked_origin(given, None) == sent
 
 
 def test_a_document_whose_file_is_broken_is_read_again(client, engine, tmp_path):
