@@ -79,6 +79,12 @@ def decode_all(coded: Sequence[Coded], number: int, keys: Tensor, values: Tensor
     return found
 
 
+def _basis_and_menu(press: Any, call: LayerCall, positions: Tensor) -> tuple[KeyBasis | None, Menu]:
+    """The basis of a layer's keys, and the menu of a press in a 16-bit cache."""
+    basis = key_basis(call, call.layer_idx, press.routers, positions)
+    return basis, Menu.of(press.menu, call.keys.shape[-1], ELEMENT_SIZE, basis)
+
+
 class CostTaker:
     """
     What each strategy costs for the pairs of a prompt, layer by layer.
@@ -110,8 +116,7 @@ class CostTaker:
         else:
             routing = self.press.route(call)
             scores = self.press.mix(call, routing)
-            basis = key_basis(call, call.layer_idx, self.press.routers, positions)
-            menu = Menu.of(self.press.menu, call.keys.shape[-1], ELEMENT_SIZE, basis)
+            basis, menu = _basis_and_menu(self.press, call, positions)
             costs = cost_of_strategies(call, routing, scores, menu, basis, positions)
         sinks, recent = self._protected
         costs[0, ..., :sinks] = torch.inf
@@ -150,9 +155,8 @@ class LossTaker:
         start = clock.now()
         call = LayerCall(module, *arguments)
         positions = positions_of(call, None)
-        basis = key_basis(call, call.layer_idx, self.press.routers, positions)
-        menu = self.menu = Menu.of(self.press.menu, call.keys.shape[-1], ELEMENT_SIZE, basis)
-        self.losses.append(losses_of_strategies(call, menu, basis, positions))
+        basis, self.menu = _basis_and_menu(self.press, call, positions)
+        self.losses.append(losses_of_strategies(call, self.menu, basis, positions))
         self.bases.append(basis)
         self.seconds += clock.now() - start
 
