@@ -47,8 +47,14 @@ def allocate_bytes(costs: Tensor, nbytes: Int[Tensor, " M"], budget: Int[Tensor,
         high = torch.where(_bytes_at(costs, nbytes, high) > budget, _HIGHEST, high)
     while bool((high - low > 3 * _NEAR).any()):  # the sample told a group's price wrongly
         low, high = _bisect(costs, nbytes, budget, low, high, 1)
-    low, high = _bisect(costs, nbytes, budget, low, high, _FINE)
     chosen, dearer = _at(costs, nbytes, high), _at(costs, nbytes, low)
+    # A pair that takes the same at both ends of the range takes it between them too. Only the others are bisected.
+    varies = (chosen != dearer).any(0)
+    if int(varies.sum()) > len(varies) // 2:  # many groups; a copy would not pay
+        varies = torch.ones_like(varies)
+    some, own_nbytes = costs[..., varies], nbytes[chosen.long()].masked_fill(varies, 0).sum(1)
+    low, high = _bisect(some, nbytes, budget - own_nbytes, low, high, _FINE)
+    chosen[:, varies], dearer[:, varies] = _at(some, nbytes, high), _at(some, nbytes, low)
     # Bytes that a slightly lower price would add. By rounding, a pair may take less at a lower price; it stays.
     more = (nbytes[dearer.long()] - nbytes[chosen.long()]).clamp(min=0)
     left = budget - nbytes[chosen.long()].sum(1)
@@ -84,8 +90,16 @@ def _bytes_at(costs: Tensor, nbytes: Tensor, log_price: Tensor) -> Tensor:
 
 def _at(costs: Tensor, nbytes: Tensor, log_price: Tensor) -> Tensor:
     prices = _prices(nbytes, log_price)
-    blocks = costs.split(max(1, BLOCK // costs.shape[1]), dim=2)
-    return torch.cat([(block.float() + prices).argmin(0).to(torch.uint8) for block in blocks], dim=1)
+    found = torch.zeros(costs.shape[1:], dtype=torch.uint8, device=costs.device)
+    size = max(1, BLOCK // costs.shape[1])
+    for block, chosen in zip(costs.split(size, dim=2), found.split(size, dim=1), strict=True):
+        block = block.float()
+        lowest = block[0] + prices[0]
+        for number in range(1, len(block)):  # faster than argmin
+            now = block[number] + prices[number]
+            chosen.masked_fill_(now < lowest, number)
+            lowest = torch.minimum(lowest, now)
+    return found
 
 
 def _prices(nbytes: Tensor, log_price: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from kvpress_moe.codes.key_transform import KeyBasis
 from kvpress_moe.codes.precision import WHOLE, Precision
 from kvpress_moe.codes.rotation import rotation
 from kvpress_moe.codes.scale_bytes import LOWEST
-from kvpress_moe.codes.transform_codes import BLOCK, TRANSFORM_BITS, weighted_error
+from kvpress_moe.codes.transform_codes import BLOCK, TRANSFORM_BITS, weighted_errors
 from kvpress_moe.codes.vector_codes import relative_error
 
 _HARMLESS = 1e-4  # of the mean squared norm of a head's values
@@ -119,6 +119,6 @@ def _of_transform(basis: KeyBasis, coefficients: Tensor, bits: Sequence[int], sc
         for head in range(coefficients.shape[1]):
             for start in range(0, coefficients.shape[2], BLOCK):
                 block = coefficients[row, head, start : start + BLOCK]
-                for number in bits:
-                    losses[number][row, head, start : start + BLOCK] = weighted_error(block, number, weight[head])
+                for number, error in weighted_errors(block, bits, weight[head]).items():
+                    losses[number][row, head, start : start + BLOCK] = error
     return losses

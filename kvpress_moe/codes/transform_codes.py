@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -149,11 +149,12 @@ def encode_coefficients(coefficients: Tensor, positions: Tensor, bits: int, n_po
         If a gain would be larger than 2435.
     """
     groups = profile(coefficients.shape[-1], bits)
+    of_step = steps(coefficients.shape[-1], bits, coefficients.device)
     packed, gains = [], []
     for block in coefficients.split(BLOCK):
-        scaled, needed = _scaled(block, bits)
-        gain = to_bytes(needed)
-        parts = scaled.div_(from_bytes(gain)[:, None]).split([count for count, _ in groups], dim=-1)
+        gain = to_bytes(_gains(_largest(block), block.shape[-1], bits))
+        scaled = (block[:, : len(of_step)] / of_step).div_(from_bytes(gain)[:, None])
+        parts = scaled.split([count for count, _ in groups], dim=-1)
         levels = [
             part.floor().add_(2 ** (number - 1)).clamp_(0, 2**number - 1).to(torch.uint8)
             for part, (_, number) in zip(parts, groups, strict=True)
@@ -164,29 +165,36 @@ def encode_coefficients(coefficients: Tensor, positions: Tensor, bits: int, n_po
     return TransformCodes(torch.cat(packed, dim=-1), torch.cat(gains), stored, bits)
 
 
-def weighted_error(coefficients: Tensor, bits: int, weight: Tensor) -> Tensor:
+def weighted_errors(coefficients: Tensor, bits: Sequence[int], weight: Tensor) -> dict[int, Tensor]:
     """
-    Sum of the squared errors of coefficients (N, D) after coding, weighted by ``weight`` (D,): shape (N,).
+    Bits -> sum of the squared errors of coefficients (N, D) after coding, weighted by ``weight`` (D,): shape (N,).
 
     Levels are in the middle of their steps, so no coefficient is further from one than half of a step.
     """
-    scaled, needed = _scaled(coefficients, bits)
-    gain = from_bytes(to_bytes(needed))
-    with_bits = scaled.shape[-1]
-    rest = scaled.div_(gain[:, None])
-    rest = rest.sub_(rest.floor()).sub_(0.5).square_()
-    of_step = steps(coefficients.shape[-1], bits, coefficients.device).square() * weight[:with_bits]
-    error = (rest @ of_step).mul_(gain.square())
-    if with_bits < len(weight):  # the last coefficients have no bits
-        error += coefficients[:, with_bits:].square() @ weight[with_bits:]
-    return error
+    largest = _largest(coefficients)
+    found = {}
+    for number in bits:
+        of_step = steps(coefficients.shape[-1], number, coefficients.device)
+        with_bits = len(of_step)
+        gain = from_bytes(to_bytes(_gains(largest, coefficients.shape[-1], number)))
+        rest = (coefficients[:, :with_bits] / of_step).mul_(gain.reciprocal()[:, None])
+        rest.sub_(rest.floor()).sub_(0.5).square_()
+        error = (rest @ (of_step.square() * weight[:with_bits])).mul_(gain.square())
+        if with_bits < len(weight):  # the last coefficients have no bits
+            error += coefficients[:, with_bits:].square() @ weight[with_bits:]
+        found[number] = error
+    return found
 
 
-def _scaled(coefficients: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Those coefficients (N, D) that have bits, in steps, and the gain (N,) that cuts none of them off, float32."""
-    groups = profile(coefficients.shape[-1], bits)
-    of_step = steps(coefficients.shape[-1], bits, coefficients.device)
-    scaled = coefficients[:, : len(of_step)] / of_step
-    parts = scaled.split([count for count, _ in groups], dim=-1)
-    reach = [part.abs().amax(-1) / 2 ** (number - 1) for part, (_, number) in zip(parts, groups, strict=True)]
-    return scaled, torch.stack(reach).amax(0)
+def _largest(coefficients: Tensor) -> Tensor:
+    """Largest magnitude in each group of coefficients (N, D); the groups are those of all numbers of bits: (3, N)."""
+    head_dim = coefficients.shape[-1]
+    counts = [count for count, _ in profile(head_dim, TRANSFORM_BITS[-1])]
+    return torch.stack([part.abs().amax(-1) for part in coefficients.split(counts, dim=-1)])
+
+
+def _gains(largest: Tensor, head_dim: int, bits: int) -> Tensor:
+    """The smallest gain (N,) with which no coefficient is cut off, by the largest ones of each group (3, N)."""
+    groups = profile(head_dim, bits)
+    reach = [one / (_STEPS[number] * 2 ** (number - 1)) for one, (_, number) in zip(largest, groups, strict=False)]
+    return torch.stack(reach).amax(0)

@@ -34,6 +34,20 @@ def test_the_budget_is_met_to_less_than_one_pair(n_pairs, share):
     assert (budget - taken < 256).all()
 
 
+@pytest.mark.parametrize("share", [0.04, 0.25])
+@pytest.mark.parametrize("n_groups", [1, 4])
+def test_all_pairs_but_those_at_the_price_take_what_a_slow_bisection_of_all_pairs_gives_them(n_groups, share):
+    costs, budget = costs_of(n_groups, 6000, seed=5), torch.full((n_groups,), int(share * 6000 * 256))
+    chosen = allocate_bytes(costs, NBYTES, budget)
+    for group in range(n_groups):
+        low, high = 0.0, 1e9
+        for _ in range(200):
+            price = (low + high) / 2
+            found = (costs[:, group].double() + price * NBYTES[:, None].double()).argmin(0)
+            low, high = (price, high) if NBYTES[found].sum() > budget[group] else (low, price)
+        assert (chosen[group] != found).sum() <= 2
+
+
 def test_everything_stays_whole_if_it_fits():
     chosen = allocate_bytes(costs_of(2, 50), NBYTES, torch.tensor([50 * 256, 10**9]))
     assert (chosen == 5).all()

@@ -21,7 +21,7 @@ from kvpress_moe.codes.transform_codes import (
     middles,
     profile,
     steps,
-    weighted_error,
+    weighted_errors,
 )
 from kvpress_moe.codes.vector_codes import BITS, encode, relative_error, vector_bytes
 from kvpress_moe.errors import NotFiniteError, SettingError, UnsupportedInputError, UnsupportedModelError
@@ -203,7 +203,7 @@ def test_transform_codes_take_their_bytes_and_no_coefficient_is_off_by_more_than
     of_step, back = steps(head_dim, bits), codes.decode() * steps(head_dim, bits)
     off = (back - coefficients[:, : len(of_step)]).abs() / (of_step * codes.gains()[:, None])
     assert off.max() <= 0.505
-    measured = weighted_error(coefficients, bits, torch.ones(head_dim))
+    measured = weighted_errors(coefficients, TRANSFORM_BITS, torch.ones(head_dim))[bits]
     error = (back - coefficients[:, : len(of_step)]).square().sum(-1)
     error += coefficients[:, len(of_step) :].square().sum(-1)
     assert torch.allclose(measured, error, rtol=0.03)
