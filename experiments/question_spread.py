@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from torch import Tensor
@@ -49,10 +48,8 @@ def texts(tokenizer: Any, length: int, per_kind: int) -> list[str]:
 
 def asked(model: Any, tokenizer: Any, contexts: Sequence[str], n_questions: int) -> list[Prompt]:
     """Some prompts about each text: text by text."""
-    # Every sixth question is one of a list, so the texts come in another order each time.
-    order = [number for n in range(n_questions) for number in Random(n).sample(range(len(contexts)), len(contexts))]
-    prompts = text_prompts(model, tokenizer, [("the text", contexts[number]) for number in order], SEED)
-    return [prompts[place] for place in sorted(range(len(order)), key=order.__getitem__)]
+    pieces = [("the text", context) for context in contexts for _ in range(n_questions)]
+    return text_prompts(model, tokenizer, pieces, SEED)
 
 
 def spreads(logs: Tensor, errors: Tensor) -> dict[str, float]:

@@ -49,11 +49,12 @@ def allocate_bytes(costs: Tensor, nbytes: Int[Tensor, " M"], budget: Int[Tensor,
         low, high = _bisect(costs, nbytes, budget, low, high, 1)
     chosen, dearer = _at(costs, nbytes, high), _at(costs, nbytes, low)
     # A pair that takes the same at both ends of the range takes it between them too. Only the others are bisected.
-    varies = (chosen != dearer).any(0)
-    if int(varies.sum()) > len(varies) // 2:  # many groups; a copy would not pay
-        varies = torch.ones_like(varies)
-    some, own_nbytes = costs[..., varies], nbytes[chosen.long()].masked_fill(varies, 0).sum(1)
-    low, high = _bisect(some, nbytes, budget - own_nbytes, low, high, _FINE)
+    differ = (chosen != dearer).any(0)
+    # With many groups most columns differ in one of them. Then a copy would not pay.
+    varies = differ if int(differ.sum()) <= len(differ) // 2 else slice(None)
+    some = costs[..., varies]
+    fixed = nbytes[chosen.long()].sum(1) - nbytes[chosen[:, varies].long()].sum(1)
+    low, high = _bisect(some, nbytes, budget - fixed, low, high, _FINE)
     chosen[:, varies], dearer[:, varies] = _at(some, nbytes, high), _at(some, nbytes, low)
     # Bytes that a slightly lower price would add. By rounding, a pair may take less at a lower price; it stays.
     more = (nbytes[dearer.long()] - nbytes[chosen.long()]).clamp(min=0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +24,8 @@ from kvpress_moe.cli.progress import timed_bar
 from kvpress_moe.codes.precision_names import parse_precision
 from kvpress_moe.errors import SettingError
 
+LEAST_ADAPTING = 8
+
 EPILOG = """Examples:
 
 kvpress-moe calibrate --router routers/mine --out routers/mine
@@ -32,6 +36,11 @@ kvpress-moe calibrate --texts contracts --confidence 0.95 --out routers/contract
 
 kvpress-moe ask book.txt "Who signed?" --router routers/contracts --precision mixed --max-kl 0.02
 """
+
+
+def adapting_of(prompts: int) -> int:
+    """How many prompts about texts adapt the estimate, by default."""
+    return max(LEAST_ADAPTING, prompts // 4)
 
 
 def calibrate(
@@ -51,7 +60,14 @@ def calibrate(
             "are separated by ;"
         ),
     ] = "mixed;none",
-    prompts: Annotated[int, typer.Option(help="Number of calibration prompts.")] = 100,
+    prompts: Annotated[int, typer.Option(help="Number of prompts that are measured, with those of --adapt.")] = 100,
+    adapt: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of these prompts that the estimate is adapted to; the others calibrate it. Default: 0; with "
+            f"--texts a quarter of the prompts, at least {LEAST_ADAPTING}."
+        ),
+    ] = None,
     confidence: Annotated[
         float, typer.Option(help="The highest confidence that you will ask for. It tells the least number of prompts.")
     ] = 0.9,
@@ -84,12 +100,20 @@ def calibrate(
     check_number("length", length, 128)
     check_number("seed", seed, 1, 2**63 - 1, remedy="Seed 0 makes the prompts that the estimate is fitted to.")
     needed = prompts_needed(confidence)
-    if prompts < needed:
+    smallest = needed + (adapt or 0)
+    if adapt is None and texts is not None:
+        smallest = next(n for n in count(needed) if n - adapting_of(n) >= needed)
+        adapt = adapting_of(prompts)
+    adapt = adapt or 0
+    if 0 < adapt < LEAST_ADAPTING or adapt < 0:
+        raise SettingError("adapt", adapt, f"0, or at least {LEAST_ADAPTING}", "With 0 the estimate stays as it is.")
+    if prompts < smallest:
+        also = f"; {smallest - needed} more adapt the estimate" if smallest > needed else ""
         raise SettingError(
             "prompts",
             prompts,
-            f"at least {needed} for confidence {confidence}",
-            f"For example --prompts {max(100, needed)}.",
+            f"at least {smallest}: {needed} for confidence {confidence}{also}",
+            f"For example --prompts {max(100, smallest)}.",
         )
     menus = [parse_precision(None if name.strip() == "none" else name.strip()) for name in precision.split(";")]
     if texts is not None and not texts.is_dir():
@@ -108,7 +132,7 @@ def calibrate(
         from kvpress_moe.training.calibration import task_prompts
         from kvpress_moe.training.text_prompts import contexts, read_texts, text_prompts
 
-        read, n_texts = None if texts is None else read_texts(texts), 0
+        read, pieces = None if texts is None else read_texts(texts), []
         step("loading the model", 0, 1)
         loaded, tokenizer = load_model(model, device)
         press = MoERouterPress(router=router)
@@ -125,33 +149,37 @@ def calibrate(
         else:
             check_length(loaded, length, 64, 64)
             pieces = contexts(read, tokenizer, length, prompts, seed)
-            n_texts = len({name for name, _ in pieces})
             made = text_prompts(loaded, tokenizer, pieces, seed, step)
+        adapting = set(Random(f"{seed}/adapting").sample(range(prompts), adapt))
+        calibrating = [number for number in range(prompts) if number not in adapting]
+        n_texts = len({pieces[number][0] for number in calibrating}) if pieces else 0
         found = calibrated(
             loaded,
             routers,
             menus,
-            made,
+            [made[number] for number in calibrating],
             lambda: task_prompts(tokenizer, fit, length, 0, limit),
             {"prompts": "tasks" if texts is None else f"texts: {texts.name}", "seed": seed, "length": length},
             refit,
             shards,
             step,
+            [made[number] for number in sorted(adapting)],
         )
         attention = language_model(loaded).layers[0].self_attn
         save_promises({**routers.promises, **found}, directory_of(router, attention), out)
     summary: dict[str, Any] = {
         "router": str(out),
         "prompts": prompts,
+        "adapted_to": adapt,
         **({} if texts is None else {"texts": n_texts}),
-        "highest_confidence": round(prompts / (prompts + 1), 4),
+        "highest_confidence": round((prompts - adapt) / (prompts - adapt + 1), 4),
         "max_kl": {name: [float(f"{bound:.2g}") for bound in one.bounds] for name, one in found.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }
     if 0 < n_texts < needed:
         typer.echo(
-            f"The pieces are of {n_texts} texts only. What is promised holds for more pieces of these texts, not for "
-            f"others: for a confidence of {confidence:g} take at least {needed} texts.",
+            f"The pieces that calibrate are of {n_texts} texts only. What is promised holds for more pieces of these "
+            f"texts, not for others: for a confidence of {confidence:g} take at least {needed} texts.",
             err=True,
         )
     print(json.dumps(summary, separators=(",", ":")))

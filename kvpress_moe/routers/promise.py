@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -105,15 +106,7 @@ class Estimate:
         mean = features.mean(0)
         centred = features - mean
         curves = _of_curve(lost, shares)  # (N, K, 2)
-        logs = divergences.double().clamp(min=LEAST).log()
-        fitted = (logs > math.log(FITTED[0])) & (logs < math.log(FITTED[1]))
-        if len(features) < 2 or int(fitted.sum()) < LEAST_POINTS:
-            raise SettingError(
-                "fit",
-                len(features),
-                f"prompts with at least {LEAST_POINTS} KL divergences between {FITTED[0]:g} and {FITTED[1]:g}",
-                f"These have {int(fitted.sum())}. Take more prompts, or longer ones.",
-            )
+        logs, fitted = points_to_fit(divergences, "fit")
         inputs = torch.cat((curves, centred[:, None].expand(-1, len(shares), -1)), dim=-1)[fitted]
         scale = features.std(0).clamp(min=1e-6) * len(mean) ** 0.5
         penalty = torch.cat((torch.full((2,), 1e-3).double(), RIDGE * scale**2))
@@ -123,10 +116,35 @@ class Estimate:
             if not bool((weights[:2] < 0).any()):
                 break
             used &= weights[:2] >= 0
-        slopes = weights[:2].clamp(min=torch.tensor([0.0, LEAST_SLOPE]))  # a flat estimate would have no least share
+        slopes = _not_flat(weights[:2])
         spread = features.std(0, correction=0).clamp(min=1e-3)
         correlation = (centred / spread).T @ (centred / spread) / len(features)
         return cls(slopes, weights[2:], mean, float(intercept), spread, correlation)
+
+    def adapted(self, features: Tensor, lost: Tensor, divergences: Tensor, shares: Tensor) -> Self:
+        """
+        The same estimate for prompts of another kind: with new slopes, a new intercept, and smaller weights.
+
+        All weights are multiplied by one factor between 0 and 1. It is small if the features say little of these
+        prompts. With so few free numbers, few prompts are enough.
+
+        Parameters
+        ----------
+        features : Tensor, shape (N, F)
+        lost, divergences : Tensor, shape (N, K)
+        shares : Tensor, shape (K,)
+
+        Raises
+        ------
+        SettingError
+            As in :meth:`fit`.
+        """
+        logs, fitted = points_to_fit(divergences, "adapt")
+        traits = ((features - self.mean) @ self.weights)[:, None, None].expand(-1, len(shares), 1)
+        inputs, wanted = torch.cat((_of_curve(lost, shares), traits), dim=-1)[fitted], logs[fitted]
+        found, intercept = _least_squares(inputs, wanted)
+        slopes = _not_flat(found[:2])
+        return replace(self, slopes=slopes, weights=found[2] * self.weights, intercept=float(intercept))
 
     def at(self, features: Tensor, lost: Tensor, shares: Tensor) -> Tensor:
         """
@@ -147,6 +165,32 @@ def _of_curve(lost: Tensor, shares: Tensor) -> Tensor:
     return torch.stack((lost.clamp(min=1e-9).log(), -shares.log().expand_as(lost)), dim=-1)
 
 
+def points_to_fit(divergences: Tensor, setting: str) -> tuple[Tensor, Tensor]:
+    """
+    Logarithms of measured KL divergences (N, K), and which of them an estimate is fitted to.
+
+    Raises
+    ------
+    SettingError
+        If there are fewer than two prompts, or fewer than ``LEAST_POINTS`` such divergences.
+    """
+    logs = divergences.double().clamp(min=LEAST).log()
+    fitted = (logs > math.log(FITTED[0])) & (logs < math.log(FITTED[1]))
+    if len(divergences) < 2 or int(fitted.sum()) < LEAST_POINTS:
+        raise SettingError(
+            setting,
+            len(divergences),
+            f"2 prompts or more, with at least {LEAST_POINTS} KL divergences between {FITTED[0]:g} and {FITTED[1]:g}",
+            f"These have {int(fitted.sum())}. Take more prompts, or longer ones.",
+        )
+    return logs, fitted
+
+
+def _not_flat(slopes: Tensor) -> Tensor:
+    """Slopes of an estimate that falls with the share. A flat one would have no least share."""
+    return slopes.clamp(min=slopes.new_tensor([0.0, LEAST_SLOPE]))
+
+
 def _ridge(inputs: Tensor, wanted: Tensor, penalty: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (F,) and intercept of a ridge regression. Of the first inputs only those ``used`` have a weight."""
     kept = torch.cat((used, torch.ones(inputs.shape[1] - len(used), dtype=torch.bool)))
@@ -156,6 +200,21 @@ def _ridge(inputs: Tensor, wanted: Tensor, penalty: Tensor, used: Tensor) -> tup
     weights = inputs.new_zeros(inputs.shape[1])
     weights[kept] = solved
     return weights, wanted.mean() - centre @ solved
+
+
+def _least_squares(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (3,) that are not negative, the last one at most 1, and the intercept, with the least squared error."""
+    penalty = inputs.new_full((3,), 1e-3)
+    found: list[tuple[float, int, Tensor, Tensor]] = []
+    for free, second_free, last in product((True, False), (True, False), (None, 0.0, 1.0)):  # all faces of the box
+        used = torch.tensor([free, second_free, last is None])
+        weights, intercept = _ridge(inputs, wanted - (last or 0.0) * inputs[:, 2], penalty, used)
+        weights[2] = weights[2] if last is None else last
+        if bool((weights >= 0).all()) and weights[2] <= 1:
+            error = float((inputs @ weights + intercept - wanted).square().sum())
+            found.append((error, len(found), weights, intercept))
+    _, _, weights, intercept = min(found)
+    return weights, intercept
 
 
 @dataclass(frozen=True)
@@ -179,6 +238,9 @@ class Promise:
     about : dict
         What the calibration belongs to: ``precision``, ``min_share``, ``top_k`` and ``capacity_factor`` of the press;
         ``routers`` (a hash of their weights), ``prompts`` (their source), ``seed``, ``versions``.
+    unadapted : Estimate, optional
+        The estimate before it was adapted. None: it was not. Another calibration starts from it, because the prompts
+        that an estimate was adapted to must not give its margins.
     """
 
     estimate: Estimate
@@ -189,6 +251,7 @@ class Promise:
     farthest: float
     lengths: tuple[int, int]
     about: dict[str, Any]
+    unadapted: Estimate | None = None
 
     @classmethod
     def of(
@@ -199,6 +262,7 @@ class Promise:
         divergences: Tensor,
         shares: Tensor,
         about: dict[str, Any],
+        unadapted: Estimate | None = None,
     ) -> Self:
         """
         Calibrate an estimate with measured prompts that it was not fitted to.
@@ -210,6 +274,8 @@ class Promise:
         lost, divergences : Tensor, shape (N, K)
         shares : Tensor, shape (K,)
         about : dict
+        unadapted : Estimate, optional
+            The estimate before it was adapted.
         """
         logs = divergences.clamp(min=LEAST).log()
         centre = features.mean(0)
@@ -223,6 +289,7 @@ class Promise:
             0.0,
             (int(tokens.min()), int(tokens.max())),
             about,
+            unadapted,
         )
         others = len(features) / max(1, len(features) - 1)  # a prompt itself moves the centre
         return replace(made, farthest=float((others * made.distances(features)).quantile(UNLIKE)))
@@ -275,7 +342,7 @@ class Promise:
                 "confidence",
                 confidence,
                 f"at most {self.n_prompts / (self.n_prompts + 1):.4f} with {self.n_prompts} calibration prompts",
-                f"It needs {needed} prompts: kvpress-moe calibrate --prompts {needed}.",
+                f"It needs {needed} prompts: kvpress-moe calibrate --confidence {confidence:g}.",
             )
 
     def margins(self, max_kl: float) -> Tensor:
@@ -365,10 +432,9 @@ class Promise:
         estimate = self.estimate
         return {
             "about": self.about,
-            "slopes": _significant(estimate.slopes, 4),
-            "weights": _significant(estimate.weights),
+            **_line_as_dict(estimate),
+            **({} if self.unadapted is None else {"unadapted": _line_as_dict(self.unadapted)}),
             "mean": _significant(estimate.mean),
-            "intercept": float(f"{estimate.intercept:.4g}"),
             "shares": self.shares.tolist(),
             "estimates": _as_steps(self.estimates),
             "divergences": _as_steps(self.divergences),
@@ -392,8 +458,6 @@ class Promise:
         shares = _tensor(saved, "shares")
         n_prompts = len(saved["divergences"])
         shapes = {
-            "slopes": (2,),
-            "weights": (n_features,),
             "mean": (n_features,),
             "centre": (n_features,),
             "spread": (n_features,),
@@ -411,13 +475,10 @@ class Promise:
             raise ValueError("shares: expected rising numbers between 0 and 1, and at least one prompt")
         if bool((found["spread"] <= 0).any()):
             raise ValueError("spread: expected positive numbers")
-        if bool((found["slopes"] < 0).any()) or float(found["slopes"][1]) < 0.9 * LEAST_SLOPE:
-            raise ValueError("slopes: expected a first one that is not negative and a positive second one")
         if bool((found["estimates"].diff() > 0).any()):
             raise ValueError("estimates: expected none that rise with the share")
-        numbers = {name: saved[name] for name in ("intercept", "farthest")}
-        if not all(is_number(value) and abs(value) <= LARGEST for value in numbers.values()):
-            raise ValueError("intercept, farthest: expected finite numbers")
+        if not is_number(saved["farthest"]) or abs(saved["farthest"]) > LARGEST:
+            raise ValueError("farthest: expected a finite number")
         lengths = saved["lengths"]
         if not (isinstance(lengths, list) and len(lengths) == 2 and all(is_whole(length, 1) for length in lengths)):
             raise ValueError("lengths: expected two numbers of tokens")
@@ -431,10 +492,15 @@ class Promise:
         shrunk = correlation + SHRINK * torch.eye(n_features, dtype=torch.float64)
         if int(torch.linalg.cholesky_ex(shrunk).info):
             raise ValueError("correlation: expected a positive definite matrix")
-        read = (found["slopes"], found["weights"], found["mean"], float(saved["intercept"]))
-        estimate = Estimate(*read, found["spread"], correlation)
+        slopes, weights, intercept = _line_of(saved, n_features)
+        estimate = Estimate(slopes, weights, found["mean"], intercept, found["spread"], correlation)
+        unadapted = None
+        if "unadapted" in saved:
+            slopes, weights, intercept = _line_of(saved["unadapted"], n_features)
+            unadapted = replace(estimate, slopes=slopes, weights=weights, intercept=intercept)
         kept = (found["estimates"], found["divergences"], found["centre"])
-        return cls(estimate, shares, *kept, float(saved["farthest"]), (lengths[0], lengths[1]), about)
+        ends = (lengths[0], lengths[1])
+        return cls(estimate, shares, *kept, float(saved["farthest"]), ends, about, unadapted)
 
 
 def cautious(confidence: float) -> float:
@@ -481,6 +547,27 @@ def _unpacked(triangle: Tensor, size: int) -> Tensor:
     matrix = torch.zeros(size, size, dtype=torch.float64)
     matrix[rows, columns] = matrix[columns, rows] = triangle / 1e4
     return matrix
+
+
+def _line_as_dict(estimate: Estimate) -> dict[str, Any]:
+    """What adapting an estimate changes."""
+    return {
+        "slopes": _significant(estimate.slopes, 4),
+        "weights": _significant(estimate.weights),
+        "intercept": float(f"{estimate.intercept:.4g}"),
+    }
+
+
+def _line_of(saved: Any, n_features: int) -> tuple[Tensor, Tensor, float]:
+    """Slopes, weights and intercept."""
+    slopes, weights, intercept = _tensor(saved, "slopes"), _tensor(saved, "weights"), saved["intercept"]
+    if slopes.shape != (2,) or weights.shape != (n_features,):
+        raise ValueError(f"slopes, weights: expected 2 and {n_features} numbers")
+    if bool((slopes < 0).any()) or float(slopes[1]) < 0.9 * LEAST_SLOPE:
+        raise ValueError("slopes: expected a first one that is not negative and a positive second one")
+    if not is_number(intercept) or abs(intercept) > LARGEST:
+        raise ValueError("intercept: expected a finite number")
+    return slopes, weights, float(intercept)
 
 
 def _significant(tensor: Tensor, digits: int = 3) -> list[float]:

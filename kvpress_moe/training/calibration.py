@@ -25,7 +25,7 @@ from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.press.promised_budget import setting_of
 from kvpress_moe.routers import Routers
 from kvpress_moe.routers.checkpoint import weights_hash
-from kvpress_moe.routers.promise import Estimate, Promise
+from kvpress_moe.routers.promise import Estimate, Promise, points_to_fit
 from kvpress_moe.training.config import TrainingConfig
 
 #: Shares of the bytes of a 16-bit cache at which the KL divergence is measured.
@@ -148,7 +148,8 @@ def _measure(model: PreTrainedModel, prompt: Prompt, presses: Mapping[str, MoERo
 
 def new_press(press: MoERouterPress) -> MoERouterPress:
     """A press with the same routers and precision, which has seen no prompt."""
-    return MoERouterPress(router=press.router, precision=press.precision, cache_aware=press.cache_aware)
+    router = press.router if press.routers is None else press.routers  # which need not be read from a file once more
+    return MoERouterPress(router=router, precision=press.precision, cache_aware=press.cache_aware)
 
 
 def _about(model: PreTrainedModel, presses: Mapping[str, MoERouterPress]) -> str:
@@ -205,6 +206,7 @@ def promise(
     fitted: Sequence[Measurement] | None,
     earlier: Promise | None,
     about: Mapping[str, Any],
+    adapting: Sequence[Measurement] = (),
 ) -> Promise:
     """
     A promise for the settings of a press.
@@ -221,6 +223,9 @@ def promise(
         What the routers promised before.
     about : mapping
         ``prompts`` and ``seed``, which are noted.
+    adapting : sequence of Measurement
+        Prompts to adapt the estimate to, others than the calibration prompts. Without any it is the one that was
+        fitted, even if an earlier calibration adapted it.
     """
     shares = torch.tensor(shares_of(press), dtype=torch.float64)
     features, lost, divergences = tensors(measured)
@@ -228,11 +233,15 @@ def promise(
         estimate = Estimate.fit(*tensors(fitted), shares)
     else:
         assert earlier is not None
-        estimate, shares = earlier.estimate, earlier.shares
+        estimate, shares = earlier.unadapted or earlier.estimate, earlier.shares
+    unadapted = None
+    if adapting:
+        unadapted, estimate = estimate, estimate.adapted(*tensors(adapting), shares)
     settings = {name: getattr(press, name) for name in ("min_share", "top_k", "capacity_factor")}
     versions = {name: version(name) for name in ("kvpress-moe", "torch", "transformers")}
     own = {"precision": setting_of(press.menu), **settings, "routers": weights_hash(cast(Routers, press.routers))}
-    return Promise.of(estimate, features, lost, divergences, shares, {**own, **about, "versions": versions})
+    noted = {**own, **about, "adapted_to": len(adapting), "versions": versions}
+    return Promise.of(estimate, features, lost, divergences, shares, noted, unadapted)
 
 
 def calibrate(
@@ -245,6 +254,7 @@ def calibrate(
     refit: bool = False,
     shards: Path | None = None,
     progress: Callable[[str, int, int], Any] = lambda what, done, total: None,
+    adapt: Sequence[Prompt] = (),
 ) -> dict[str, Promise]:
     """
     Calibrate routers: their promises for some precisions, by the precision's name.
@@ -268,6 +278,8 @@ def calibrate(
         Directory for measurements. An interrupted run continues from it.
     progress : callable
         ``progress(what, done, total)``.
+    adapt : sequence of Prompt
+        Prompts like the calibration prompts, but others. The estimate is adapted to them.
     """
     presses = {
         str(precision): MoERouterPress(router=routers, precision=precision, cache_aware=False)
@@ -287,9 +299,16 @@ def calibrate(
     fitted: dict[str, list[Measurement]] = {}
     if new:
         fitted = measure(model, to_fit(), new, store, lambda done, total: progress("fitting", done, total))
+    adapting: dict[str, list[Measurement]] = {}
+    if adapt:
+        adapting = measure(model, adapt, presses, store, lambda done, total: progress("adapting", done, total))
+        for found in adapting.values():
+            points_to_fit(tensors(found)[2], "adapt")  # before the calibration, which takes much longer
     measured = measure(model, prompts, presses, store, lambda done, total: progress("calibrating", done, total))
     return {
-        names[name]: promise(press, measured[name], fitted.get(name), routers.promises.get(names[name]), about)
+        names[name]: promise(
+            press, measured[name], fitted.get(name), routers.promises.get(names[name]), about, adapting.get(name, ())
+        )
         for name, press in presses.items()
     }
 

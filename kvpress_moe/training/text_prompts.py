@@ -122,9 +122,16 @@ def text_prompts(
     for name, text in pieces:
         start = text.find(" ", random.randrange(max(1, len(text) - ASKED))) + 1
         asked.append(WrittenDocument(Path(name).stem, text[start : start + ASKED]))
-    questions = write_questions(
-        model, tokenizer, asked, seed, progress=lambda done, total: progress("writing questions", done, total)
+    # The kind of a question follows from its place in the list. So texts that take turns are shuffled.
+    order = random.sample(range(len(asked)), len(asked))
+    written = write_questions(
+        model,
+        tokenizer,
+        [asked[number] for number in order],
+        seed,
+        progress=lambda done, total: progress("writing questions", done, total),
     )
+    questions = [written[order.index(number)] for number in range(len(asked))]
     prompts = []
     for number, ((name, text), passage, question) in enumerate(zip(pieces, asked, questions, strict=True)):
         progress("answering", number, len(pieces))

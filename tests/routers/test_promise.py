@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from kvpress_moe.budget.confidence import prompts_needed
 from kvpress_moe.budget.loss_curve import LossCurve
 from kvpress_moe.errors import CheckpointError, SettingError
-from kvpress_moe.routers.promise import Estimate, Promise, share_at
+from kvpress_moe.routers.promise import Estimate, Promise, _least_squares, share_at
 from kvpress_moe.routers.sight import Sight
 
 SHARES = torch.tensor([0.01, 0.02, 0.05, 0.1, 0.2, 0.4]).double()
@@ -79,12 +80,86 @@ def test_a_slope_is_never_negative():
     assert estimate.slopes[1] > 0
 
 
+def squared_error(estimate: Estimate, prompts: tuple[torch.Tensor, ...]) -> float:
+    """Mean over the divergences that an estimate is fitted to, by a walk over them."""
+    features, lost, divergences = prompts
+    errors = []
+    for row in range(len(features)):
+        for column in range(len(SHARES)):
+            log = math.log(max(float(divergences[row, column]), 1e-5))
+            if math.log(1e-4) < log < 0:
+                curve = estimate.slopes[0] * lost[row, column].log() - estimate.slopes[1] * SHARES[column].log()
+                of_prompt = (features[row] - estimate.mean) @ estimate.weights + estimate.intercept
+                errors.append(float(curve + of_prompt - log) ** 2)
+    return sum(errors) / len(errors)
+
+
+def test_an_adapted_estimate_keeps_what_the_features_say_only_where_it_is_true():
+    estimate = Estimate.fit(*population(300, seed=7), SHARES)
+
+    def factor(new: tuple[torch.Tensor, ...]) -> float:
+        adapted = estimate.adapted(*new, SHARES)
+        assert squared_error(adapted, new) <= squared_error(estimate, new)
+        return float(adapted.weights[0] / estimate.weights[0])
+
+    same, shuffled = [], []
+    for seed in range(8):
+        features, lost, divergences = population(40, seed=100 + seed)
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+        same.append(factor((features, lost, divergences)))
+        shuffled.append(factor((features[order], lost, 3 * divergences)))
+        assert factor((2 * features.mean(0) - features, lost, divergences)) == 0
+        assert factor((features, lost, divergences * ((features[:, :1] - 6) * 1.8).exp())) == 1
+    assert sum(same) / 8 > 0.85
+    assert sum(shuffled) / 8 < 0.2
+
+
+def test_an_adapted_estimate_is_the_best_of_its_neighbours():
+    estimate = Estimate.fit(*population(300, seed=7), SHARES)
+    for new in (population(30, seed=10), population(30, seed=11)):
+        found = estimate.adapted(*new, SHARES)
+        least = squared_error(found, new)
+        for step in (-0.02, 0.02):
+            assert squared_error(replace(found, intercept=found.intercept + step), new) > least
+            for side in (0, 1):
+                slopes = found.slopes + step * torch.eye(2)[side].double()
+                assert squared_error(replace(found, slopes=slopes), new) > least
+        assert squared_error(replace(found, weights=0.98 * found.weights), new) > least
+
+
+def test_the_best_weights_within_their_bounds_are_found_where_dropping_the_wrong_ones_misses_them():
+    """Small problems with any signs: no point of a fine grid of slopes and factors has a smaller error."""
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        inputs, wanted = torch.randn(12, 3, generator=generator).double(), torch.randn(12, generator=generator).double()
+        weights, intercept = _least_squares(inputs, wanted)
+        assert bool((weights >= 0).all())
+        assert weights[2] <= 1
+        least = (inputs @ weights + intercept - wanted).square().sum()
+        axis = torch.linspace(0, 2, 21).double()
+        grid = torch.cartesian_prod(axis, axis, torch.linspace(0, 1, 11).double())
+        rest = wanted - (inputs @ grid.T).T
+        assert least <= (rest - rest.mean(1, keepdim=True)).square().sum(1).min() + 1e-3
+
+
+def test_too_few_divergences_are_no_ground_for_an_estimate():
+    estimate = Estimate.fit(*population(60, seed=7), SHARES)
+    features, lost, divergences = population(20, seed=8)
+    for bad in ((features[:1], lost[:1], divergences[:1]), (features, lost, divergences * 1e-9)):
+        with pytest.raises(SettingError, match="adapt: got .* at least 20 KL divergences"):
+            estimate.adapted(*bad, SHARES)
+
+
 @pytest.mark.parametrize("bound", [0.005, 0.02, 0.1])
 @pytest.mark.parametrize("confidence", [0.8, 0.9])
-def test_new_prompts_stay_within_the_bound_as_often_as_promised(bound, confidence):
+@pytest.mark.parametrize("n_adapting", [0, 8])
+def test_new_prompts_stay_within_the_bound_as_often_as_promised(bound, confidence, n_adapting):
     kept, spent = [], []
     for seed in range(25):
         promise = promise_of(60, 99, seed)
+        if n_adapting:
+            adapted = promise.estimate.adapted(*population(n_adapting, 2000 + seed), SHARES)
+            promise = Promise.of(adapted, *population(99, 2 * seed + 1), SHARES, dict(ABOUT))
         features, lost, divergences = population(40, 1000 + seed)
         for one in range(40):
             share = promise.decide(sight(features[one], lost[one]), bound, confidence).share

@@ -10,9 +10,9 @@ from kvpress_moe import MoERouterPress
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.cli import app
 from kvpress_moe.errors import CheckpointError, SettingError
-from kvpress_moe.routers.checkpoint import PROMISES, load_routers, save_routers
+from kvpress_moe.routers.checkpoint import PROMISES, load_routers, save_promises, save_routers
 from kvpress_moe.training import calibration
-from kvpress_moe.training.calibration import BYTE_SHARES, PAIR_SHARES, calibrate, measure, task_prompts
+from kvpress_moe.training.calibration import BYTE_SHARES, PAIR_SHARES, calibrate, measure, task_prompts, tensors
 from kvpress_moe.training.text_prompts import contexts, read_texts, text_prompts
 from tests.tiny import calibrated_routers, prefill, promised_routers, tokens
 
@@ -63,6 +63,23 @@ def test_prompts_about_texts_ask_and_answer(llama, chat_tokenizer):
     )
 
 
+def test_kinds_of_questions_do_not_follow_from_texts_that_take_turns(llama, chat_tokenizer, monkeypatch):
+    places = {}
+
+    def written(model, tokenizer, passages, *_, **__):
+        places.update({passage.title: number for number, passage in enumerate(passages)})
+        return [f"What does piece {passage.title} say?" for passage in passages]
+
+    monkeypatch.setattr("kvpress_moe.training.text_prompts.write_questions", written)
+    monkeypatch.setattr("kvpress_moe.training.text_prompts.greedy_answer", lambda *_: [1])
+    made = text_prompts(llama, chat_tokenizer, [(f"{n}", f"Piece {n}: {TEXT[:200]}") for n in range(36)], seed=0)
+    for number, prompt in enumerate(made):
+        assert f"Piece {number}: " in chat_tokenizer.decode(prompt.context[0])
+        assert f"piece {number} say?" in chat_tokenizer.decode(prompt.question[0])
+    general = [number for number in range(36) if places[f"{number}"] % 6 == 5]
+    assert len({number % 6 for number in general}) > 2  # with six texts in turn, they would all be of one
+
+
 def test_an_interrupted_run_measures_only_what_is_missing(llama, tmp_path, monkeypatch):
     press = MoERouterPress(router=calibrated_routers(llama))
     press.post_init_from_model(llama)
@@ -107,6 +124,54 @@ def test_calibration_fits_once_and_then_only_measures_new_margins(llama):
     assert torch.equal(promise.estimate.weights, routers.promises["none"].estimate.weights)
 
 
+def test_an_adapted_estimate_is_calibrated_with_other_prompts(llama, tmp_path):
+    routers = promised_routers(llama)
+    about = {"prompts": "random", "seed": 1}
+
+    def never() -> list[Prompt]:
+        raise AssertionError("there is an estimate already")
+
+    adapting, calibrating = prompts(8, 300), prompts(9, 900)
+    (plain,) = calibrate(llama, routers, [None], calibrating, never, about).values()
+    (found,) = calibrate(llama, routers, [None], calibrating, never, about, adapt=adapting).values()
+    assert torch.equal(found.divergences, plain.divergences)
+    press = MoERouterPress(router=routers)
+    press.post_init_from_model(llama)
+    seen = tensors(measure(llama, adapting, {"None": press})["None"])
+    wanted = routers.promises["none"].estimate.adapted(*seen, found.shares)
+    assert torch.equal(found.estimate.weights, wanted.weights)
+    assert torch.equal(found.estimate.slopes, wanted.slopes)
+    assert (plain.about["adapted_to"], found.about["adapted_to"]) == (0, 8)
+
+    # Prompts that an estimate was adapted to may calibrate later. So it starts from the one that has not seen them.
+    save_routers(routers, tmp_path)
+    save_promises({"none": found}, tmp_path, tmp_path)
+    routers.promises = load_routers(tmp_path).promises
+    (again,) = calibrate(llama, routers, [None], adapting, never, about).values()
+    (other,) = calibrate(llama, routers, [None], adapting, never, about, adapt=calibrating).values()
+    for one in (again.estimate, other.unadapted):
+        assert torch.allclose(one.weights, plain.estimate.weights, rtol=1e-2)
+        assert torch.allclose(one.slopes, plain.estimate.slopes, rtol=1e-3)
+    assert again.unadapted is None
+
+
+def test_prompts_that_adapt_are_looked_at_before_the_others_are_measured(llama, monkeypatch):
+    routers, counted = promised_routers(llama), []
+    own = calibration._measure
+
+    def harmless(model, prompt, presses):
+        counted.append(prompt)
+        return {
+            name: {**of, "divergences": [1e-7] * len(of["divergences"])}
+            for name, of in own(model, prompt, presses).items()
+        }
+
+    monkeypatch.setattr(calibration, "_measure", harmless)
+    with pytest.raises(SettingError, match="adapt: got 8, expected 2 prompts or more, with at least 20 KL"):
+        calibrate(llama, routers, [None], prompts(9, 900), list, {"prompts": "r", "seed": 1}, adapt=prompts(8, 300))
+    assert len(counted) == 8
+
+
 def test_built_in_prompts_are_of_the_tune_split_and_of_three_lengths(chat_tokenizer):
     made = task_prompts(chat_tokenizer, 20, 2000, seed=1, limit=4096)
     lengths = [prompt.context.shape[1] for prompt in made]
@@ -129,15 +194,15 @@ def test_the_command_calibrates_for_texts_and_leaves_the_weights_alone(tmp_path,
     texts.mkdir()
     (texts / "mill.txt").write_text(TEXT)
     common = ("--model", str(model_directory), "--router", str(tmp_path / "routers"), "--texts", str(texts))
-    result = command(*common, "--out", str(tmp_path / "new"), "--prompts", "12", "--length", "200")
+    result = command(*common, "--out", str(tmp_path / "new"), "--prompts", "17", "--length", "200")
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
-    assert summary["prompts"] == 12
-    assert summary["highest_confidence"] == pytest.approx(12 / 13, abs=1e-4)
+    assert (summary["prompts"], summary["adapted_to"]) == (17, 8)
+    assert summary["highest_confidence"] == 0.9
     for name in ("routers.safetensors", "routers.json"):
         assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "routers" / name).read_bytes()
     promises = load_routers(tmp_path / "new").promises
-    assert {promise.about["prompts"] for promise in promises.values()} == {"texts: texts"}
+    assert {(promise.about["prompts"], promise.n_prompts) for promise in promises.values()} == {("texts: texts", 9)}
     low, high = promises["none"].bounds
     made = MoERouterPress(router=tmp_path / "new", max_kl=(low * high) ** 0.5)
     prefill(model, tokens(90), made)
@@ -147,7 +212,15 @@ def test_the_command_calibrates_for_texts_and_leaves_the_weights_alone(tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompts", "20", "--confidence", "0.99"], "prompts: got 20, expected at least 99 for confidence 0.99"),
+        (["--prompts", "20", "--confidence", "0.99"], "prompts: got 20, expected at least 99: 99 for confidence 0.99"),
+        (
+            ["--prompts", "16", "--texts", "."],
+            "at least 17: 9 for confidence 0.9; 8 more adapt the estimate. For example",
+        ),
+        (["--prompts", "130", "--texts", ".", "--confidence", "0.99"], "at least 131: 99 for confidence 0.99; 32 more"),
+        (["--adapt", "-1"], "adapt: got -1"),
+        (["--adapt", "7"], "adapt: got 7, expected 0, or at least 8"),
+        (["--adapt", "95"], "prompts: got 100, expected at least 104: 9 for confidence 0.9; 95 more"),
         (["--confidence", "1.5"], "confidence: got 1.5"),
         (["--prompts", "1"], "prompts: got 1"),
         (["--fit", "3"], "fit: got 3"),
