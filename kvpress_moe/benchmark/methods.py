@@ -58,6 +58,8 @@ class Method:
         our rule with constants, where a pair's score is what its eviction costs.
     fixed_share : float or None
         Share of a 16-bit cache's bytes that the method always takes.
+    revision : str
+        What was changed in the method since earlier records. Records with another revision are not continued.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Method:
     eager: bool = False
     precision: Precision | str | None = None
     fixed_share: float | None = None
+    revision: str = ""
 
 
 def _scored(
@@ -119,8 +122,10 @@ def _built_in() -> Iterator[Method]:
     for name, make in (strong | {"non_causal": singles["non_causal"], "tova": singles["tova"]}).items():
         yield _scored(f"{name}_layer", make, "budget", "layer", name)
         yield _scored(f"{name}_global", make, "budget", "global", name)
+    kvzip = Method("kvzip", "multi-pass", lambda p: kvpress.KVzipPress(), None, "kvzip", own_prefill=True)
+    kvzip = replace(kvzip, revision="the beginning of the chat template is judged like the mean token")
     for budget in BUDGETS:
-        yield Method(f"kvzip_{budget}", "multi-pass", lambda p: kvpress.KVzipPress(), budget, "kvzip", own_prefill=True)
+        yield replace(kvzip, name=f"kvzip_{budget}", budget=budget)
 
     for name, (share, _) in QUANTISED.items():
         yield Method(name, "quantised", lambda protect: None, fixed_share=share)

@@ -81,6 +81,15 @@ class Records:
                     f"records of the same run; {field} was {earlier.get(field)!r} and is now {header.get(field)!r}",
                     "Name another directory.",
                 )
+        for name in earlier["methods"].keys() & header["methods"].keys():
+            change = _change(earlier["methods"][name], header["methods"][name])
+            if change:
+                raise SettingError(
+                    "out",
+                    str(self.directory),
+                    f"records of the same methods; {name} has changed: {change}",
+                    "Name another directory.",
+                )
         commands = [*earlier["commands"], *(c for c in header["commands"] if c not in earlier["commands"])]
         versions = earlier["versions"] | header["versions"]
         return earlier | header | {
@@ -132,6 +141,15 @@ class Records:
                 ) from error
 
 
+def _change(earlier: dict[str, str], now: dict[str, str]) -> str | None:
+    """What is new in a method since its earlier records. Old records do not tell their routers."""
+    if earlier.get("revision") != now.get("revision"):
+        return now.get("revision", "the records are of a later release")
+    if earlier.get("routers", now.get("routers")) != now.get("routers"):
+        return "its routers have other weights"
+    return None
+
+
 def rounded(value: Any, digits: int | None = 5) -> Any:
     """Round floats to ``digits`` significant digits (None: keep all). NaN and infinities become None."""
     if isinstance(value, dict):
@@ -179,8 +197,8 @@ def _check_header(header: dict[str, Any]) -> None:
     texts = (header["commands"], header["versions"], header["versions"].values(), header["methods"])
     if not all(is_text(text) for several in texts for text in several):
         raise ValueError("commands, versions or methods: expected texts")
-    if not all(is_text(about.get("group", "")) for about in header["methods"].values()):
-        raise ValueError("methods: expected the group of each")
+    if not all(is_text(text) for about in header["methods"].values() for text in about.values()):
+        raise ValueError("methods: expected texts about each, such as its group")
 
 
 def read_records(directory: Path) -> Iterator[dict[str, Any]]:

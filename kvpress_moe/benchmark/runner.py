@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kvpress_moe.benchmark.evaluator import Evaluator
+from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.plan import Cell, Plan
 from kvpress_moe.benchmark.records import FORMAT, Records
 from kvpress_moe.benchmark.tasks import Sample
+from kvpress_moe.press.moe_router_press import MoERouterPress
+from kvpress_moe.routers.checkpoint import weights_hash
 
 
 def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:
@@ -40,8 +43,19 @@ def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:
         "min_share": plan.min_share,
         "by_bytes": plan.by_bytes,
         "commands": [command],
-        "methods": {name: {"group": method.group} for name, method in evaluator.methods.items()},
+        "methods": {name: _about(method, evaluator) for name, method in evaluator.methods.items()},
     }
+
+
+def _about(method: Method, evaluator: Evaluator) -> dict[str, str]:
+    """What the records say of a method, and what must not change if they are continued."""
+    about = {"group": method.group} | ({"revision": method.revision} if method.revision else {})
+    press = method.make(lambda press: press)
+    if isinstance(press, MoERouterPress):
+        press.post_init_from_model(evaluator.model)
+        if press.routers is not None and press.routers.config.trained:
+            about["routers"] = weights_hash(press.routers)[:16]
+    return about
 
 
 def missing(wanted: list[Cell], samples: list[Sample], records: Records) -> list[tuple[Sample, list[Cell]]]:

@@ -24,7 +24,8 @@ from kvpress_moe.benchmark.records import COLUMNS, Records, read_records, rounde
 from kvpress_moe.benchmark.runner import header, missing, run
 from kvpress_moe.benchmark.tasks import make_sample
 from kvpress_moe.errors import SettingError, UnsupportedModelError
-from tests.tiny import FAMILIES, tiny_model
+from kvpress_moe.routers.checkpoint import save_routers
+from tests.tiny import FAMILIES, calibrated_routers, tiny_model
 
 PLAN = Plan(
     methods=("knorm", "adakv_snapkv", "moe_guide"),
@@ -112,6 +113,29 @@ def test_a_run_of_another_seed_or_protection_is_refused(evaluator, tmp_path):
         with pytest.raises(SettingError, match=f"^out: got .* {next(iter(change))} was"):
             run(replace(PLAN, **change), tmp_path, "bench", evaluator)
     assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+def test_records_of_a_method_that_has_changed_are_not_continued(llama, chat_tokenizer, tmp_path):
+    plan = replace(PLAN, methods=(f"mine=kvpress_moe:MoERouterPress(router='{tmp_path / 'routers'}')",))
+    out = tmp_path / "run"
+    for seed in (0, 1):
+        save_routers(calibrated_routers(llama, seed=seed), tmp_path / "routers")
+        own = Evaluator(plan, (llama, chat_tokenizer))
+        if seed == 0:
+            assert run(plan, out, "bench", own)["samples"] == 6
+            assert run(plan, out, "bench", own)["samples"] == 0
+            before = (out / "run.json").read_bytes()
+        else:
+            with pytest.raises(SettingError, match="out: .* mine has changed: its routers have other weights"):
+                run(plan, out, "bench", own)
+    assert (out / "run.json").read_bytes() == before
+    with_kvzip = replace(plan, methods=("kvzip_global",))
+    told = header(with_kvzip, Evaluator(with_kvzip, (llama, chat_tokenizer)), "bench")
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "run.json").write_text(json.dumps(told | {"methods": {"kvzip_global": {"group": "multi-pass"}}}))
+    with pytest.raises(SettingError, match="kvzip_global has changed: the beginning of the chat template"):
+        Records(older, told)
 
 
 def test_a_run_whose_records_were_gzipped_goes_on(evaluator, tmp_path):
