@@ -106,7 +106,7 @@ def calibrate(
         adapt = adapting_of(prompts)
     adapt = adapt or 0
     if 0 < adapt < LEAST_ADAPTING or adapt < 0:
-        raise SettingError("adapt", adapt, f"0, or at least {LEAST_ADAPTING}", "With 0 the estimate stays as it is.")
+        raise SettingError("adapt", adapt, f"0, or at least {LEAST_ADAPTING}", "With 0 the estimate is not adapted.")
     if prompts < smallest:
         also = f"; {smallest - needed} more adapt the estimate" if smallest > needed else ""
         raise SettingError(
