@@ -6,7 +6,7 @@ import warnings
 from functools import cached_property
 from typing import Any
 
-from kvpress_moe.benchmark.methods import Method, find_methods, touches_windows
+from kvpress_moe.benchmark.methods import as_in_model, find_methods, touches_windows
 from kvpress_moe.benchmark.plan import Cell, Plan
 from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
 from kvpress_moe.benchmark.records import COLUMNS
@@ -35,9 +35,10 @@ class Evaluator:
         chosen = find_methods(plan.methods)
         if not plan.by_bytes:  # ratios are shares of the pairs, of which codes keep more
             chosen = {name: method for name, method in chosen.items() if method.precision is None}
-        self.methods: dict[str, Method] = chosen | find_methods(["full"])
         self.model, self.tokenizer = loaded or load_model(plan.model, plan.device)
         check_model(self.model)
+        found = chosen | find_methods(["full"])
+        self.methods = {name: as_in_model(method, self.model, plan.min_share) for name, method in found.items()}
         if isinstance(self.model, UNKNOWN_NORMS):
             raise UnsupportedModelError(
                 f"model: got {type(self.model).__name__}, whose norms of queries and keys kvpress does not know, "

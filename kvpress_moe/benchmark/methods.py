@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import kvpress
 from kvpress import ScorerPress
 from kvpress.presses.base_press import BasePress
+from transformers import PreTrainedModel
 
 from kvpress_moe.benchmark.quantised_caches import QUANTISED
 from kvpress_moe.codes.precision import Precision, menu_of
@@ -58,6 +59,9 @@ class Method:
         our rule with constants, where a pair's score is what its eviction costs.
     fixed_share : float or None
         Share of a 16-bit cache's bytes that the method always takes.
+    follows_press : bool
+        Whether the budget is that of a :class:`MoERouterPress`, which knows it when it has seen the model; see
+        :func:`as_in_model`.
     revision : str
         What was changed in the method since earlier records. Records with another revision are not continued.
     """
@@ -71,6 +75,7 @@ class Method:
     eager: bool = False
     precision: Precision | str | None = None
     fixed_share: float | None = None
+    follows_press: bool = False
     revision: str = ""
 
 
@@ -248,11 +253,9 @@ def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-p
                 "None in a benchmark, which sets the ratio itself",
                 "Promises are checked by python -m experiments.promise.",
             )
-        calibrated = press.router is not None  # its scope when it has seen the model
-        budget = cast(Budget, press.budget or ("global" if calibrated else "uniform"))
-        if press.precision is not None:
-            return Method(name, "ours", lambda protect: make(), budget, name, precision="own")
-        return Method(name, "ours", lambda protect: protect(make()), budget, name)
+        own = press.precision is not None
+        made = Method(name, "ours", lambda protect: make() if own else protect(make()), "uniform", name)
+        return replace(made, precision="own" if own else None, follows_press=True)
     if isinstance(press, ScorerPress):
         plain = type(press).compress is ScorerPress.compress
         return Method(name, group, lambda protect: protect(make()), "uniform" if plain else None, name)
@@ -265,6 +268,29 @@ def from_press(name: str, make: Callable[[], BasePress], group: Group = "third-p
         return press
 
     return Method(name, group, protected, own_prefill=own)
+
+
+def as_in_model(method: Method, model: PreTrainedModel, min_share: float) -> Method:
+    """
+    A method with the budget that its press has with this model.
+
+    Raises
+    ------
+    SettingError
+        If the press has another ``min_share`` than the run, which sets it for all methods.
+    """
+    press = method.make(lambda press: press) if method.follows_press else None
+    if not isinstance(press, MoERouterPress):
+        return method
+    if press.min_share not in (min_share, MoERouterPress().min_share):
+        raise SettingError(
+            "min_share",
+            press.min_share,
+            f"{min_share:g}, the setting of the run, in the press {method.name}",
+            "Leave it out there, and name --min-share. It holds for all methods.",
+        )
+    press.post_init_from_model(model)
+    return replace(method, budget=cast(Budget, press.scope))
 
 
 def _third_party(spec: str) -> Method:

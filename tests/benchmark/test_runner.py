@@ -115,6 +115,27 @@ def test_a_run_of_another_seed_or_protection_is_refused(evaluator, tmp_path):
     assert (tmp_path / "records.jsonl").read_bytes() == before
 
 
+def test_a_press_of_ones_own_has_its_own_budget_and_the_runs_min_share(llama, chat_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvpress_moe.routers.active.shipped_routers", lambda attention: calibrated_routers(llama))
+    save_routers(calibrated_routers(llama), tmp_path)
+    budgets = {
+        "": "global",  # the routers that ship
+        "num_experts=4": "uniform",
+        "budget='layer'": "layer",
+        f"router='{tmp_path}'": "global",
+        f"router='{tmp_path}', track_misses=True": "uniform",
+    }
+    names = tuple(f"mine{n}=kvpress_moe:MoERouterPress({given})" for n, given in enumerate(budgets))
+    made = Evaluator(replace(PLAN, methods=names), (llama, chat_tokenizer)).methods
+    assert [made[f"mine{n}"].budget for n in range(len(budgets))] == list(budgets.values())
+    other = replace(PLAN, methods=("mine=kvpress_moe:MoERouterPress(min_share=0.4)",))
+    with pytest.raises(
+        SettingError, match=r"min_share: got 0.4, expected 0.2, the setting of the run, in the press mine"
+    ):
+        Evaluator(other, (llama, chat_tokenizer))
+    assert Evaluator(replace(other, min_share=0.4), (llama, chat_tokenizer)).methods
+
+
 def test_records_of_a_method_that_has_changed_are_not_continued(llama, chat_tokenizer, tmp_path):
     plan = replace(PLAN, methods=(f"mine=kvpress_moe:MoERouterPress(router='{tmp_path / 'routers'}')",))
     out = tmp_path / "run"
