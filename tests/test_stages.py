@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpress.utils import compute_n_kept
 
-from kvpress_moe.budget.allocation import mixed_keep_fraction, pairs_kept, share
+from kvpress_moe.budget.allocation import least_pairs, mixed_keep_fraction, pairs_kept, share
 from kvpress_moe.budget.eviction import evict, kept_mask, select
 from kvpress_moe.budget.hit_rates import mass_by_expert, pairs_by_expert
 from kvpress_moe.errors import ExpertError
@@ -45,7 +45,7 @@ def test_of_equal_scores_the_first_ones_stay(n_tokens, n_values, ratio, seed):
 def test_units_share_as_a_naive_loop_says_and_of_equals_the_first_stays(n_units, n_tokens, ratio, min_share, seed):
     scores = torch.randn(2, n_units, n_tokens, generator=torch.Generator().manual_seed(seed)).mul(4).round()
     n_kept = compute_n_kept(n_tokens, ratio)
-    for row, kept in zip(scores, share(scores, n_kept, min_share), strict=True):
+    for row, kept in zip(scores, share(scores, n_kept, least_pairs(n_kept, min_share)), strict=True):
         assert kept.nonzero().tolist() == reference.shared(row, n_kept, min_share)
 
 
@@ -87,4 +87,22 @@ def test_every_unit_keeps_its_floor_though_others_score_infinity_beyond_the_budg
     scores = torch.zeros(1, 3, 10)
     scores[:, 0] = torch.inf
     scores[:, 1, 3] = torch.inf
-    assert share(scores, 4, 0.5).sum(-1).tolist() == [[8, 2, 2]]
+    assert share(scores, 4, 2).sum(-1).tolist() == [[8, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("n_kept", "min_share", "floor"),
+    [
+        (512, 0.2, 102),  # a fifth
+        (200, 0.2, 40),
+        (150, 0.2, 40),  # a fifth is 30
+        (100, 0.2, 40),  # twice a fifth
+        (50, 0.2, 20),
+        (3, 0.2, 1),
+        (10, 1.0, 10),  # never more than the mean
+        (100, 0.0, 1),
+    ],
+)
+def test_where_a_share_of_the_mean_is_few_pairs_a_head_keeps_up_to_twice_as_many(n_kept, min_share, floor):
+    assert least_pairs(n_kept, min_share) == floor
+    assert least_pairs(n_kept, min_share, few=0) == max(1, int(n_kept * min_share))

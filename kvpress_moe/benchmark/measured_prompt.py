@@ -98,9 +98,10 @@ class MeasuredPrompt:
         press, n_read = self.presses[name], self.prompt.context.shape[1]
         if press.precision is None:
             n_kept = max(1, int(n_read * share))
-            masks = allocate(self._scores, 1 - share, press.scope, press.min_share, ours=True, n_kept=n_kept)
+            settings = (press.scope, press.min_share)
+            masks = allocate(self._scores, 1 - share, *settings, ours=True, n_kept=n_kept, few=0)  # as with max_kl
             return Kept(masks, None, n_read)
-        settings = (self._menus[name], self._bases, press.scope, press.min_share)
-        coded = by_cost(self._costs[name], 1 - share, *settings)
+        coding = (self._menus[name], self._bases, press.scope, press.min_share)
+        coded = by_cost(self._costs[name], 1 - share, *coding)
         masks = [strategies > 0 for strategies in coded.strategies]
         return Kept(masks, None, n_read, coded=coded, n_bytes=coded.n_bytes)

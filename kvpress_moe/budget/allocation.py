@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kvpress_moe.budget.eviction import best
 
+FEW = 40  # pairs of a head
+
 
 def mixed_keep_fraction(usage: Sequence[int], keep_fractions: Sequence[float]) -> float:
     """
@@ -34,7 +36,18 @@ def pairs_kept(k_len: int, keep_fraction: float) -> int:
     return max(1, min(k_len, int(k_len * keep_fraction)))
 
 
-def share(scores: Float[Tensor, "B U S"], n_kept: int, min_share: float) -> Bool[Tensor, "B U S"]:
+def least_pairs(n_kept: int, min_share: float, few: int = FEW) -> int:
+    """
+    Number of pairs that a head keeps at least, if heads share a budget of ``n_kept`` pairs on average.
+
+    It is ``int(n_kept * min_share)``. Where this is less than ``few``, it is up to twice as many, but not more than
+    ``few`` and not more than ``n_kept``. It is always at least 1. The share is the safeguard of Ada-KV
+    (arXiv 2407.11550).
+    """
+    return max(1, int(n_kept * min_share), min(few, int(2 * n_kept * min_share), n_kept))
+
+
+def share(scores: Float[Tensor, "B U S"], n_kept: int, floor: int) -> Bool[Tensor, "B U S"]:
     """
     Let units (heads of one layer, or of all layers) compete for one budget.
 
@@ -44,16 +57,15 @@ def share(scores: Float[Tensor, "B U S"], n_kept: int, min_share: float) -> Bool
         Scores that can be compared between units; higher = keep.
     n_kept : int
         Mean number of pairs that a unit keeps. Each row of the batch keeps exactly ``U * n_kept`` pairs.
-    min_share : float
-        Every unit keeps at least its best ``max(1, int(n_kept * min_share))`` pairs, whatever the other units score.
-        This is the safeguard of Ada-KV (arXiv 2407.11550).
+    floor : int
+        Every unit keeps at least its best ``floor`` pairs, whatever the other units score. At least 1, at most
+        ``n_kept``; see :func:`least_pairs`.
 
     Returns
     -------
     Tensor, shape (B, U, S), bool
         The pairs that stay. Of equal scores, the first unit's come first, and then the earlier positions.
     """
-    floor = max(1, int(n_kept * min_share))
     scores = scores.float().clamp(max=torch.finfo(torch.float32).max)  # infinity marks the floor
     scores.masked_fill_(best(scores, floor), torch.inf)
     return best(scores.flatten(1), scores.shape[1] * n_kept).view_as(scores)

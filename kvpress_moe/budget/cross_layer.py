@@ -52,13 +52,14 @@ class SharedBudget:
         self._waiting[layer_idx] = parts
 
     def decide(
-        self, n_kept: Callable[[int, Mapping[int, Tensor]], int], min_share: float
+        self, n_kept: Callable[[int, Mapping[int, Tensor]], int], floor: Callable[[int], int]
     ) -> dict[int, list[tuple[Tensor, Observation]]]:
         """
         The pairs (B, H, S) that stay in each waiting layer, part by part.
 
         ``n_kept(part, scores)`` tells how many pairs a head of a part keeps on average. The total is exact. ``scores``
-        are those (B, H, S) of the waiting layers, by layer.
+        are those (B, H, S) of the waiting layers, by layer. ``floor(n)`` tells how many each head keeps at least, if
+        heads keep n pairs on average.
 
         Memory: two float32 copies and one int64 copy of all scores (H · S numbers per layer), on the device of the
         first layer.
@@ -68,8 +69,9 @@ class SharedBudget:
             n_kept_of_part = n_kept(number, {index: parts[number][0] for index, parts in self._waiting.items()})
             device = layers[0][0].device
             pooled = torch.cat([scores.float().to(device) for scores, _ in layers], dim=1)  # (B, L·H, S)
-            kept = share(pooled, n_kept_of_part, min_share).split([scores.shape[1] for scores, _ in layers], dim=1)
-            for parts, mask, (scores, observation) in zip(decided.values(), kept, layers, strict=True):
+            kept = share(pooled, n_kept_of_part, floor(n_kept_of_part))
+            by_layer = kept.split([scores.shape[1] for scores, _ in layers], dim=1)
+            for parts, mask, (scores, observation) in zip(decided.values(), by_layer, layers, strict=True):
                 parts.append((mask.to(scores.device), observation))
         self.clear()
         return decided

@@ -71,7 +71,13 @@ def bench(
     ] = "agnostic",
     sinks: Annotated[int, typer.Option(help="Number of first tokens that every scorer must keep.")] = 4,
     recent: Annotated[int, typer.Option(help="Number of last tokens that every scorer must keep.")] = 16,
-    min_share: Annotated[float, typer.Option(help="Every head keeps at least this share of the mean budget.")] = 0.2,
+    min_share: Annotated[
+        float,
+        typer.Option(
+            help="Every head keeps at least this share of the mean number of pairs; where it is fewer than 40 pairs, "
+            "up to twice as many."
+        ),
+    ] = 0.2,
     hub: Annotated[
         str | None, typer.Option(help="Take the samples from this data set (hub id or directory, kvpress's schema).")
     ] = None,

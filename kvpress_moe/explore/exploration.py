@@ -13,6 +13,7 @@ from kvpress.pipeline import KVPressTextGenerationPipeline
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpress_moe.budget.allocation import FEW
 from kvpress_moe.cache.answering import answer_each
 from kvpress_moe.cache.prefill import Prefill, cache_bytes
 from kvpress_moe.errors import SettingError, UnsupportedInputError
@@ -168,7 +169,12 @@ def explore(prefilled: PrefilledText, press: RecordingPress, step: Step) -> dict
         tokens=pieces(pipeline.tokenizer, prefilled.input_ids[0].tolist()),
         records=dict(sorted(press.records.items())),
         experts=list(press.expert_strategies.values()),
-        budget={"ratio": ratio, "scope": press.scope, "min_share": press.min_share},
+        budget={
+            "ratio": ratio,
+            "scope": press.scope,
+            "min_share": press.min_share,
+            "few": FEW if press.max_kl is None else 0,
+        },
         bound_to_ratio=press.bound_to_ratio(),
         about={
             "model": pipeline.model.config.name_or_path.rstrip("/").split("/")[-1],

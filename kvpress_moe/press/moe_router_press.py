@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvpress_moe.budget.allocation import mixed_keep_fraction, pairs_kept
+from kvpress_moe.budget.allocation import FEW, least_pairs, mixed_keep_fraction, pairs_kept
 from kvpress_moe.budget.cross_layer import Observation, SharedBudget
 from kvpress_moe.budget.eviction import evict, kept_mask, select
 from kvpress_moe.budget.shared_bytes import SharedBytes
@@ -93,7 +94,8 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         used unchanged. ``None``: ``"global"`` with trained routers, unless attention is eager or ``track_misses`` is
         on, which do not support it; otherwise ``"uniform"``. See :attr:`scope`.
     min_share : float, default=0.2
-        Where heads share a budget, each head keeps at least this share of the mean number of pairs.
+        Where heads share a budget, each head keeps at least this share of the mean number of pairs. Without a
+        ``precision``, if this is less than 40 pairs, it is twice as many, but at most 40.
     precision : "mixed" or list of (int, int), optional
         Bits of keys and values. ``None``: pairs that stay are stored as the model wrote them. ``"mixed"``: each pair
         gets its own precision of :data:`kvpress_moe.codes.precision.MIXED` (with key transforms, which the routers of
@@ -320,14 +322,17 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         self, call: LayerCall, scores: Sequence[Tensor], observed: Sequence[Observation], n_kept: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Shared budget: heads compete. Once it is decided, the layers of the cache are replaced by ragged ones."""
-        budget = (self.scope, self.min_share, not is_in_use(self))
+        few = FEW if self.max_kl is None else 0  # promises were calibrated with the share alone
+        floor = partial(least_pairs, min_share=self.min_share, few=few)
 
         def pairs_of(part: int, waiting: Mapping[int, Tensor]) -> int:
             if self.max_kl is None:
                 return n_kept[part]
             return self._promised_pairs(waiting, call.keys.shape[-1])
 
-        for layer_idx, parts in evict_shared(self._shared, call, scores, observed, pairs_of, *budget):
+        for layer_idx, parts in evict_shared(
+            self._shared, call, scores, observed, pairs_of, self.scope, floor, not is_in_use(self)
+        ):
             for kept, observation in parts:
                 self.record(layer_idx, observation, kept)
         return call.keys, call.values  # kvpress's hook stores them in the old layer object, which is no longer in use

@@ -25,7 +25,7 @@ def evict_shared(
     observed: Sequence[Observation],
     n_kept: Callable[[int, Mapping[int, Tensor]], int],
     budget: str,
-    min_share: float,
+    floor: Callable[[int], int],
     inside_wrapper: bool,
 ) -> Decided:
     """
@@ -41,8 +41,9 @@ def evict_shared(
     n_kept : callable
         See :meth:`kvpress_moe.budget.cross_layer.SharedBudget.decide`.
     budget : {"uniform", "layer", "global"}
-    min_share : float
-        Share of the mean that each head keeps at least.
+    floor : callable
+        ``floor(n)`` tells how many pairs each head keeps at least, if heads keep n on average. Of no effect if
+        ``budget`` is "uniform".
     inside_wrapper : bool
         Whether a wrapper of kvpress calls the press. Wrappers store layers of equal heads.
 
@@ -63,7 +64,7 @@ def evict_shared(
     shared.add(call.layer_idx, list(zip(scores, observed, strict=True)))
     if budget == "global" and not last_to_compress(call.module):
         return []
-    decided = shared.decide(n_kept, 1.0 if budget == "uniform" else min_share)
+    decided = shared.decide(n_kept, (lambda n: n) if budget == "uniform" else floor)
     cache: Any = call.cache
     check_still_there(cache, dict.fromkeys(decided, call.k_len))
     for layer_idx, parts in decided.items():

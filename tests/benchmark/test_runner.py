@@ -157,6 +157,9 @@ def test_records_of_a_method_that_has_changed_are_not_continued(llama, chat_toke
     (older / "run.json").write_text(json.dumps(told | {"methods": {"kvzip_global": {"group": "multi-pass"}}}))
     with pytest.raises(SettingError, match="kvzip_global has changed: the beginning of the chat template"):
         Records(older, told)
+    (older / "run.json").write_text(json.dumps({name: value for name, value in told.items() if name != "few"}))
+    with pytest.raises(SettingError, match="few was None and is now 40"):
+        Records(older, told)
 
 
 def test_a_run_whose_records_were_gzipped_goes_on(evaluator, tmp_path):

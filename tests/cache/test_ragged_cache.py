@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from kvpress_moe import MoERouterPress, SettingError, UnsupportedInputError
-from kvpress_moe.budget.allocation import share
+from kvpress_moe.budget.allocation import least_pairs, share
 from kvpress_moe.cache import RaggedCache, RaggedLayer, torch_backend
 from kvpress_moe.cache.prefill import Prefill, cache_bytes
 from tests.tiny import decoder, nothing, positions_of, prefill, tiny_model, tokens
@@ -67,9 +67,9 @@ def test_units_share_exactly_the_promised_number_each_with_its_floor(length, n_u
     scores = torch.randn(2, n_units, length, generator=torch.Generator().manual_seed(seed))
     scores = scores.round() if ties else scores  # of equal scores those of the first unit, then the first ones, stay
     n_kept = compute_n_kept(length, ratio)
-    kept = share(scores, n_kept, min_share)
+    floor = least_pairs(n_kept, min_share)
+    kept = share(scores, n_kept, floor)
     assert kept.sum((1, 2)).tolist() == [n_units * n_kept] * 2
-    floor = max(1, int(n_kept * min_share))
     assert (kept.sum(-1) >= floor).all()
     for row in range(2):  # a naive loop: everybody's floor first, then the best of what is left
         pairs = [(row, unit, s) for unit in range(n_units) for s in range(length)]

@@ -43,17 +43,18 @@ class Ranking {
   }
 
   // Pairs that each unit keeps; scope is "uniform", "layer" or "global", H the heads of a layer.
-  counts(ratio, scope, minShare, H) {
+  counts(ratio, scope, minShare, few, H) {
     const n = nKept(this.S, ratio), counts = new Uint32Array(this.U).fill(n);
     if (scope === "uniform") return counts;
     const size = scope === "layer" ? H : this.U;
-    for (let first = 0; first < this.U; first += size) this.share(counts, first, first + size, n, minShare);
+    const floor = Math.max(1, Math.trunc(n * minShare), Math.min(few, Math.trunc(2 * n * minShare), n));
+    for (let first = 0; first < this.U; first += size) this.share(counts, first, first + size, n, floor);
     return counts;
   }
 
-  // Units share n pairs per unit. Each unit always keeps its best max(1, int(n * minShare)).
-  share(counts, first, last, n, minShare) {
-    const floor = Math.max(1, Math.trunc(n * minShare)), needed = (last - first) * n;
+  // Units share n pairs per unit. Each unit always keeps its best pairs, up to the floor.
+  share(counts, first, last, n, floor) {
+    const needed = (last - first) * n;
     const total = (key) => {
       let sum = 0;
       for (let u = first; u < last; u++) sum += Math.max(floor, this.atLeast(u, key));
