@@ -325,7 +325,7 @@ def test_a_key_is_asked_for_where_the_server_wants_one_and_forgotten_with_the_ta
     page = tab.page
     page.locator("#key").wait_for()
     refused(tab, 401)
-    assert page.locator("#shell").is_hidden()
+    page.locator("#shell").wait_for(state="hidden")
     assert page.evaluate("document.activeElement.id") == "key-field"
     for wrong, said in (("wrong", "does not take this key"), ("schlüssel", "English letters")):
         page.fill("#key-field", wrong)
