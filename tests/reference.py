@@ -115,13 +115,13 @@ def mass_by_expert(mass: torch.Tensor, routed: torch.Tensor) -> list[float]:
     return totals
 
 
-def shared(scores: torch.Tensor, n_kept: int, min_share: float, few: int = 40) -> list[list[int]]:
+def shared(scores: torch.Tensor, n_kept: int, min_share: float, min_pairs: int = 40) -> list[list[int]]:
     """[unit, position] of the pairs that stay: each unit's best few, then the best of all the others."""
     n_units, n_tokens = scores.shape
     pairs = [[unit, position] for unit in range(n_units) for position in range(n_tokens)]
     best_first = sorted(pairs, key=lambda pair: -scores[pair[0], pair[1]].item())  # Python's sort is stable
     floor = int(n_kept * min_share)
-    while floor < few and floor < n_kept and floor + 1 <= 2 * n_kept * min_share:
+    while floor < min_pairs and floor < n_kept and floor + 1 <= 2 * n_kept * min_share:
         floor += 1
     floor = max(1, floor)
     kept = [pair for unit in range(n_units) for pair in [p for p in best_first if p[0] == unit][:floor]]

@@ -105,4 +105,4 @@ def test_every_unit_keeps_its_floor_though_others_score_infinity_beyond_the_budg
 )
 def test_where_a_share_of_the_mean_is_few_pairs_a_head_keeps_up_to_twice_as_many(n_kept, min_share, floor):
     assert least_pairs(n_kept, min_share) == floor
-    assert least_pairs(n_kept, min_share, few=0) == max(1, int(n_kept * min_share))
+    assert least_pairs(n_kept, min_share, min_pairs=0) == max(1, int(n_kept * min_share))

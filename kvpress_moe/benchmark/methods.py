@@ -282,7 +282,7 @@ def as_in_model(method: Method, model: PreTrainedModel, min_share: float) -> Met
     press = method.make(lambda press: press) if method.follows_press else None
     if not isinstance(press, MoERouterPress):
         return method
-    if press.min_share not in (min_share, MoERouterPress().min_share):
+    if press.min_share not in (min_share, MoERouterPress.min_share):
         raise SettingError(
             "min_share",
             press.min_share,

@@ -31,7 +31,7 @@ _MOST_PACKED = 50  # times that records may grow when they are unpacked; real re
 _UNREADABLE = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError)
 
 #: Fields that must be the same in all sessions of a run.
-_IDENTITY = ("format", "model", "fingerprint", "seed", "split", "setting", "sinks", "recent", "min_share", "few")
+_IDENTITY = ("format", "model", "fingerprint", "seed", "split", "setting", "sinks", "recent", "min_share", "min_pairs")
 
 
 class Records:

@@ -14,7 +14,7 @@ from kvpress_moe.errors import SettingError
 
 RESAMPLES = 2000
 SOLVED = 0.5  # lowest full-cache score with which the scores of a task mean something
-_MUST_AGREE = ("model", "fingerprint", "seed", "split", "setting", "sinks", "recent", "min_share", "few")
+_MUST_AGREE = ("model", "fingerprint", "seed", "split", "setting", "sinks", "recent", "min_share", "min_pairs")
 METRICS = ("score", "nll", "kl", "hit", "pairs", "bytes", "seconds")
 
 Cell = tuple[str, float]

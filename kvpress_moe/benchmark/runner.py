@@ -13,7 +13,7 @@ from kvpress_moe.benchmark.methods import Method
 from kvpress_moe.benchmark.plan import Cell, Plan
 from kvpress_moe.benchmark.records import FORMAT, Records
 from kvpress_moe.benchmark.tasks import Sample
-from kvpress_moe.budget.allocation import FEW
+from kvpress_moe.budget.allocation import MIN_PAIRS
 from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.routers.checkpoint import weights_hash
 
@@ -42,7 +42,7 @@ def header(plan: Plan, evaluator: Evaluator, command: str) -> dict[str, Any]:
         "sinks": plan.sinks,
         "recent": plan.recent,
         "min_share": plan.min_share,
-        "few": FEW,  # pairs of a head, see least_pairs
+        "min_pairs": MIN_PAIRS,  # pairs of a head, see least_pairs
         "by_bytes": plan.by_bytes,
         "commands": [command],
         "methods": {name: _about(method, evaluator) for name, method in evaluator.methods.items()},

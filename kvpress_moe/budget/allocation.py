@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpress_moe.budget.eviction import best
 
-FEW = 40  # pairs of a head
+MIN_PAIRS = 40  # pairs of a head
 
 
 def mixed_keep_fraction(usage: Sequence[int], keep_fractions: Sequence[float]) -> float:
@@ -36,15 +36,23 @@ def pairs_kept(k_len: int, keep_fraction: float) -> int:
     return max(1, min(k_len, int(k_len * keep_fraction)))
 
 
-def least_pairs(n_kept: int, min_share: float, few: int = FEW) -> int:
+def least_pairs(n_kept: int, min_share: float, min_pairs: int = MIN_PAIRS) -> int:
     """
     Number of pairs that a head keeps at least, if heads share a budget of ``n_kept`` pairs on average.
 
-    It is ``int(n_kept * min_share)``. Where this is less than ``few``, it is up to twice as many, but not more than
-    ``few`` and not more than ``n_kept``. It is always at least 1. The share is the safeguard of Ada-KV
+    It is ``int(n_kept * min_share)``. Where this is less than ``min_pairs``, it is twice as many, but not more than
+    ``min_pairs`` and not more than ``n_kept``. It is always at least 1. The share is the safeguard of Ada-KV
     (arXiv 2407.11550).
+
+    Parameters
+    ----------
+    n_kept : int
+    min_share : float
+        Between 0 and 1.
+    min_pairs : int
+        With 0 only the share counts.
     """
-    return max(1, int(n_kept * min_share), min(few, int(2 * n_kept * min_share), n_kept))
+    return max(1, int(n_kept * min_share), min(min_pairs, int(2 * n_kept * min_share), n_kept))
 
 
 def share(scores: Float[Tensor, "B U S"], n_kept: int, floor: int) -> Bool[Tensor, "B U S"]:

@@ -13,7 +13,7 @@ from kvpress.pipeline import KVPressTextGenerationPipeline
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpress_moe.budget.allocation import FEW
+from kvpress_moe.budget.allocation import MIN_PAIRS
 from kvpress_moe.cache.answering import answer_each
 from kvpress_moe.cache.prefill import Prefill, cache_bytes
 from kvpress_moe.errors import SettingError, UnsupportedInputError
@@ -173,7 +173,7 @@ def explore(prefilled: PrefilledText, press: RecordingPress, step: Step) -> dict
             "ratio": ratio,
             "scope": press.scope,
             "min_share": press.min_share,
-            "few": FEW if press.max_kl is None else 0,
+            "min_pairs": MIN_PAIRS if press.max_kl is None else 0,
         },
         bound_to_ratio=press.bound_to_ratio(),
         about={

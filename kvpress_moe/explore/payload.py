@@ -120,8 +120,8 @@ def payload(
     records : mapping of int -> LayerRecord
     experts : sequence of E str
     budget : mapping
-        ``ratio``, ``scope``, ``min_share`` and ``few`` (see :func:`~kvpress_moe.budget.allocation.least_pairs`) for
-        which the answers were given.
+        ``ratio``, ``scope``, ``min_share`` and ``min_pairs`` for which the answers were given; see
+        :func:`~kvpress_moe.budget.allocation.least_pairs`.
     bound_to_ratio : sequence of str
         Experts whose scores depend on the ratio.
     about : mapping of str -> str

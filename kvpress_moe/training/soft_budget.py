@@ -45,7 +45,7 @@ def soft_share(
         In the scores' unit, nats.
     """
     hard = scores.detach().masked_fill(protected, torch.finfo(torch.float32).max / 4)
-    kept = share(hard[None], n_kept, least_pairs(n_kept, min_share, few=0))[0]
+    kept = share(hard[None], n_kept, least_pairs(n_kept, min_share, min_pairs=0))[0]
     best_to_go = hard.masked_fill(kept, -torch.inf).amax()
     last_to_stay = hard.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)  # (U, 1)
     threshold = torch.minimum(best_to_go, last_to_stay)

@@ -157,8 +157,8 @@ def test_records_of_a_method_that_has_changed_are_not_continued(llama, chat_toke
     (older / "run.json").write_text(json.dumps(told | {"methods": {"kvzip_global": {"group": "multi-pass"}}}))
     with pytest.raises(SettingError, match="kvzip_global has changed: the beginning of the chat template"):
         Records(older, told)
-    (older / "run.json").write_text(json.dumps({name: value for name, value in told.items() if name != "few"}))
-    with pytest.raises(SettingError, match="few was None and is now 40"):
+    (older / "run.json").write_text(json.dumps({name: value for name, value in told.items() if name != "min_pairs"}))
+    with pytest.raises(SettingError, match="min_pairs was None and is now 40"):
         Records(older, told)
 
 

@@ -68,7 +68,7 @@ def synthetic(n_layers: int, n_heads: int, n_tokens: int, n_experts: int = 5, pr
     words = ["The", " crane", " lifts", " twelve", " tons", " of", " sand", " in", " the", " fog", ".", " It"]
     tokens = [words[position % len(words)] if position % 97 else "\n" for position in range(n_tokens)]
     about = {"model": "none", "layers": f"{n_layers}", "experts": "all", "routers": "none"}
-    budget = {"ratio": 0.75, "scope": "global", "min_share": 0.2, "few": 40}
+    budget = {"ratio": 0.75, "scope": "global", "min_share": 0.2, "min_pairs": 40}
     answer = {"question": "Why?", "full": [["a", 1]], "compressed": [["a", 1]]}
     names = [f"expert {index}" for index in range(n_experts)]
     return payload(tokens, records, names, budget, [], about | {"full_mib": 4, "compressed_mib": 1}, [answer])

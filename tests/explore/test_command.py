@@ -28,7 +28,7 @@ def test_a_text_becomes_a_page(model_directory, tmp_path):
     figures, payload = json.loads(result.stdout.splitlines()[-1]), data(out)
     assert figures["context_tokens"] == len(payload["tokens"]) == 1 + len(TEXT)
     assert [answer["question"] for answer in payload["answers"]] == ["What?", "</script>"]
-    assert payload["budget"] == {"ratio": 0.75, "scope": "uniform", "min_share": 0.2, "few": 40}
+    assert payload["budget"] == {"ratio": 0.75, "scope": "uniform", "min_share": 0.2, "min_pairs": 40}
     assert figures["page_mib"] == out.stat().st_size / 2**20
     assert [path.name for path in tmp_path.iterdir()] in (["page.html", "text.txt"], ["text.txt", "page.html"])
 

@@ -75,8 +75,8 @@ def kept_in_browser(tab):
 
 RULE = """([draws, U, S, H, scope, cases]) => draws.flatMap((flat) => {
     const ranking = new Ranking(new Float32Array(flat), U, S);
-    return cases.map(([ratio, minShare, few]) => {
-        const counts = ranking.counts(ratio, scope, minShare, few, H);
+    return cases.map(([ratio, minShare, minPairs]) => {
+        const counts = ranking.counts(ratio, scope, minShare, minPairs, H);
         return Array.from(ranking.rank, (rank, i) => Number(rank < counts[Math.floor(i / S)])).join("");
     });
 })"""
@@ -88,17 +88,17 @@ def test_the_rule_in_the_browser_keeps_what_python_keeps_also_among_equals(opene
     draws = [torch.randn(6, 57, generator=generator) * 3 - 1 for _ in range(4)]
     draws += [*(draw.round() for draw in draws), torch.zeros(6, 57), torch.tensor([0.0, -0.0, 0.0]).repeat(6, 19)]
     cases = [(ratio, min_share) for ratio in RATIOS for min_share in (0.0, 0.2, 1.0)]
-    cases = [(*case, few) for case in cases for few in (0, 7, 40)]
+    cases = [(*case, min_pairs) for case in cases for min_pairs in (0, 7, 40)]
     flat = [draw.flatten().tolist() for draw in draws]
     kept = opened(synthetic(2, 3, 40)).page.evaluate(RULE, [flat, 6, 57, 3, scope, cases])
     assert len(kept) == len(draws) * len(cases)
-    for found, (scores, (ratio, min_share, few)) in zip(kept, product(draws, cases), strict=True):
+    for found, (scores, (ratio, min_share, min_pairs)) in zip(kept, product(draws, cases), strict=True):
         n_kept = compute_n_kept(57, ratio)
         shared = {"layer": scores.view(2, 3, 57), "global": scores[None]}
         expected = (
             best(scores, n_kept)
             if scope == "uniform"
-            else share(shared[scope], n_kept, least_pairs(n_kept, min_share, few))
+            else share(shared[scope], n_kept, least_pairs(n_kept, min_share, min_pairs))
         )
         assert found == "".join(str(int(pair)) for pair in expected.flatten().tolist()), (ratio, min_share)
 

@@ -59,8 +59,8 @@ def test_a_job_says_how_far_it_is_and_ends_in_one_page_for_each_setting(client, 
     assert (job["state"], job["pages"], job["error"]) == ("done", 2, "")
     budgets = [payload_of(client.get(f"{address}/pages/{number}").text)["budget"] for number in (0, 1)]
     assert budgets == [
-        {"ratio": 0.5, "scope": "uniform", "min_share": 0.2, "few": 40},
-        {"ratio": 0.9, "scope": "layer", "min_share": 0.2, "few": 40},
+        {"ratio": 0.5, "scope": "uniform", "min_share": 0.2, "min_pairs": 40},
+        {"ratio": 0.9, "scope": "layer", "min_share": 0.2, "min_pairs": 40},
     ]
     assert client.get(f"{address}/pages/2").status_code == 404
 

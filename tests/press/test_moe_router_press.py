@@ -371,3 +371,11 @@ def test_experts_are_not_asked_on_behalf_of_a_learned_one_that_no_token_chose(ll
     monkeypatch.setattr(Expert, "score", lambda self, *args: (asked.add(self.name), score(self, *args))[1])
     prefill(llama, MoERouterPress(0.5, router=routers, top_k=1, capacity_factor=3.0), prompt(40))
     assert asked == {"keydiff"}
+
+
+def test_where_a_fifth_of_the_mean_is_few_pairs_a_head_keeps_twice_as_many(llama):
+    """300 tokens, a tenth stays: 29 pairs of a head on average. A fifth of it would be 5."""
+    press = MoERouterPress(0.9, router=calibrated_routers(llama))
+    kept = [n for layer in prefill(llama, press, prompt(300)).layers for n in layer.lengths[0]]
+    assert sum(kept) == 29 * len(kept)
+    assert min(kept) == 11

@@ -63,7 +63,9 @@ def test_a_prompt_keeps_what_the_same_ratio_would_keep(routers, precision, dtype
     assert 0.01 < report["share"] < 1
     if precision is None or dtype == torch.bfloat16:
         fixed = MoERouterPress(1 - report["share"], router=routers, precision=precision, cache_aware=False)
-        monkeypatch.setattr("kvpress_moe.press.moe_router_press.FEW", 0)  # promises have the share of the mean alone
+        monkeypatch.setattr(
+            "kvpress_moe.press.moe_router_press.MIN_PAIRS", 0
+        )  # promises have the share of the mean alone
         assert same(cache, prefill(model, tokens(90), fixed))
     assert isinstance(cache.layers[0], RaggedLayer if precision is None else PackedLayer)
 
@@ -331,7 +333,7 @@ def test_generate_with_beams_and_a_second_turn(routers, precision, monkeypatch):
     first, *beams = made.get_stats()["promises"]
     assert {report["share"] for report in beams} == {first["share"]}
     fixed = MoERouterPress(1 - first["share"], router=routers, precision=precision, cache_aware=False)
-    monkeypatch.setattr("kvpress_moe.press.moe_router_press.FEW", 0)  # promises have the share of the mean alone
+    monkeypatch.setattr("kvpress_moe.press.moe_router_press.MIN_PAIRS", 0)  # promises have the share of the mean alone
     with fixed(model):
         assert torch.equal(model.generate(tokens(90), max_new_tokens=5, do_sample=False), greedy)
 

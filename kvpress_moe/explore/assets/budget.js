@@ -43,11 +43,11 @@ class Ranking {
   }
 
   // Pairs that each unit keeps; scope is "uniform", "layer" or "global", H the heads of a layer.
-  counts(ratio, scope, minShare, few, H) {
+  counts(ratio, scope, minShare, minPairs, H) {
     const n = nKept(this.S, ratio), counts = new Uint32Array(this.U).fill(n);
     if (scope === "uniform") return counts;
     const size = scope === "layer" ? H : this.U;
-    const floor = Math.max(1, Math.trunc(n * minShare), Math.min(few, Math.trunc(2 * n * minShare), n));
+    const floor = Math.max(1, Math.trunc(n * minShare), Math.min(minPairs, Math.trunc(2 * n * minShare), n));
     for (let first = 0; first < this.U; first += size) this.share(counts, first, first + size, n, floor);
     return counts;
   }

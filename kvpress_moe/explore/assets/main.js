@@ -24,8 +24,8 @@ function asAnswered() {
 }
 asAnswered();
 
-const { min_share: minShare, few } = record.budget;
-const least = `${percent(minShare)} of the mean${few && !precise ? `; if that is under ${few} pairs, up to twice as many` : ""}`;
+const { min_share: minShare, min_pairs: minPairs } = record.budget;
+const least = `${percent(minShare)} of the mean${minPairs && !precise ? `; if that is under ${minPairs} pairs, up to twice as many` : ""}`;
 const facts = { model: record.about.model, tokens: grouped(record.S), layers: record.about.layers, "heads of a layer": record.H,
   routers: record.about.routers, experts: record.about.experts, "a head keeps at least": least };
 document.querySelectorAll(".precision").forEach((element) => { element.hidden = !precise; });

@@ -25,7 +25,7 @@ class View {
   evict(ratio, scope) {
     const { H, budget } = this.record;
     Object.assign(this, { ratio, scope });
-    this.counts = this.ranking.counts(ratio, scope, budget.min_share, budget.few, H);
+    this.counts = this.ranking.counts(ratio, scope, budget.min_share, budget.min_pairs, H);
   }
 
   // How many of the chosen units keep each position.
