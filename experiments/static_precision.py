@@ -38,8 +38,8 @@ from kvpress_moe.training.coded_pairs import CodedPairs, layer_basis
 from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.end_to_end import MIN_SHARE, RECENT, SINKS, EndToEnd
 from kvpress_moe.training.shards import Shards
-from kvpress_moe.training.trainer import made_prompts, reader
-from kvpress_moe.training.tuning_samples import TuningSample
+from kvpress_moe.training.trainer import made_prompts
+from kvpress_moe.training.tuning_samples import TuningSample, reader
 
 
 class StaticPrecision(EndToEnd):
@@ -142,7 +142,7 @@ def main() -> None:
             tokenizer,
             routers,
             samples,
-            reader(shards, config, config.heuristics),
+            reader(config, config.heuristics),
             top_k=config.top_k,
             learned=config.experts.index("learned"),
             menu=menu,

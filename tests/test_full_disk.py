@@ -44,7 +44,14 @@ def contents(directory):
 
 PLAN = Plan(methods=("knorm",), tasks=("kv_list",), ratios=(0.5, 0.75), lengths=(300,), limit=2)
 CONFIG = TrainingConfig(
-    experts=("learned", "keydiff"), top_k=2, samples=2, study=0, length=300, tasks=("kv_list",), epochs=1
+    long_samples=0,
+    experts=("learned", "keydiff"),
+    top_k=2,
+    samples=2,
+    study=0,
+    length=300,
+    tasks=("kv_list",),
+    epochs=1,
 )
 ROWS = [
     Row("prefill", "no press", 512, 1, 1.0, 0.9, 1.1, 1.0, 0),

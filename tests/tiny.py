@@ -159,14 +159,18 @@ def calibrated_routers(model: PreTrainedModel, experts=("learned", "keydiff", "c
             learned=8 if "learned" in experts else 0,
             learned_sees="learned" in experts,
             strategies=True,
+            reach=16,
         )
     )
     generator = torch.Generator().manual_seed(seed)
+    decays = [layer.calibration.decay for layer in routers.layers]
     with torch.no_grad():
         for parameter in routers.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-        for layer in routers.layers:
+            if all(parameter is not decay for decay in decays):
+                parameter.normal_(std=0.3, generator=generator)
+        for layer, decay in zip(routers.layers, decays, strict=True):
             layer.rule.powers.mul_(0.1).add_(0.85)
+            decay.normal_(std=3.0, generator=generator)
     return routers
 
 

@@ -99,9 +99,7 @@ class MeasuredPrompt:
         if press.precision is None:
             n_kept = max(1, int(n_read * share))
             settings = (press.scope, press.min_share)
-            masks = allocate(
-                self._scores, 1 - share, *settings, ours=True, n_kept=n_kept, min_pairs=0
-            )  # as with max_kl
+            masks = allocate(self._scores, 1 - share, *settings, ours=True, n_kept=n_kept)
             return Kept(masks, None, n_read)
         coding = (self._menus[name], self._bases, press.scope, press.min_share)
         coded = by_cost(self._costs[name], 1 - share, *coding)

@@ -71,6 +71,12 @@ def train(
         float | None,
         typer.Option(help="Share of the prompts whose budget counts bytes in that tuning (0.5); others evict only."),
     ] = None,
+    long_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts of up to three times --length, for the decay of scores with distance (18); 0: none."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of prompts and training (0).")] = None,
     shards: Annotated[
         Path | None,
@@ -93,6 +99,7 @@ def train(
     check_number("seed", seed, 0, 2**63 - 1)
     check_number("end_to_end", end_to_end, 0)
     check_number("study", study, 0)
+    check_number("long_samples", long_samples, 0)
     check_number("coded_share", coded_share, 0, 1)
     check_number("value_weight", value_weight, 0, 1)
     weights = {"aux_loss_weight": aux_loss_weight, "budget_weight": budget_weight, "replay_weight": replay_weight}
@@ -122,6 +129,7 @@ def train(
         "end_to_end": end_to_end,
         "replay_weight": replay_weight,
         "coded_share": coded_share,
+        "long_samples": long_samples,
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}

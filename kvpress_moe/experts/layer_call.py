@@ -89,6 +89,24 @@ class LayerCall:
         return self.offset is None and inputs is not None and inputs.shape[1] > self.q_len
 
     @cached_property
+    def distances(self) -> Tensor:
+        """
+        How many tokens come after each pair, (B or 1, S).
+
+        If a cache was compressed before, only the pairs that are still in it are counted.
+        """
+        given = self.kwargs.get("position_ids")
+        if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == self.k_len:
+            distances: Tensor = given[:, -1:] - given
+            return distances
+        counted = torch.arange(self.k_len - 1, -1, -1, device=self.keys.device)[None]
+        inputs = self.kwargs.get("hidden_states")
+        if self.offset and self.q_len == self.k_len and inputs is not None:  # a slice of a prompt
+            after: int = inputs.shape[1] - self.offset - self.q_len
+            return counted + after
+        return counted
+
+    @cached_property
     def position_embeddings(self) -> tuple[Tensor, Tensor]:
         """Rotary cos and sin, each (B or 1, Q, rotary dim), of the tokens whose hidden states are given."""
         cos, sin = self.kwargs["position_embeddings"]

@@ -157,7 +157,11 @@ def mix_experts(
     def importance() -> Tensor:
         return experts[cast(int, learned)].score(call, compression_ratio, routing, ranks)
 
-    return calibrated_scores(router.calibration, routing.weights, active, ranks, ranked, learned, importance)
+    scores = calibrated_scores(router.calibration, routing.weights, active, ranks, ranked, learned, importance)
+    fading = router.calibration.fading(call.distances)
+    if fading is None:
+        return scores
+    return scores - fading * routing.weights.sum(-1)  # not 1 if the part of one expert is asked for
 
 
 def of_experts(weights: Float[Tensor, "B h S E_all"], experts: Sequence[int]) -> Float[Tensor, "B E h S"]:

@@ -173,7 +173,7 @@ def explore(prefilled: PrefilledText, press: RecordingPress, step: Step) -> dict
             "ratio": ratio,
             "scope": press.scope,
             "min_share": press.min_share,
-            "min_pairs": MIN_PAIRS if press.max_kl is None else 0,
+            "min_pairs": MIN_PAIRS,
         },
         bound_to_ratio=press.bound_to_ratio(),
         about={

@@ -16,7 +16,7 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvpress_moe.budget.allocation import MIN_PAIRS, least_pairs, mixed_keep_fraction, pairs_kept
+from kvpress_moe.budget.allocation import least_pairs, mixed_keep_fraction, pairs_kept
 from kvpress_moe.budget.cross_layer import Observation, SharedBudget
 from kvpress_moe.budget.eviction import evict, kept_mask, select
 from kvpress_moe.budget.shared_bytes import SharedBytes
@@ -322,8 +322,7 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         self, call: LayerCall, scores: Sequence[Tensor], observed: Sequence[Observation], n_kept: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Shared budget: heads compete. Once it is decided, the layers of the cache are replaced by ragged ones."""
-        min_pairs = MIN_PAIRS if self.max_kl is None else 0  # promises were calibrated with the share alone
-        floor = partial(least_pairs, min_share=self.min_share, min_pairs=min_pairs)
+        floor = partial(least_pairs, min_share=self.min_share)
 
         def pairs_of(part: int, waiting: Mapping[int, Tensor]) -> int:
             if self.max_kl is None:

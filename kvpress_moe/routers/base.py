@@ -72,6 +72,8 @@ class BaseMoERouter(nn.Module):
     strategies : bool, default=False
         Whether the router also judges compression strategies, see
         :class:`kvpress_moe.routers.strategy_rule.StrategyRule`. Needs ``num_heads``.
+    reach : int, default=0
+        Distance in tokens from which scores decay, see :class:`kvpress_moe.routers.calibration.Calibration`. 0: never.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class BaseMoERouter(nn.Module):
         learned: int = 0,
         num_seen: int = 0,
         strategies: bool = False,
+        reach: int = 0,
     ):
         super().__init__()
         if strategies and not num_heads:
@@ -97,7 +100,7 @@ class BaseMoERouter(nn.Module):
         nn.init.normal_(self.down.weight, std=hidden_size**-0.5, generator=generator)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
-        self.calibration = Calibration(num_heads, num_experts) if num_heads else None
+        self.calibration = Calibration(num_heads, num_experts, reach) if num_heads else None
         self.learned = LearnedExpert(hidden_size, learned, num_heads, seed, num_seen) if learned else None
         self.rule = StrategyRule(num_heads, bottleneck) if strategies else None
 

@@ -38,6 +38,8 @@ class RouterConfig:
         Experts per token that the routers were trained with.
     strategies : bool, default=False
         Whether the routers were trained to choose compression strategies.
+    reach : int, default=0
+        Distance from the prompt's end, in tokens, from which scores decay. 0: they never do.
     """
 
     router_type: str
@@ -52,6 +54,7 @@ class RouterConfig:
     learned_sees: bool = False
     top_k: int = 2
     strategies: bool = False
+    reach: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -67,7 +70,7 @@ class RouterConfig:
         """How many numbers the router of one layer has, running averages included."""
         gate = self.bottleneck * (self.hidden_size + 1) + self.num_experts * (self.bottleneck + 1)
         feedback = self.num_experts * (self.num_experts + 1) if self.router_type == "pikv" else 0
-        calibration = self.num_heads * (2 * self.num_experts + 1)
+        calibration = self.num_heads * (2 * self.num_experts + 1 + 2 * bool(self.reach))
         inputs = self.hidden_size + 2 * self.num_seen
         learned = self.learned * (inputs + 1) + self.num_heads * (self.learned + 1) if self.learned else 0
         rule = 2 + 2 * self.num_heads * (1 + self.bottleneck) if self.strategies else 0
@@ -94,7 +97,7 @@ class RouterConfig:
             "router_type": isinstance(config.router_type, str) and config.router_type in ROUTERS,
             "experts": bool(config.experts) and all(map(is_text, config.experts)),
             **{name: is_whole(getattr(config, name), 1) for name in sizes},
-            **{name: is_whole(getattr(config, name)) for name in ("num_heads", "learned")},
+            **{name: is_whole(getattr(config, name)) for name in ("num_heads", "learned", "reach")},
             **{name: type(getattr(config, name)) is bool for name in ("trained", "learned_sees", "strategies")},
             "dropout": is_number(config.dropout) and 0 <= config.dropout < 1,
             "top_k": is_whole(config.top_k, 1) and config.top_k <= config.num_experts,
@@ -104,6 +107,6 @@ class RouterConfig:
                 raise ValueError(f"config: {name}: got {str(getattr(config, name))[:80]}")
         if bool(config.learned) != ("learned" in config.experts) and config.num_heads:
             raise ValueError("config: learned: expected a width if 'learned' is among the experts, else 0")
-        if (config.learned or config.strategies) and not config.num_heads:
+        if (config.learned or config.strategies or config.reach) and not config.num_heads:
             raise ValueError("config: num_heads: got 0, expected the model's KV heads beside what was trained for them")
         return config

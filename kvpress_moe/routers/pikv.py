@@ -42,11 +42,13 @@ class PiKVMoERouter(BaseMoERouter):
         learned: int = 0,
         num_seen: int = 0,
         strategies: bool = False,
+        reach: int = 0,
         cache_aware: bool = True,
         feedback_strength: float = 4.0,
         momentum: float = 0.9,
     ):
-        super().__init__(hidden_size, num_experts, dropout, bottleneck, seed, num_heads, learned, num_seen, strategies)
+        shape = (hidden_size, num_experts, dropout, bottleneck, seed, num_heads, learned, num_seen, strategies, reach)
+        super().__init__(*shape)
         self.cache_aware = cache_aware
         self.feedback_strength = feedback_strength
         self.momentum = momentum

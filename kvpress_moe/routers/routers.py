@@ -53,6 +53,7 @@ class Routers(nn.Module):
                 learned=config.learned,
                 num_seen=config.num_seen,
                 strategies=config.strategies,
+                reach=config.reach,
             )
             for layer_idx in range(config.num_layers)
         )

@@ -44,19 +44,48 @@ def capture(
     Returns
     -------
     dict
+        What :func:`observe` returns, and in float16 too:
+
+        - ``replay`` (L, H, S): log of the largest attention that a repetition of the context pays (KVzip,
+          arXiv 2505.23416); minus infinity in the template's prefix (or ``<bos>``), which is not repeated;
+        - ``answer`` (L, H, S): the same for the real question and answer.
+    """
+    cache = DynamicCache()
+    seen = observe(model, prompt, experts, cache)
+    replay = ReplayScores().of(model, tokenizer, prompt.context.to(model.device), cache, prompt.n_prefix)
+    replay = replay[full_attention_layers(model)]
+    peak = evaluate_full_cache(model, cache, prompt).peak
+    return {**seen, "replay": replay.log().half().cpu(), "answer": peak.log().half().cpu()}
+
+
+@torch.no_grad()
+def observe(
+    model: PreTrainedModel, prompt: Prompt, experts: Sequence[Expert], cache: DynamicCache | None = None
+) -> dict[str, Tensor]:
+    """
+    Record what can be seen of a prompt's pairs in its prefill, for the L layers with full attention.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    prompt : Prompt
+    experts : sequence of Expert
+    cache : DynamicCache, optional
+        Empty; the prefill fills it.
+
+    Returns
+    -------
+    dict
         All in float16:
 
         - ``hidden`` (L, S, C): inputs of the attention layers;
         - ``ranks`` (L, E, H, S): each expert's ranks within the head;
-        - ``replay`` (L, H, S): log of the largest attention that a repetition of the context pays (KVzip,
-          arXiv 2505.23416); minus infinity in the template's prefix (or ``<bos>``), which is not repeated;
-        - ``answer`` (L, H, S): the same for the real question and answer;
         - ``writes`` (L, H, S): log of ‖W_O v‖, what the value adds to the residual stream (the largest over the head's
           query heads), minus the log of the stream's norm in this layer (mean over all tokens);
         - ``power`` (L, H): log of the mean squared norm of the latest queries.
     """
     hidden, ranks, writes, power, stream = [], [], [], [], []
-    cache = DynamicCache()
+    cache = DynamicCache() if cache is None else cache
 
     def record_stream(module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         residual = args[0] if args else kwargs["hidden_states"]
@@ -73,21 +102,12 @@ def capture(
         writes.append((written.log() - stream[-1]).half())
 
     presses = [expert.scorer for expert in experts if hasattr(expert.scorer, "post_init_from_model")]
-    layers = full_attention_layers(model)
-    blocks = [language_model(model).layers[layer_idx] for layer_idx in layers]
+    blocks = [language_model(model).layers[layer_idx] for layer_idx in full_attention_layers(model)]
     attentions = [block.self_attn for block in blocks]
     with prepared(model, presses), hooked(blocks, record_stream, before=True), hooked(attentions, record):
         model.model(input_ids=prompt.context.to(model.device), **with_cache(cache))
-    replay = ReplayScores().of(model, tokenizer, prompt.context.to(model.device), cache, prompt.n_prefix)
-    peak = evaluate_full_cache(model, cache, prompt).peak
-    return {
-        "hidden": torch.stack(hidden).cpu(),
-        "ranks": torch.stack(ranks).cpu(),
-        "replay": replay[layers].log().half().cpu(),
-        "answer": peak.log().half().cpu(),
-        "writes": torch.stack(writes).cpu(),
-        "power": torch.stack(power).cpu(),
-    }
+    recorded = {"hidden": hidden, "ranks": ranks, "writes": writes, "power": power}
+    return {name: torch.stack(tensors).cpu() for name, tensors in recorded.items()}
 
 
 def written_norm(module: Attention, values: Tensor) -> Tensor:

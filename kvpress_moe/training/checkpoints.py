@@ -79,8 +79,9 @@ class FittedLayers:
 
 
 def _fitted(router: nn.Module) -> dict[str, Any]:
-    """The weights that the layer-by-layer fit determines: all but those of the rule of strategies."""
-    return {name: tensor for name, tensor in router.state_dict().items() if not name.startswith("rule.")}
+    """The weights that the layer-by-layer fit determines: all but those of the rule of strategies, and the decays."""
+    held = router.state_dict().items()
+    return {name: tensor for name, tensor in held if not name.startswith("rule.") and name != "calibration.decay"}
 
 
 def save_tuning_state(

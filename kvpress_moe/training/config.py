@@ -15,7 +15,10 @@ from kvpress_moe.training.losses import TEACHERS
 HELD_OUT = ("variable_tracking", "code", "dialogue", "json_records", "comparing", "cloze")
 
 #: Fields of what comes after the layer-by-layer fit.
-_END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight", "coded_share", "transform_prompts")
+_END_TO_END = ("end_to_end", "end_to_end_rate", "replay_weight", "coded_share", "transform_prompts", "long_samples")
+
+LONGEST = 3  # length of the longest long prompt, times that of the others
+REACH = 1.25  # where scores begin to decay, times the length of the other prompts
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class TrainingConfig:
         not learn to choose strategies.
     transform_prompts : int
         Number of prompts that key transforms are fitted to, at most all of them; 0: no key transforms.
+    long_samples : int
+        Number of longer prompts of the tasks, up to three times ``length``. They show how the worth of a pair falls
+        with its distance. Scores do not decay with distance if it is 0, without end-to-end tuning, or if the model
+        reads less than 2.5 times ``length``.
     """
 
     experts: tuple[str, ...] = ("learned", "keydiff", "leverage", "cur", "tova")
@@ -89,6 +96,7 @@ class TrainingConfig:
     replay_weight: float = 1.0
     coded_share: float = 0.5
     transform_prompts: int = 24
+    long_samples: int = 18
 
     def check(self) -> None:
         """Raise SettingError for the first wrong field, before anything is loaded."""
@@ -112,6 +120,8 @@ class TrainingConfig:
             raise SettingError("end_to_end", self.end_to_end, "a number of epochs, 0 or more", "0 leaves it out.")
         if not is_whole(self.transform_prompts):
             raise SettingError("transform_prompts", self.transform_prompts, "a number of prompts, 0 or more", "")
+        if not is_whole(self.long_samples):
+            raise SettingError("long_samples", self.long_samples, "a number of prompts, 0 or more", "0: no decays.")
         for field in ("end_to_end_rate", "replay_weight", "aux_loss_weight", "budget_weight", "learning_rate"):
             value = getattr(self, field)
             if not (is_number(value) and value >= 0):
@@ -130,3 +140,12 @@ class TrainingConfig:
     def layer_by_layer(self) -> dict[str, Any]:
         """The fields that determine the layer-by-layer fit."""
         return {name: value for name, value in asdict(self).items() if name not in _END_TO_END}
+
+    def longest(self, limit: int) -> int:
+        """Length of the longest prompt for a model that reads ``limit`` tokens; 0 if there are no long prompts."""
+        longest = min(LONGEST * self.length, limit - self.length // 2)
+        return longest if self.long_samples and self.end_to_end and longest >= 2 * self.length else 0
+
+    def reach(self, limit: int) -> int:
+        """Distance from which scores decay, in tokens. 0: they do not decay."""
+        return int(REACH * self.length) if self.longest(limit) else 0

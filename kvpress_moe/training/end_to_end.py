@@ -120,7 +120,8 @@ class EndToEnd:
         tuned = [routers.layers[layer_idx] for layer_idx in self.layers]
         gates = {id(p) for router in tuned for linear in (router.up, router.down) for p in linear.parameters()}
         of_tuned = [parameter for router in tuned for parameter in router.parameters()]
-        self.parameters = [p for p in of_tuned if train_gate or id(p) not in gates]
+        decays = {id(router.calibration.decay) for router in tuned}  # see distance_decay
+        self.parameters = [p for p in of_tuned if (train_gate or id(p) not in gates) and id(p) not in decays]
         few = {id(p) for router in tuned if router.rule is not None for p in (router.rule.powers, router.rule.worth)}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters if id(p) not in few], "scale": 1.0},

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ FORMAT = 3  # of shards
 
 
 TENSORS = ("hidden", "ranks", "replay", "answer", "writes", "power")  # see :func:`kvpress_moe.training.capture.capture`
+SEEN = ("hidden", "ranks", "power")  # what the press sees of a prompt, too
+
+
+def about(config: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
+    """Everything that determines a result of training, besides the shards."""
+    made_by = {"version": version("kvpress-moe"), "torch": version("torch"), "shards": FORMAT}
+    return {**made_by, "recipe": config, "prompts": [path.name for path in paths]}
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Shards:
                 prompts.append({key: shard.get_slice(key)[number] for key in TENSORS})
         return prompts
 
-    def prompt(self, name: Path) -> dict[str, Tensor]:
-        """Everything that was captured of one prompt, all layers."""
+    def seen(self, name: Path) -> dict[str, Tensor]:
+        """What the press sees of one prompt, all layers."""
         with own_tensors(name) as shard:
-            return {key: shard.get_tensor(key) for key in TENSORS}
+            return {key: shard.get_tensor(key) for key in SEEN}

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,14 +28,15 @@ from kvpress_moe.training import end_to_end
 from kvpress_moe.training.capture import capture
 from kvpress_moe.training.checkpoints import FittedLayers
 from kvpress_moe.training.config import TrainingConfig
+from kvpress_moe.training.distance_decay import tune_decays
 from kvpress_moe.training.distributed import Processes
 from kvpress_moe.training.key_transforms import fit_key_transforms
 from kvpress_moe.training.layerwise import LayerData, fit_layer
 from kvpress_moe.training.losses import tail_weights, target
-from kvpress_moe.training.shards import FORMAT, Shards
+from kvpress_moe.training.shards import Shards, about
 from kvpress_moe.training.soft_eviction import check_takes_masks
 from kvpress_moe.training.study_prompts import study_prompts
-from kvpress_moe.training.tuning_samples import CapturedPrompt, TuningSample
+from kvpress_moe.training.tuning_samples import TuningSample, reader
 
 KEPT_SHARES = (0.5, 0.25, 0.1)
 
@@ -47,21 +47,37 @@ Aim = Callable[[dict[str, Tensor]], Tensor]  # a layer of a shard -> target of i
 
 def prompts(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[tuple[str, Prompt]]:
     """The prompts of a config with their names. Kinds and lengths are taken in turn."""
+    tasks = find_tasks(config.tasks)
+    made = []
+    for number in range(config.samples):
+        index = number // len(tasks)
+        length = config.length - (index % 4) * config.length // 8
+        made.append(prompt_of(tasks[number % len(tasks)], length, index, config.seed, tokenizer, limit))
+    return made
+
+
+def long_prompts(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[tuple[str, Prompt]]:
+    """Prompts that are longer than the others, with their names. They have 6/6, 4/6, 5/6 and 3/6 of the longest."""
+    longest, tasks = config.longest(limit), find_tasks(config.tasks)
+    made = []
+    for number in range(config.long_samples if longest else 0):
+        length = longest * (6, 4, 5, 3)[number // len(tasks) % 4] // 6
+        made.append(prompt_of(tasks[number % len(tasks)], length, number, config.seed, tokenizer, limit))
+    return made
+
+
+def prompt_of(
+    task: str, length: int, index: int, seed: int, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[str, Prompt]:
+    """A prompt of the train split, with its name."""
 
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
-    made = []
-    tasks = find_tasks(config.tasks)
-    for number in range(config.samples):
-        task = tasks[number % len(tasks)]
-        index = number // len(tasks)
-        length = config.length - (index % 4) * config.length // 8
-        sample = make_sample(task, count_tokens, length, index, config.seed, "train")
-        prompt = encode(sample, tokenizer)
-        check_fits(prompt, sample, limit)
-        made.append((sample.id, prompt))
-    return made
+    sample = make_sample(task, count_tokens, length, index, seed, "train")
+    prompt = encode(sample, tokenizer)
+    check_fits(prompt, sample, limit)
+    return sample.id, prompt
 
 
 def made_prompts(
@@ -74,7 +90,7 @@ def made_prompts(
 ) -> list[tuple[str, Prompt]]:
     """The prompts of a config's tasks, and between them those that the model makes itself. They are kept in shards."""
     processes = processes or Processes()
-    made = prompts(config, tokenizer, model.config.get_text_config(decoder=True).max_position_embeddings)
+    made = prompts(config, tokenizer, max_tokens(model))
     if not config.study:
         return made
     if processes.rank:
@@ -83,6 +99,12 @@ def made_prompts(
     if not processes.rank:
         processes.wait()
     return interleave(made, studied)
+
+
+def max_tokens(model: PreTrainedModel) -> int:
+    """How many tokens the model reads at most."""
+    limit: int = model.config.get_text_config(decoder=True).max_position_embeddings
+    return limit
 
 
 def interleave(first: Sequence[T], second: Sequence[T]) -> list[T]:
@@ -173,6 +195,9 @@ def train(
         metrics["end_to_end"] = tune_routers(
             model, tokenizer, routers, config, fill, made, captured, progress, processes
         )
+    if routers.config.reach:
+        longer = long_prompts(config, tokenizer, max_tokens(model))
+        metrics["decay"] = tune_decays(model, tokenizer, routers, config, shards / "long", longer, progress, processes)
     return routers, metrics
 
 
@@ -209,6 +234,7 @@ def fit_routers(
         learned_sees=config.learned_sees,
         top_k=config.top_k,
         strategies=config.end_to_end > 0 and config.coded_share > 0,
+        reach=config.reach(max_tokens(model)),
     )
     routers = Routers(router_config, model_fingerprint(model))
     columns = [captured.index(name) if name != "learned" else 0 for name in config.experts]
@@ -253,24 +279,6 @@ def fit_routers(
     return routers, metrics
 
 
-def about(config: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
-    """Everything that determines a result of training, besides the shards."""
-    made_by = {"version": version("kvpress-moe"), "torch": version("torch"), "shards": FORMAT}
-    return {**made_by, "recipe": config, "prompts": [path.name for path in paths]}
-
-
-def reader(shards: Shards, config: TrainingConfig, captured: Sequence[str]) -> Callable[[Path], CapturedPrompt]:
-    """A function that reads what the routers of a config see of a prompt, from shards with these experts."""
-    columns = [captured.index(name) if name != "learned" else 0 for name in config.experts]
-
-    def read(path: Path) -> CapturedPrompt:
-        shard = shards.prompt(path)
-        ranks = shard["ranks"][:, columns].permute(0, 3, 2, 1).float().clamp(max=1 - 1e-4)  # (L, S, H, E)
-        return CapturedPrompt(shard["hidden"].float(), ranks, shard["power"].float().exp())
-
-    return read
-
-
 def tune_routers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -298,7 +306,7 @@ def tune_routers(
             tokenizer,
             routers,
             tuning_samples,
-            reader(shards, config, captured),
+            reader(config, captured),
             top_k=config.top_k,
             learned=config.experts.index("learned") if "learned" in config.experts else None,
             menu=menu_of("mixed", bool(routers.key_transforms)),

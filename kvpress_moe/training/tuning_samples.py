@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.kvzip_scores import chat_suffix
 from kvpress_moe.benchmark.prompts import Prompt
+from kvpress_moe.training.config import TrainingConfig
+from kvpress_moe.training.shards import Shards
 
 REPEATED = 96  # tokens that the model repeats
 
@@ -54,6 +57,18 @@ class CapturedPrompt:
     hidden: Tensor
     ranks: Tensor
     power: Tensor
+
+
+def reader(config: TrainingConfig, captured: Sequence[str]) -> Callable[[Path], CapturedPrompt]:
+    """A function that reads what the routers of a config see of a prompt, from shards with these experts."""
+    columns = [captured.index(name) if name != "learned" else 0 for name in config.experts]
+
+    def read(path: Path) -> CapturedPrompt:
+        shard = Shards(path.parent).seen(path)
+        ranks = shard["ranks"][:, columns].permute(0, 3, 2, 1).float().clamp(max=1 - 1e-4)  # (L, S, H, E)
+        return CapturedPrompt(shard["hidden"].float(), ranks, shard["power"].float().exp())
+
+    return read
 
 
 def question(prompt: Prompt) -> tuple[Tensor, int]:

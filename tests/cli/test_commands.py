@@ -103,7 +103,7 @@ def test_the_help_of_training_says_the_recipes_defaults():
         re.sub(r"[│\s]+", " ", CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).output).split()
     )
     for option in ("samples", "length", "teacher", "value_weight", "epochs", "aux_loss_weight", "budget_weight",
-                   "end_to_end", "replay_weight", "seed"):  # fmt: skip
+                   "end_to_end", "replay_weight", "long_samples", "seed"):  # fmt: skip
         line = text.partition(f"--{option.replace('_', '-')} ")[2].partition(" --")[0]
         assert re.search(rf"\({getattr(TrainingConfig(), option):g}\)" if option != "teacher" else r"\(both\)", line), (
             option

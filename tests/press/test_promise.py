@@ -54,7 +54,7 @@ def same(one, other) -> bool:
 
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prompt_keeps_what_the_same_ratio_would_keep(routers, precision, dtype, monkeypatch):
+def test_a_prompt_keeps_what_the_same_ratio_would_keep(routers, precision, dtype):
     """In a 16-bit cache. With a precision, whole pairs of a float32 cache take more, so another ratio keeps them."""
     model = tiny_model("llama", dtype=dtype)
     made = press(routers, precision)
@@ -63,9 +63,6 @@ def test_a_prompt_keeps_what_the_same_ratio_would_keep(routers, precision, dtype
     assert 0.01 < report["share"] < 1
     if precision is None or dtype == torch.bfloat16:
         fixed = MoERouterPress(1 - report["share"], router=routers, precision=precision, cache_aware=False)
-        monkeypatch.setattr(
-            "kvpress_moe.press.moe_router_press.MIN_PAIRS", 0
-        )  # promises have the share of the mean alone
         assert same(cache, prefill(model, tokens(90), fixed))
     assert isinstance(cache.layers[0], RaggedLayer if precision is None else PackedLayer)
 
@@ -323,7 +320,7 @@ def test_a_batch_in_a_static_cache_is_refused_by_what_is_wrong_with_it(llama, ro
 
 
 @pytest.mark.parametrize("precision", KINDS)
-def test_generate_with_beams_and_a_second_turn(routers, precision, monkeypatch):
+def test_generate_with_beams_and_a_second_turn(routers, precision):
     """What generate does around the press: its own cache, rows for beams, and new tokens on a compressed cache."""
     model = tiny_model("llama", dtype=torch.bfloat16)
     made = press(routers, precision)
@@ -333,7 +330,6 @@ def test_generate_with_beams_and_a_second_turn(routers, precision, monkeypatch):
     first, *beams = made.get_stats()["promises"]
     assert {report["share"] for report in beams} == {first["share"]}
     fixed = MoERouterPress(1 - first["share"], router=routers, precision=precision, cache_aware=False)
-    monkeypatch.setattr("kvpress_moe.press.moe_router_press.MIN_PAIRS", 0)  # promises have the share of the mean alone
     with fixed(model):
         assert torch.equal(model.generate(tokens(90), max_new_tokens=5, do_sample=False), greedy)
 

@@ -28,11 +28,12 @@ from kvpress_moe.training.prompt_cache import as_cache, full_cache
 from kvpress_moe.training.shards import Shards
 from kvpress_moe.training.soft_budget import soft_share
 from kvpress_moe.training.soft_eviction import softly_evicted
-from kvpress_moe.training.trainer import made_prompts, reader, train
-from kvpress_moe.training.tuning_samples import REPEATED, TuningSample, question, repetition
+from kvpress_moe.training.trainer import made_prompts, train
+from kvpress_moe.training.tuning_samples import REPEATED, TuningSample, question, reader, repetition
 from tests.tiny import FAMILIES, tiny_model
 
 CONFIG = TrainingConfig(
+    long_samples=0,
     experts=("learned", "keydiff"),
     top_k=2,
     samples=4,
@@ -291,7 +292,7 @@ def test_at_low_temperature_the_soft_choice_is_what_the_benchmark_judges(family,
     settings = {"top_k": 2, "learned": 0, "menu": menu, "coded_share": 1.0, "train_gate": True, "aux_loss_weight": 0.0}
     settings |= {"replay_weight": 0.0, "epochs": 1, "learning_rate": 0.0, "seed": 0}
     samples = [TuningSample(prompt, shards.path(name)) for name, prompt in made]
-    tuner = EndToEnd(model, chat_tokenizer, routers, samples, reader(shards, config, ["keydiff"]), **settings)
+    tuner = EndToEnd(model, chat_tokenizer, routers, samples, reader(config, ["keydiff"]), **settings)
     sample = samples[0]
     press = MoERouterPress(router=routers, precision="mixed", cache_aware=False)
     method = Method("own", "ours", lambda protect: press, "global", "own", precision="own")

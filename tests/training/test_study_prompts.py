@@ -306,6 +306,7 @@ def test_fillers_are_cut_and_the_asked_document_is_not():
 def test_training_takes_prompts_of_both_kinds_and_keeps_them_apart_from_those_of_another_run(tmp_path):
     served = tiny_model("llama"), byte_tokenizer(chat=True)
     config = TrainingConfig(
+        long_samples=0,
         experts=("learned", "keydiff"),
         top_k=2,
         samples=3,

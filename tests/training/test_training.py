@@ -35,6 +35,7 @@ from kvpress_moe.training.trainer import prompts, train
 from tests.tiny import FAMILIES, decoder, prefill, tiny_model
 
 CONFIG = TrainingConfig(
+    long_samples=0,
     end_to_end=2,
     experts=("learned", "keydiff", "cur"),
     top_k=2,
@@ -489,7 +490,8 @@ def test_routers_that_ship_load_and_say_how_they_were_made(directory):
     assert routers.config.experts == config.experts
     assert f"--samples {config.samples} " in card["metrics"]["command"]
     default = TrainingConfig()
-    assert replace(config, samples=default.samples, study=default.study, tasks=default.tasks) == default
+    more = {"samples": default.samples, "study": default.study, "long_samples": default.long_samples}
+    assert replace(config, tasks=default.tasks, **more) == default
     assert sum(path.stat().st_size for path in directory.iterdir()) < 4e6
 
 
