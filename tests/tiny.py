@@ -170,7 +170,7 @@ def calibrated_routers(model: PreTrainedModel, experts=("learned", "keydiff", "c
                 parameter.normal_(std=0.3, generator=generator)
         for layer, decay in zip(routers.layers, decays, strict=True):
             layer.rule.powers.mul_(0.1).add_(0.85)
-            decay.normal_(std=3.0, generator=generator)
+            decay.normal_(std=1.0, generator=generator)
     return routers
 
 

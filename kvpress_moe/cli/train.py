@@ -74,7 +74,7 @@ def train(
     long_samples: Annotated[
         int | None,
         typer.Option(
-            help="Prompts of up to three times --length, for the decay of scores with distance (18); 0: none."
+            help="Prompts of up to three times the length, for the decay of scores with distance (18); 0: none."
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of prompts and training (0).")] = None,

@@ -51,6 +51,8 @@ def fitted(press, call):
 def test_training_and_the_press_give_the_same_scores_and_change_together(llama, press, monkeypatch):
     press.top_k = 3
     press.cache_aware = False
+    for layer in press.router.layers:  # training mixes the tokens of many prompts, which have no distance
+        torch.nn.init.zeros_(layer.calibration.decay)
     seen = mixed_by_press(llama, press)
     before = [(mixed[0], fitted(press, call)) for call, _, mixed in seen]
     for mixed, trained in before:
