@@ -64,13 +64,12 @@ def main() -> None:
     decaying.promises = {
         name: replace(promise, about={**promise.about, "routers": weights_hash(decaying)})
         for name, promise in routers.promises.items()
-        if promise.about["length"] <= config.length
+        if promise.lengths[1] <= reach
     }
     save_routers(decaying, arguments.out, metrics, dtype=torch.float16)
-    decays = torch.stack([layer.calibration.decay.detach() for layer in decaying.layers], 1)  # (2, L, H)
+    decays = torch.stack([layer.calibration.decay.detach() for layer in decaying.layers])
     found = {"routers": str(arguments.out), "reach": reach, "prompts": len(made), "promises": list(decaying.promises)}
-    for name, of_heads in zip(("by_pair", "by_prompt"), decays, strict=True):
-        found[name] = {"mean": round(of_heads.mean().item(), 3), "std": round(of_heads.std().item(), 3)}
+    found |= {"mean": round(decays.mean().item(), 3), "std": round(decays.std().item(), 3)}
     found["epochs"] = metrics["decay"]
     print(json.dumps({**found, "seconds": round(time.perf_counter() - started, 1)}))
 

@@ -19,9 +19,8 @@ class Calibration(nn.Module):
     multiply these terms. Every head has an offset, so that heads and layers can compete for one budget.
 
     Attention falls with distance, at a rate that each head has for itself. Prompts of training show this only up to
-    their own length. So scores also fall by the head's *decays*. The first one counts how far beyond ``reach`` the pair
-    is from the prompt's end. The second one counts this for the prompt's first pair: it lets heads that need fewer
-    pairs of a long prompt leave them to others.
+    their own length. So the score of a pair that is further than ``reach`` from the prompt's end also falls by the
+    head's *decay*, evenly with the distance beyond.
 
     Parameters
     ----------
@@ -39,7 +38,7 @@ class Calibration(nn.Module):
         self.tail = nn.Parameter(torch.zeros(num_heads, num_experts))
         self.offset = nn.Parameter(torch.zeros(num_heads))
         self.reach = reach
-        self.decay = nn.Parameter(torch.zeros(2, num_heads)) if reach else None
+        self.decay = nn.Parameter(torch.zeros(num_heads)) if reach else None
 
     def terms(self, ranks: Tensor, experts: Sequence[int]) -> Tensor:
         """Calibrated terms of the ranks (B, E, H, S) of some experts, same shape, without the gate's weights."""
@@ -62,7 +61,6 @@ class Calibration(nn.Module):
         """
         if self.decay is None:
             return None
-        beyond = ((distances - self.reach).clamp(min=0) / UNIT)[:, None]  # (B or 1, 1, S)
-        own, first = self.decay.float()[..., None]  # (H, 1) each
-        fading: Tensor = own * beyond + first * beyond.amax(-1, keepdim=True)
+        beyond = (distances - self.reach).clamp(min=0) / UNIT
+        fading: Tensor = self.decay.float()[:, None] * beyond[:, None]
         return fading

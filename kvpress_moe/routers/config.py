@@ -70,7 +70,7 @@ class RouterConfig:
         """How many numbers the router of one layer has, running averages included."""
         gate = self.bottleneck * (self.hidden_size + 1) + self.num_experts * (self.bottleneck + 1)
         feedback = self.num_experts * (self.num_experts + 1) if self.router_type == "pikv" else 0
-        calibration = self.num_heads * (2 * self.num_experts + 1 + 2 * bool(self.reach))
+        calibration = self.num_heads * (2 * self.num_experts + 1 + bool(self.reach))
         inputs = self.hidden_size + 2 * self.num_seen
         learned = self.learned * (inputs + 1) + self.num_heads * (self.learned + 1) if self.learned else 0
         rule = 2 + 2 * self.num_heads * (1 + self.bottleneck) if self.strategies else 0

@@ -55,8 +55,7 @@ def test_scores_fall_evenly_with_the_distance_beyond_the_reach(llama):
         for head in range(ours.shape[0]):
             for position in range(80):
                 beyond = max(0, 79 - position - 16)
-                of_pair, of_prompt = decays[layer_idx, :, head]
-                expected = before[head, position] - (of_pair * beyond + of_prompt * (79 - 16)) / 1024
+                expected = before[head, position] - decays[layer_idx, head] * beyond / 1024
                 assert_close(ours[head, position], expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(fading, plain)
 
