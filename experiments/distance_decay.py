@@ -15,17 +15,19 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from kvpress_moe import load_model
 from kvpress_moe.cli.progress import timed_bar
+from kvpress_moe.model.fingerprint import model_fingerprint
 from kvpress_moe.routers import Routers
 from kvpress_moe.routers.checkpoint import CONFIG, load_routers, save_routers, weights_hash
 from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.distance_decay import tune_decays
+from kvpress_moe.training.shards import Shards
 from kvpress_moe.training.trainer import long_prompts, max_tokens
 
 
@@ -47,19 +49,28 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, help="directory where an interrupted run continues")
     arguments = parser.parse_args()
     routers = load_routers(arguments.router)
-    model, tokenizer = load_model(arguments.model)
     metrics = json.loads((arguments.router / CONFIG).read_text())["metrics"]
+    if "recipe" not in metrics or not routers.config.num_heads:
+        parser.error(f"{arguments.router}: expected routers that `kvpress-moe train` made")
+    if arguments.samples < 1:
+        parser.error("--samples: expected at least 1")
     recipe = {name: tuple(value) if isinstance(value, list) else value for name, value in metrics["recipe"].items()}
-    config = TrainingConfig(**{**recipe, "long_samples": arguments.samples})
+    coded_share = recipe.get("coded_share", 0.0) if routers.config.strategies else 0.0
+    config = TrainingConfig(**{**recipe, "coded_share": coded_share, "long_samples": arguments.samples})
+    if not config.end_to_end:
+        parser.error(f"{arguments.router}: these routers were not tuned end to end")
+    model, tokenizer = load_model(arguments.model)
     reach = config.reach(max_tokens(model))
     if not reach:
-        parser.error("this model does not read prompts that are long enough")
+        parser.error(f"the model reads {max_tokens(model)} tokens, expected at least {5 * config.length // 2}")
     started = time.perf_counter()
     decaying = with_decays(routers, reach)
     made = long_prompts(config, tokenizer, max_tokens(model))
     with tempfile.TemporaryDirectory() as temporary, timed_bar() as progress:
-        directory = (arguments.shards or Path(temporary)) / "long"
-        metrics["decay"] = tune_decays(model, tokenizer, decaying, config, directory, made, progress)
+        shards = Shards((arguments.shards or Path(temporary)) / "long")
+        captured = shards.claim(model_fingerprint(model), config.heuristics or ("knorm",), config.seed)
+        told = {"routers": weights_hash(routers), "recipe": asdict(config)}
+        metrics["decay"] = tune_decays(model, tokenizer, decaying, config, shards, made, captured, told, progress)
     metrics["recipe"]["long_samples"] = arguments.samples
     decaying.promises = {
         name: replace(promise, about={**promise.about, "routers": weights_hash(decaying)})

@@ -37,10 +37,11 @@ from kvpress_moe.model.transformers_api import with_cache
 from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.press.promised_budget import setting_of
 from kvpress_moe.routers.promise import LEAST, Promise, cautious, share_at
-from kvpress_moe.training.calibration import measure, tensors
+from kvpress_moe.training.calibration import KINDS, measure, tensors
 from kvpress_moe.training.config import HELD_OUT
 
 BOUNDS = (0.005, 0.02, 0.1)
+UNSEEN = [task for task in HELD_OUT if task not in KINDS]  # by training and by the calibration
 PRECISIONS = {"mixed": "mixed", "none": None}
 
 
@@ -55,7 +56,7 @@ def prompts_of(kind: str, tokenizer: Any, first: int, limit: int, hub: str | Non
         for sample in load_hub_samples(hub, count_tokens)[:: max(1, 80 // limit)]:
             yield encode(sample, tokenizer)
         return
-    tasks = {"test": CORE, "longer": CORE, "unseen": HELD_OUT}[kind]
+    tasks = {"test": CORE, "longer": CORE, "unseen": UNSEEN}[kind]
     for index in range(first, first + limit):
         for task in tasks:
             sample = make_sample(task, count_tokens, 3072 if kind == "longer" else 1024, index, 0, "test")

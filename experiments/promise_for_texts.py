@@ -34,8 +34,7 @@ from kvpress_moe.model.loading import load_model
 from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.press.promised_budget import setting_of
 from kvpress_moe.routers.promise import FITTED, LEAST, Estimate, Promise, share_at
-from kvpress_moe.training.calibration import Measurement, measure, tensors
-from kvpress_moe.training.config import TrainingConfig
+from kvpress_moe.training.calibration import KINDS, Measurement, measure, tensors
 from kvpress_moe.training.text_prompts import text_prompts
 
 BOUNDS = (0.005, 0.02, 0.1)
@@ -49,7 +48,7 @@ def pieces(tokenizer: Any, split: str, length: int, per_kind: int) -> list[tuple
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
-    kinds = TrainingConfig().tasks
+    kinds = KINDS
     samples = [make_sample(kind, count_tokens, length, n, SEED, split) for n in range(per_kind) for kind in kinds]
     return [("the text", sample.context) for sample in samples]
 
@@ -127,7 +126,7 @@ def main() -> None:
         "# Promises for texts of one's own",
         "",
         f"Command: `{command}`. {len(found['tune'])} calibration prompts (tune split), of which {len(adapting)} adapt "
-        f"the estimate, and {len(found['test'])} test prompts (test split); texts of {len(TrainingConfig().tasks)} "
+        f"the estimate, and {len(found['test'])} test prompts (test split); texts of {len(KINDS)} "
         "kinds; the model writes five of six questions, the others are general ones. SmolLM2-135M-Instruct, "
         f'`precision="mixed"`, confidence {arguments.confidence:g}, seed {SEED}, float32; {versions}.',
         "",

@@ -28,8 +28,7 @@ from kvpress_moe.model.loading import load_model
 from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.press.promised_budget import setting_of
 from kvpress_moe.routers.promise import FITTED, LEAST
-from kvpress_moe.training.calibration import measure, tensors
-from kvpress_moe.training.config import TrainingConfig
+from kvpress_moe.training.calibration import KINDS, measure, tensors
 from kvpress_moe.training.text_prompts import text_prompts
 
 SEED = 3  # of texts and questions; fit and calibration have 0 and 1
@@ -41,7 +40,7 @@ def texts(tokenizer: Any, length: int, per_kind: int) -> list[str]:
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
-    kinds = TrainingConfig().tasks
+    kinds = KINDS
     samples = [make_sample(kind, count_tokens, length, n, SEED, "tune") for n in range(per_kind) for kind in kinds]
     return [sample.context for sample in samples]
 
@@ -93,7 +92,7 @@ def main() -> None:
     lines = [
         "# What the question decides",
         "",
-        f"Command: `{command}`. {len(contexts)} texts of {len(TrainingConfig().tasks)} kinds, tune split, seed {SEED}; "
+        f"Command: `{command}`. {len(contexts)} texts of {len(KINDS)} kinds, tune split, seed {SEED}; "
         f"{arguments.questions} questions about each; five of six are written by the model, the others are general "
         f"ones. SmolLM2-135M-Instruct, float32; {versions}.",
         "",

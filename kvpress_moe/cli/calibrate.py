@@ -96,7 +96,7 @@ def calibrate(
         check_out_directory(shards, "shards")
     check_between("confidence", confidence)
     check_number("prompts", prompts, 2, 2000, "A confidence of 0.99 needs 99, and few promises need more than 1000.")
-    check_number("fit", fit, 36, remedy="An estimate needs two prompts of each kind.")
+    check_number("fit", fit, 40, remedy="An estimate needs two prompts of each kind.")
     check_number("length", length, 128)
     check_number("seed", seed, 1, 2**63 - 1, remedy="Seed 0 makes the prompts that the estimate is fitted to.")
     needed = prompts_needed(confidence)

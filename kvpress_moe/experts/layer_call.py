@@ -93,18 +93,21 @@ class LayerCall:
         """
         How many tokens come after each pair, (B or 1, S).
 
-        If a cache was compressed before, only the pairs that are still in it are counted.
+        All are 0 where this is not known: if a wrapper gathered the tokens, or if the cache holds more than the given
+        tokens. What is left of a cache need not be in the prompt's order.
         """
         given = self.kwargs.get("position_ids")
-        if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == self.k_len:
+        if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == self.k_len == self.q_len:
             distances: Tensor = given[:, -1:] - given
             return distances
+        if self.gathered or self.q_len != self.k_len:
+            return torch.zeros(1, self.k_len, dtype=torch.long, device=self.keys.device)
         counted = torch.arange(self.k_len - 1, -1, -1, device=self.keys.device)[None]
         inputs = self.kwargs.get("hidden_states")
-        if self.offset and self.q_len == self.k_len and inputs is not None:  # a slice of a prompt
-            after: int = inputs.shape[1] - self.offset - self.q_len
-            return counted + after
-        return counted
+        if inputs is None or self.offset is None:
+            return counted
+        after: int = inputs.shape[1] - self.offset - self.q_len  # 0, except for a slice of a prompt
+        return counted + after
 
     @cached_property
     def position_embeddings(self) -> tuple[Tensor, Tensor]:

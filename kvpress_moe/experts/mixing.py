@@ -145,8 +145,18 @@ def calibrated_scores(
 def mix_experts(
     call: LayerCall, routing: Routing, experts: Sequence[Expert], compression_ratio: float | None
 ) -> Float[Tensor, "B H S"]:
+    """Mixed score (B, H, S) of the experts that judge any pair of a call, less what it loses with distance."""
+    scores = mix_near(call, routing, experts, compression_ratio)
+    calibration = routing.router.calibration
+    fading = None if calibration is None else calibration.fading(call.distances)
+    return scores if fading is None else scores - fading
+
+
+def mix_near(
+    call: LayerCall, routing: Routing, experts: Sequence[Expert], compression_ratio: float | None
+) -> Float[Tensor, "B H S"]:
     """
-    Mixed score (B, H, S) of the experts that judge any pair of a call.
+    Mixed score (B, H, S) of the experts that judge any pair of a call, as if all pairs were near the prompt's end.
 
     The other experts are not computed, with one exception: if the expert ``"learned"`` is active and sees ranks, all
     experts are ranked for it.
@@ -166,11 +176,7 @@ def mix_experts(
     def importance() -> Tensor:
         return experts[cast(int, learned)].score(call, compression_ratio, routing, ranks)
 
-    scores = calibrated_scores(router.calibration, routing.weights, active, ranks, ranked, learned, importance)
-    fading = router.calibration.fading(call.distances)
-    if fading is None:
-        return scores
-    return scores - fading * routing.weights.sum(-1)  # not 1 if the part of one expert is asked for
+    return calibrated_scores(router.calibration, routing.weights, active, ranks, ranked, learned, importance)
 
 
 def of_experts(weights: Float[Tensor, "B h S E_all"], experts: Sequence[int]) -> Float[Tensor, "B E h S"]:

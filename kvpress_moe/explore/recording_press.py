@@ -13,7 +13,7 @@ from kvpress_moe.budget.cross_layer import Observation
 from kvpress_moe.budget.switch_prices import switch_prices
 from kvpress_moe.experts.expert import Expert
 from kvpress_moe.experts.layer_call import LayerCall
-from kvpress_moe.experts.mixing import rank_within_head
+from kvpress_moe.experts.mixing import mix_near, rank_within_head
 from kvpress_moe.press.moe_router_press import MoERouterPress
 from kvpress_moe.press.packing import Menu, PackedPart
 from kvpress_moe.routers import Routing
@@ -32,7 +32,7 @@ class LayerRecord:
         Mixed score of each pair; higher = keep.
     moves : Tensor, shape (H, E, S), float32
         What each expert adds to a pair's score, minus the mean of this over the head's pairs. The sum over all experts
-        is the pair's score minus the head's mean score.
+        is the pair's score minus the head's mean score. What scores lose with distance does not count here.
     mass : Tensor, shape (H, S), float32
         Attention that the prompt's last queries pay to each pair, as in the hit rates.
     kept : Tensor, shape (H, S), bool
@@ -129,7 +129,7 @@ class RecordingPress(MoERouterPress):
         else:  # a sum: if the other weights are zero, this expert's term and the head's offset remain
             alone = torch.zeros_like(routing.weights)
             alone[..., index] = routing.weights[..., index]
-            part = super().mix(call, replace(routing, weights=alone))
+            part = mix_near(call, replace(routing, weights=alone), self._experts, self.compression_ratio)
         part = part[0].double().cpu()
         move = (part - part.mean(-1, keepdim=True)).nan_to_num(nan=0)  # if scores are infinite
         largest = torch.finfo(torch.float32).max  # some scorers give it to pairs that must stay

@@ -95,7 +95,7 @@ class MoERouterPress(Settings, Packer, Pretrained, ScorerPress):  # type: ignore
         on, which do not support it; otherwise ``"uniform"``. See :attr:`scope`.
     min_share : float, default=0.2
         Where heads share a budget, each head keeps at least this share of the mean number of pairs. Without
-        ``precision`` and ``max_kl``, if this is less than 40 pairs, it is twice as many, but at most 40.
+        ``precision``, if this is less than 40 pairs, it is twice as many, but at most 40.
     precision : "mixed" or list of (int, int), optional
         Bits of keys and values. ``None``: pairs that stay are stored as the model wrote them. ``"mixed"``: each pair
         gets its own precision of :data:`kvpress_moe.codes.precision.MIXED` (with key transforms, which the routers of

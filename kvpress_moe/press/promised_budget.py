@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvpress_moe.budget.allocation import MIN_PAIRS
 from kvpress_moe.budget.shared_bytes import as_costs
 from kvpress_moe.codes.precision import Precision
 from kvpress_moe.errors import SettingError
@@ -83,6 +84,14 @@ def find_promise(routers: Routers, press: Any) -> Promise:
                 f"{promise.about[field]} with max_kl, as in the calibration",
                 "Leave it out, or calibrate with it.",
             )
+    if not press.menu and promise.about.get("min_pairs") != MIN_PAIRS:
+        raise SettingError(
+            "max_kl",
+            press.max_kl,
+            f"routers that were calibrated while each head keeps at least {MIN_PAIRS} pairs (theirs: "
+            f"{promise.about.get('min_pairs', 0)})",
+            "Run kvpress-moe calibrate --precision none.",
+        )
     promise.check(press.max_kl, press.confidence)
     return promise
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpress_moe.benchmark.measured_prompt import MeasuredPrompt
 from kvpress_moe.benchmark.prompts import Prompt, encode
 from kvpress_moe.benchmark.tasks import make_sample
+from kvpress_moe.budget.allocation import MIN_PAIRS
 from kvpress_moe.errors import CheckpointError, NotFiniteError, SettingError
 from kvpress_moe.files import parse_json
 from kvpress_moe.model.fingerprint import model_fingerprint
@@ -32,6 +33,9 @@ from kvpress_moe.training.config import TrainingConfig
 BYTE_SHARES = (0.01, 0.016, 0.025, 0.035, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4)
 #: Shares of the pairs, without a precision.
 PAIR_SHARES = (0.02, 0.04, 0.07, 0.11, 0.17, 0.25, 0.36, 0.5, 0.7)
+#: Kinds of the built-in prompts: those that routers are trained with, and two that training never sees. Routers are
+#: better on kinds that they know, so a promise has to know others too.
+KINDS = (*TrainingConfig().tasks, "variable_tracking", "code")
 #: Lengths of the built-in prompts in turn, as parts of the given length.
 LENGTHS = (1.0, 0.5, 1.0, 2.0)
 
@@ -61,7 +65,7 @@ def shares_of(press: MoERouterPress) -> tuple[float, ...]:
 
 def task_prompts(tokenizer: PreTrainedTokenizerBase, n: int, length: int, seed: int, limit: int) -> list[Prompt]:
     """
-    Prompts of the tasks that routers are trained with, but of the tune split, which training does not use.
+    Prompts of ``KINDS``, of the tune split, which training does not use.
 
     Parameters
     ----------
@@ -73,13 +77,12 @@ def task_prompts(tokenizer: PreTrainedTokenizerBase, n: int, length: int, seed: 
     limit : int
         Longest prompt that the model can read.
     """
-    tasks = TrainingConfig().tasks
 
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
-    rounds = -(-n // len(tasks))
-    order = [(index, task) for index in range(rounds) for task in tasks]
+    rounds = -(-n // len(KINDS))
+    order = [(index, task) for index in range(rounds) for task in KINDS]
     Random(f"{seed}/calibration").shuffle(order)  # so that any number of prompts is a fair sample
     found = []
     for index, task in order[:n]:
@@ -155,7 +158,8 @@ def new_press(press: MoERouterPress) -> MoERouterPress:
 def _about(model: PreTrainedModel, presses: Mapping[str, MoERouterPress]) -> str:
     """Hash of what a measurement depends on beside its prompt: the model, the routers, precisions and shares."""
     found = hashlib.sha256()
-    settings = [sorted((name, str(press.precision)) for name, press in presses.items()), BYTE_SHARES, PAIR_SHARES]
+    precisions = sorted((name, str(press.precision)) for name, press in presses.items())
+    settings = [precisions, BYTE_SHARES, PAIR_SHARES, MIN_PAIRS]
     routers = next(iter(presses.values())).routers
     assert routers is not None
     found.update(json.dumps([model_fingerprint(model), settings, weights_hash(routers)]).encode())
@@ -238,6 +242,7 @@ def promise(
     if adapting:
         unadapted, estimate = estimate, estimate.adapted(*tensors(adapting), shares)
     settings = {name: getattr(press, name) for name in ("min_share", "top_k", "capacity_factor")}
+    settings["min_pairs"] = MIN_PAIRS
     versions = {name: version(name) for name in ("kvpress-moe", "torch", "transformers")}
     own = {"precision": setting_of(press.menu), **settings, "routers": weights_hash(cast(Routers, press.routers))}
     noted = {**own, **about, "adapted_to": len(adapting), "versions": versions}

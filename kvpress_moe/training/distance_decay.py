@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpress_moe.benchmark.prompts import Prompt
 from kvpress_moe.codes.precision import menu_of
 from kvpress_moe.experts.registry import make_expert
-from kvpress_moe.model.fingerprint import model_fingerprint
 from kvpress_moe.routers import Routers
-from kvpress_moe.routers.checkpoint import weights_hash
 from kvpress_moe.training import end_to_end
 from kvpress_moe.training.capture import observe
 from kvpress_moe.training.checkpoints import FittedLayers
 from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.distributed import Processes
-from kvpress_moe.training.shards import Shards, about
+from kvpress_moe.training.shards import Shards
 from kvpress_moe.training.tuning_samples import CapturedPrompt, TuningSample, reader
 
+FORMAT = 1  # of saved states
 EPOCHS = 3
 RATE = 0.08  # highest learning rate, in nats per 1,024 tokens
 
@@ -67,8 +64,10 @@ def tune_decays(
     tokenizer: PreTrainedTokenizerBase,
     routers: Routers,
     config: TrainingConfig,
-    directory: Path,
+    shards: Shards,
     made: Sequence[tuple[str, Prompt]],
+    captured: Sequence[str],
+    told: dict[str, Any],
     progress: Callable[..., Any] = lambda description, done, total, loss=None: None,
     processes: Processes | None = None,
 ) -> list[dict[str, float]]:
@@ -79,16 +78,18 @@ def tune_decays(
     ----------
     routers : Routers
         Their config has a ``reach``.
-    directory : Path
-        For the shards of these prompts alone: they hold only what :func:`kvpress_moe.training.capture.observe` returns.
+    shards : Shards
+        For these prompts alone, and claimed: they hold only what :func:`kvpress_moe.training.capture.observe` returns.
     made : sequence of (str, Prompt)
         Prompts that are longer than the reach, with their names.
+    captured : sequence of str
+        Experts that the shards hold, in order.
+    told : dict
+        Everything that determines the routers. It is the same in all processes.
     processes : Processes, optional
         All of them observe prompts. Only the first one tunes; the others load its result.
     """
     processes = processes or Processes()
-    shards = Shards(directory)
-    captured = shards.claim(model_fingerprint(model), config.heuristics or ("knorm",), config.seed)
     experts = [make_expert(name) for name in captured]
     shards.fill(
         processes.part(made),
@@ -97,8 +98,8 @@ def tune_decays(
     )
     processes.wait()
     samples = [TuningSample(prompt, shards.path(name)) for name, prompt in made]
-    told = about({**asdict(config), "routers": weights_hash(routers)}, [sample.shard for sample in samples])
-    tuned = FittedLayers(directory, {**told, "end_to_end": end_to_end.FORMAT})
+    own = {"format": FORMAT, "epochs": EPOCHS, "rate": RATE, "prompts": [sample.shard.name for sample in samples]}
+    tuned = FittedLayers(shards.directory, {**told, "decays": own, "end_to_end": end_to_end.FORMAT})
 
     def tune() -> list[dict[str, float]]:
         tuner = DecayTuning(

@@ -57,11 +57,15 @@ def prompts(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, limit: i
 
 
 def long_prompts(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[tuple[str, Prompt]]:
-    """Prompts that are longer than the others, with their names. They have 6/6, 4/6, 5/6 and 3/6 of the longest."""
+    """
+    Prompts that are longer than the reach, with their names. They have 6/6, 4/6 and 5/6 of the longest in turn.
+
+    The second round of tasks starts with another length than the first.
+    """
     longest, tasks = config.longest(limit), find_tasks(config.tasks)
     made = []
     for number in range(config.long_samples if longest else 0):
-        length = longest * (6, 4, 5, 3)[number // len(tasks) % 4] // 6
+        length = longest * (6, 4, 5)[(number + number // len(tasks)) % 3] // 6
         made.append(prompt_of(tasks[number % len(tasks)], length, number, config.seed, tokenizer, limit))
     return made
 
@@ -177,6 +181,10 @@ def train(
             return train(model, tokenizer, config, Path(temporary), progress)
     fill = Shards(shards)
     captured = fill.claim(model_fingerprint(model), config.heuristics or ("knorm",), config.seed)
+    longer = long_prompts(config, tokenizer, max_tokens(model))
+    far = Shards(shards / "long")
+    if longer:
+        far.claim(model_fingerprint(model), captured, config.seed)
     made = made_prompts(model, tokenizer, config, shards, progress, processes)
     experts: Sequence[Expert] = [make_expert(name) for name in captured]
     fill.fill(
@@ -196,8 +204,10 @@ def train(
             model, tokenizer, routers, config, fill, made, captured, progress, processes
         )
     if routers.config.reach:
-        longer = long_prompts(config, tokenizer, max_tokens(model))
-        metrics["decay"] = tune_decays(model, tokenizer, routers, config, shards / "long", longer, progress, processes)
+        told = about(asdict(config), [fill.path(name) for name, _ in made])
+        metrics["decay"] = tune_decays(
+            model, tokenizer, routers, config, far, longer, captured, told, progress, processes
+        )
     return routers, metrics
 
 
@@ -297,7 +307,8 @@ def tune_routers(
     """
     processes = processes or Processes()
     tuning_samples = [TuningSample(prompt, shards.path(name)) for name, prompt in made]
-    told = about(asdict(config), [sample.shard for sample in tuning_samples])
+    recipe = {name: value for name, value in asdict(config).items() if name != "long_samples"}
+    told = about(recipe, [sample.shard for sample in tuning_samples])
     tuned = FittedLayers(shards.directory, {**told, "end_to_end": end_to_end.FORMAT})
 
     def tune() -> list[dict[str, float]]:

@@ -65,3 +65,11 @@ def test_the_calibrated_sum_equals_a_naive_loop(n_tokens, num_experts, per_head,
     offset = torch.randn(3, generator=generator)
     mixed = mix_calibrated(terms[:, active], active, weights, offset)
     torch.testing.assert_close(mixed, reference.mixed_calibrated(terms, weights, offset))
+
+
+def test_numpy_and_torch_sort_alike(monkeypatch):
+    scores = torch.randn(2, 3, 200, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # many ties
+    scores[0, 0, :6] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, torch.nan])
+    ours = rank_within_head(scores)
+    monkeypatch.setattr("kvpress_moe.experts.mixing.sorting", lambda scores: scores.argsort(dim=-1))
+    torch.testing.assert_close(ours, rank_within_head(scores), rtol=0, atol=0, equal_nan=True)

@@ -30,9 +30,8 @@ def calibrated_routers(model: PreTrainedModel, top_k: int = 3) -> Routers:
     """As trained ones are, with weights drawn at random: experts and heads differ in every term."""
     sizes = {"num_layers": model.config.num_hidden_layers, "hidden_size": model.config.hidden_size}
     experts = ("learned", "knorm", "tova")
-    routers = Routers(
-        RouterConfig("pikv", experts, **sizes, trained=True, num_heads=2, learned=8, learned_sees=True, top_k=top_k)
-    )
+    more = {"num_heads": 2, "learned": 8, "learned_sees": True, "top_k": top_k, "reach": 16}
+    routers = Routers(RouterConfig("pikv", experts, **sizes, trained=True, **more))
     generator = torch.Generator().manual_seed(1)
     for parameter in routers.parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=generator)

@@ -238,6 +238,16 @@ def test_what_the_routers_cannot_promise_is_refused_before_the_prompt_is_read(ll
         assert not any(layer.self_attn._forward_hooks for layer in decoder(llama).layers)
 
 
+def test_a_promise_without_a_precision_that_was_made_with_another_minimum_is_refused(llama, routers):
+    other = promised_routers(llama)
+    for promise in other.promises.values():
+        del promise.about["min_pairs"]  # as promises were before
+    with pytest.raises(SettingError, match=r"at least 40 pairs \(theirs: 0\)"), press(other, None)(llama):
+        pass
+    with press(other, "mixed")(llama):
+        pass  # bytes have no such minimum
+
+
 def test_wrappers_and_eager_attention_are_refused(llama, routers):
     for wrapped in (kvpress.ChunkPress, kvpress.AdaKVPress, kvpress.DMSPress):
         made = press(routers, None)

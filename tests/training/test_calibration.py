@@ -109,6 +109,16 @@ def test_other_routers_are_measured_anew(llama, tmp_path):
     assert found[0].features != found[1].features
 
 
+def test_another_minimum_is_measured_anew(llama, tmp_path, monkeypatch):
+    press = MoERouterPress(router=calibrated_routers(llama))
+    press.post_init_from_model(llama)
+    store = tmp_path / "measured.jsonl"
+    for least in (40, 3):
+        monkeypatch.setattr(calibration, "MIN_PAIRS", least)
+        measure(llama, prompts(1), {"None": press}, store)
+    assert len(store.read_text().splitlines()) == 2
+
+
 def test_calibration_fits_once_and_then_only_measures_new_margins(llama):
     routers = calibrated_routers(llama)
     about = {"prompts": "random", "seed": 1}

@@ -1,5 +1,6 @@
 """Far pairs score lower: by each head's decay, evenly from the reach on. Only decays learn from long prompts."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,12 +8,16 @@ import torch
 from torch.testing import assert_close
 
 from kvpress_moe import MoERouterPress
+from kvpress_moe.codes.precision import menu_of
 from kvpress_moe.errors import CheckpointError
 from kvpress_moe.experts.layer_call import LayerCall
+from kvpress_moe.routers import Routers
 from kvpress_moe.routers.checkpoint import load_routers, save_routers, weights_hash
 from kvpress_moe.training.config import TrainingConfig
+from kvpress_moe.training.distance_decay import DecayTuning
 from kvpress_moe.training.end_to_end import EndToEnd
-from kvpress_moe.training.trainer import long_prompts, train
+from kvpress_moe.training.trainer import long_prompts, max_tokens, train
+from kvpress_moe.training.tuning_samples import TuningSample, reader
 from tests.tiny import calibrated_routers, decoder, prefill, tokens
 
 CONFIG = TrainingConfig(
@@ -30,7 +35,7 @@ CONFIG = TrainingConfig(
 )
 
 
-def scores_of(model, routers, input_ids):
+def scores_of(model, routers, input_ids, **settings):
     """What the press gives each layer's pairs, (L, H, S)."""
     found = []
 
@@ -39,7 +44,7 @@ def scores_of(model, routers, input_ids):
             found.append(super().mix(call, routing)[0])
             return found[-1][None]
 
-    prefill(model, input_ids, Noting(router=routers, compression_ratio=0.5))
+    prefill(model, input_ids, Noting(router=routers, compression_ratio=0.5, cache_aware=False, **settings))
     return torch.stack(found)
 
 
@@ -77,10 +82,34 @@ def test_distances_are_those_of_the_prompt(llama):
     assert call_of(llama, hidden, keys).distances.tolist() == [list(range(9, -1, -1))]
     later = torch.arange(5, 15)[None]  # positions need not start at 0
     assert call_of(llama, hidden, keys, position_ids=later).distances.tolist() == [list(range(9, -1, -1))]
-    chunk = call_of(llama, hidden[:, 2:6], keys[:, :, 2:6], hidden_states=hidden)
-    assert chunk.distances.tolist() == [[7, 6, 5, 4]]
-    decoding = call_of(llama, hidden[:, 8:], keys, position_ids=torch.tensor([[8, 9]]))
-    assert decoding.distances.tolist() == [list(range(9, -1, -1))]
+    for first in (0, 2, 6):  # ChunkPress
+        chunk = call_of(llama, hidden[:, first : first + 4], keys[:, :, first : first + 4], hidden_states=hidden)
+        assert chunk.distances.tolist() == [[9 - first - at for at in range(4)]]
+
+
+def test_pairs_whose_place_is_unknown_do_not_fade(llama):
+    hidden, keys = torch.zeros(1, 10, 4), torch.zeros(1, 1, 10, 4)
+    left = call_of(llama, hidden[:, 8:], keys, position_ids=torch.tensor([[8, 9]]))  # of a cache, by another press
+    assert not left.distances.any()
+    gathered = call_of(llama, hidden[:, [7, 1, 5]], keys[:, :, [7, 1, 5]], hidden_states=hidden)  # BlockPress
+    assert not gathered.distances.any()
+
+
+def test_the_press_scores_as_the_tuning_does(llama, chat_tokenizer, tmp_path):
+    routers, _ = train(llama, chat_tokenizer, CONFIG, tmp_path)
+    name, prompt = long_prompts(CONFIG, chat_tokenizer, max_tokens(llama))[0]
+    assert prompt.context.shape[1] > routers.config.reach + 100
+    shard = next((tmp_path / "long").glob(f"{name.replace('/', '-')}*"))
+    settings = {"menu": menu_of("mixed", True), "top_k": 2, "learned": 0, "coded_share": 0.5, "train_gate": True}
+    losses = {"aux_loss_weight": 0.0, "replay_weight": 0.0, "epochs": 1, "learning_rate": 0.1, "seed": 0}
+    read = reader(CONFIG, CONFIG.heuristics)
+    tuner = DecayTuning(llama, chat_tokenizer, routers, [TuningSample(prompt, shard)], read, **settings, **losses)
+    with torch.no_grad():
+        for layer in routers.layers:
+            layer.calibration.decay += 3.0
+        judged, _, _ = tuner.judge(read(shard))
+    given = scores_of(llama, routers, prompt.context, top_k=2)
+    assert (given - judged).abs().quantile(0.99) < 0.02  # shards have half precision
 
 
 def test_only_decays_learn_from_long_prompts(llama, chat_tokenizer, tmp_path):
@@ -118,13 +147,14 @@ def test_a_tuning_that_was_interrupted_goes_on(llama, chat_tokenizer, tmp_path, 
 
 @pytest.mark.parametrize(
     ("limit", "lengths"),
-    [(8192, [3072, 2048, 2560, 1536]), (4096, [3072, 2048, 2560, 1536]), (2560, [2048, 1365, 1706, 1024]), (2048, [])],
+    [(8192, [3072, 2560, 2048, 3072]), (4096, [3072, 2560, 2048, 3072]), (2560, [2048, 1706, 1365, 2048]), (2048, [])],
 )
 def test_long_prompts_fit_the_model(chat_tokenizer, limit, lengths):
     config = TrainingConfig(tasks=("copy",), long_samples=4)
     made = [name.split("/") for name, _ in long_prompts(config, chat_tokenizer, limit)]
     assert [int(length) for _, _, length, _ in made] == lengths
     assert all(split == "train" for _, split, _, _ in made)
+    assert all(int(length) > config.reach(limit) for _, _, length, _ in made)
     assert config.reach(limit) == (1280 if lengths else 0)
     assert replace(config, end_to_end=0).reach(limit) == 0
 
@@ -142,3 +172,22 @@ def test_routers_without_decays_are_read_as_they_are_and_a_wrong_reach_is_refuse
     (tmp_path / "routers.json").write_text(card.replace(',\n  "reach": 16', ""))
     with pytest.raises(CheckpointError, match="describes another number"):
         load_routers(tmp_path)
+
+
+def test_routers_of_before_have_no_reach(llama, tmp_path):
+    routers = Routers(replace(calibrated_routers(llama).config, reach=0))
+    save_routers(routers, tmp_path)
+    card = json.loads((tmp_path / "routers.json").read_text())
+    del card["config"]["reach"]
+    (tmp_path / "routers.json").write_text(json.dumps(card))
+    loaded = load_routers(tmp_path)
+    assert loaded.config == routers.config
+    assert loaded.layers[0].calibration.fading(torch.arange(5)[None]) is None
+
+
+def test_another_number_of_long_prompts_does_not_repeat_the_tuning(llama, chat_tokenizer, tmp_path, monkeypatch):
+    train(llama, chat_tokenizer, replace(CONFIG, long_samples=0), tmp_path)
+    learn, learned = EndToEnd._learn, []
+    monkeypatch.setattr(EndToEnd, "_learn", lambda self, *args: (learned.append(type(self)), learn(self, *args))[1])
+    train(llama, chat_tokenizer, CONFIG, tmp_path)
+    assert learned == [DecayTuning] * 9
