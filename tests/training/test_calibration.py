@@ -246,3 +246,10 @@ def test_mistakes_are_named_before_a_model_is_loaded(tmp_path, arguments, messag
     result = command("--out", str(tmp_path / "out"), *arguments)
     assert message in str(result.exception), result.output
     assert not (tmp_path / "out" / PROMISES).exists()
+
+
+def test_an_estimate_needs_two_prompts_of_each_kind(tmp_path):
+    few = str(2 * len(calibration.KINDS) - 1)
+    result = CliRunner().invoke(app, ["calibrate", "--out", str(tmp_path / "new"), "--fit", few])
+    assert result.exit_code != 0
+    assert f"fit: got {few}, expected" in str(result.exception or result.output)
