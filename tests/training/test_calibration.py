@@ -183,11 +183,11 @@ def test_prompts_that_adapt_are_looked_at_before_the_others_are_measured(llama, 
 
 
 def test_built_in_prompts_are_of_the_tune_split_and_of_three_lengths(chat_tokenizer):
-    made = task_prompts(chat_tokenizer, 20, 2000, seed=1, limit=4096)
+    made = task_prompts(chat_tokenizer, 45, 2000, seed=1, limit=4096)
     lengths = [prompt.context.shape[1] for prompt in made]
     assert max(lengths) <= 2100
     assert min(lengths) < 1100  # a few are half as long
-    others = task_prompts(chat_tokenizer, 20, 2000, seed=0, limit=4096)
+    others = task_prompts(chat_tokenizer, 45, 2000, seed=0, limit=4096)
     assert not any(torch.equal(a.context, b.context) for a, b in zip(made, others, strict=True))
 
 
