@@ -19,20 +19,9 @@ from kvpress_moe.training.end_to_end import EndToEnd
 from kvpress_moe.training.trainer import long_prompts, max_tokens, train
 from kvpress_moe.training.tuning_samples import TuningSample, reader
 from tests.tiny import calibrated_routers, decoder, prefill, tokens
+from tests.training.test_end_to_end import CONFIG as TUNED
 
-CONFIG = TrainingConfig(
-    experts=("learned", "keydiff"),
-    top_k=2,
-    samples=2,
-    study=0,
-    length=256,
-    tasks=("kv_list", "copy"),
-    epochs=1,
-    bottleneck=8,
-    learned_width=8,
-    end_to_end=1,
-    long_samples=3,
-)
+CONFIG = replace(TUNED, samples=2, length=256, long_samples=3)
 
 
 def scores_of(model, routers, input_ids, **settings):
