@@ -12,14 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.prompts import Prompt
-from kvpress_moe.codes.precision import menu_of
 from kvpress_moe.experts.registry import make_expert
 from kvpress_moe.routers import Routers
 from kvpress_moe.training import end_to_end
 from kvpress_moe.training.capture import observe
 from kvpress_moe.training.checkpoints import FittedLayers
 from kvpress_moe.training.config import TrainingConfig
-from kvpress_moe.training.distributed import Processes
+from kvpress_moe.training.distributed import Processes, first_does
 from kvpress_moe.training.shards import Shards
 from kvpress_moe.training.tuning_samples import CapturedPrompt, TuningSample, reader
 
@@ -108,19 +107,11 @@ def tune_decays(
             routers,
             samples,
             reader(config, captured),
-            top_k=config.top_k,
-            learned=config.experts.index("learned") if "learned" in config.experts else None,
-            menu=menu_of("mixed", bool(routers.key_transforms)),
-            coded_share=config.coded_share,
-            train_gate=config.gate,
             aux_loss_weight=0.0,
-            replay_weight=config.replay_weight,
             epochs=EPOCHS,
             learning_rate=RATE,
-            seed=config.seed,
+            **end_to_end.settings_of(config, routers),
         )
         return tuner.run(tuned.directory, partial(progress, "tuning decays"))
 
-    figures = tune() if processes.rank == 0 else []
-    processes.wait()
-    return figures or tune()  # the other processes load the epochs of the first
+    return first_does(processes, tune)

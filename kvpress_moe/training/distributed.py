@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -29,6 +29,20 @@ class Processes:
 
     def wait(self) -> None:
         """Return when all processes have called this."""
+
+
+def first_does(processes: Processes, work: Callable[[], Work]) -> Work:
+    """
+    What some work returns that only the first process does.
+
+    The work leaves its result on disk. The others wait, and then call it to load that.
+    """
+    if processes.rank:
+        processes.wait()
+        return work()
+    done = work()
+    processes.wait()
+    return done
 
 
 class LaunchedProcesses(Processes):

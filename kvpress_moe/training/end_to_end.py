@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpress_moe.benchmark.byte_strategies import ELEMENT_SIZE
 from kvpress_moe.benchmark.cache_eval import step
 from kvpress_moe.budget.eviction import best
-from kvpress_moe.codes.precision import Precision
+from kvpress_moe.codes.precision import Precision, menu_of
 from kvpress_moe.errors import NotFiniteError
 from kvpress_moe.model.layers import full_attention_layers, language_model
 from kvpress_moe.press.packing import Menu
@@ -27,6 +27,7 @@ from kvpress_moe.routers.gate import load_balance
 from kvpress_moe.routers.learned_expert import LearnedExpert
 from kvpress_moe.training.checkpoints import load_tuning_state, save_tuning_state
 from kvpress_moe.training.coded_pairs import CodedPairs, layer_basis
+from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.layerwise import fold_scaling, predict, unfold_scaling
 from kvpress_moe.training.prompt_cache import Pairs, as_cache, full_cache
 from kvpress_moe.training.soft_budget import soft_share
@@ -323,6 +324,19 @@ class EndToEnd:
         finally:
             for parameter, asked in zip(everything, before, strict=True):
                 parameter.requires_grad_(asked)
+
+
+def settings_of(config: TrainingConfig, routers: Routers) -> dict[str, Any]:
+    """Arguments of :class:`EndToEnd` that follow from the recipe alone."""
+    return {
+        "top_k": config.top_k,
+        "learned": config.experts.index("learned") if "learned" in config.experts else None,
+        "menu": menu_of("mixed", bool(routers.key_transforms)),
+        "coded_share": config.coded_share,
+        "train_gate": config.gate,
+        "replay_weight": config.replay_weight,
+        "seed": config.seed,
+    }
 
 
 def _means(seen: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpress_moe.benchmark.prompts import Prompt, check_fits, encode
 from kvpress_moe.benchmark.tasks import find_tasks, make_sample
-from kvpress_moe.codes.precision import menu_of
 from kvpress_moe.errors import NotFiniteError, SettingError, UnsupportedModelError
 from kvpress_moe.experts.expert import Expert
 from kvpress_moe.experts.registry import make_expert
@@ -29,7 +28,7 @@ from kvpress_moe.training.capture import capture
 from kvpress_moe.training.checkpoints import FittedLayers
 from kvpress_moe.training.config import TrainingConfig
 from kvpress_moe.training.distance_decay import tune_decays
-from kvpress_moe.training.distributed import Processes
+from kvpress_moe.training.distributed import Processes, first_does
 from kvpress_moe.training.key_transforms import fit_key_transforms
 from kvpress_moe.training.layerwise import LayerData, fit_layer
 from kvpress_moe.training.losses import tail_weights, target
@@ -318,22 +317,14 @@ def tune_routers(
             routers,
             tuning_samples,
             reader(config, captured),
-            top_k=config.top_k,
-            learned=config.experts.index("learned") if "learned" in config.experts else None,
-            menu=menu_of("mixed", bool(routers.key_transforms)),
-            coded_share=config.coded_share,
-            train_gate=config.gate,
             aux_loss_weight=config.aux_loss_weight,
-            replay_weight=config.replay_weight,
             epochs=config.end_to_end,
             learning_rate=config.end_to_end_rate,
-            seed=config.seed,
+            **end_to_end.settings_of(config, routers),
         )
         return tuner.run(tuned.directory, partial(progress, "tuning end to end"))
 
-    figures = tune() if processes.rank == 0 else []
-    processes.wait()
-    return figures or tune()  # the other processes load the epochs of the first
+    return first_does(processes, tune)
 
 
 def kept_thresholds(shards: Shards, paths: Sequence[Path], num_layers: int, aim: Aim) -> Tensor:
