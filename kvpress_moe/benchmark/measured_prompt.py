@@ -98,10 +98,9 @@ class MeasuredPrompt:
         press, n_read = self.presses[name], self.prompt.context.shape[1]
         if press.precision is None:
             n_kept = max(1, int(n_read * share))
-            settings = (press.scope, press.min_share)
-            masks = allocate(self._scores, 1 - share, *settings, ours=True, n_kept=n_kept)
+            masks = allocate(self._scores, 1 - share, press.scope, press.min_share, ours=True, n_kept=n_kept)
             return Kept(masks, None, n_read)
-        coding = (self._menus[name], self._bases, press.scope, press.min_share)
-        coded = by_cost(self._costs[name], 1 - share, *coding)
+        settings = (self._menus[name], self._bases, press.scope, press.min_share)
+        coded = by_cost(self._costs[name], 1 - share, *settings)
         masks = [strategies > 0 for strategies in coded.strategies]
         return Kept(masks, None, n_read, coded=coded, n_bytes=coded.n_bytes)

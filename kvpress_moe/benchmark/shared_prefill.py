@@ -27,7 +27,7 @@ from kvpress_moe.benchmark.protected_tokens import protect
 from kvpress_moe.benchmark.quantised_caches import QUANTISED
 from kvpress_moe.benchmark.score_cache import ScoreCache
 from kvpress_moe.benchmark.selections import Cell, Kept, Selections
-from kvpress_moe.budget.allocation import MIN_PAIRS, least_pairs, share
+from kvpress_moe.budget.allocation import least_pairs, share
 from kvpress_moe.budget.eviction import best, kept_mask
 from kvpress_moe.cache.key_hash import KeyIndex
 from kvpress_moe.codes.precision import Precision
@@ -159,7 +159,6 @@ def allocate(
     min_share: float,
     ours: bool = False,
     n_kept: int | None = None,
-    min_pairs: int = MIN_PAIRS,
 ) -> list[Tensor]:
     """
     Which pairs stay under a budget: scores (H, S) of each layer -> masks (H, S) of each layer.
@@ -167,7 +166,6 @@ def allocate(
     "uniform" is the selection of ``ScorerPress.compress``, which does not define which of equal scores stay, or, for
     ``ours``, :func:`kvpress_moe.budget.eviction.best`. "layer" and "global" are
     :func:`kvpress_moe.budget.allocation.share`. ``n_kept``: pairs that a head keeps on average, if not by the ratio.
-    ``min_pairs``: see :func:`kvpress_moe.budget.allocation.least_pairs`.
     """
     n_kept = compute_n_kept(scores[0].shape[-1], ratio) if n_kept is None else n_kept
     if budget == "uniform" and ours:
@@ -178,7 +176,7 @@ def allocate(
             indices = score[None].topk(n_kept, dim=-1).indices
             masks.append(torch.zeros_like(score[None], dtype=torch.bool).scatter_(-1, indices, True)[0])
         return masks
-    floor = least_pairs(n_kept, min_share, min_pairs)
+    floor = least_pairs(n_kept, min_share)
     if budget == "layer":
         return [share(score[None].float(), n_kept, floor)[0] for score in scores]
     heads = [score.shape[0] for score in scores]

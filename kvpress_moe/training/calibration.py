@@ -274,7 +274,8 @@ def calibrate(
     prompts : sequence of Prompt
         The calibration prompts. Neither training nor the fit of the estimate may have seen them.
     to_fit : callable
-        Makes the prompts that an estimate is fitted to, if the routers have none.
+        Makes the prompts that an estimate is fitted to, if the routers have none. Those that are also among the
+        calibration prompts, or those to adapt to, are left out.
     about : mapping
         ``prompts`` and ``seed``, which are noted.
     refit : bool
@@ -303,7 +304,9 @@ def calibrate(
     new = {name: press for name, press in presses.items() if refit or name not in known}
     fitted: dict[str, list[Measurement]] = {}
     if new:
-        fitted = measure(model, to_fit(), new, store, lambda done, total: progress("fitting", done, total))
+        held = {_digest(prompt, "") for prompt in (*prompts, *adapt)}  # of few texts, some prompts are made twice
+        others = [prompt for prompt in to_fit() if _digest(prompt, "") not in held]
+        fitted = measure(model, others, new, store, lambda done, total: progress("fitting", done, total))
     adapting: dict[str, list[Measurement]] = {}
     if adapt:
         adapting = measure(model, adapt, presses, store, lambda done, total: progress("adapting", done, total))

@@ -119,6 +119,19 @@ def test_another_minimum_is_measured_anew(llama, tmp_path, monkeypatch):
     assert len(store.read_text().splitlines()) == 2
 
 
+def test_no_prompt_both_fits_and_calibrates(llama, monkeypatch):
+    asked = []
+    own = calibration.measure
+    monkeypatch.setattr(calibration, "measure", lambda *given: asked.append(given[1]) or own(*given))
+    about = {"prompts": "random", "seed": 1}
+    calibrate(
+        llama, calibrated_routers(llama), [None], prompts(6), lambda: prompts(40), about
+    )  # the first 6 are the same
+    fitted, calibrating = asked
+    assert [len(fitted), len(calibrating)] == [34, 6]
+    assert not any(torch.equal(a.context, b.context) for a in fitted for b in calibrating)
+
+
 def test_calibration_fits_once_and_then_only_measures_new_margins(llama):
     routers = calibrated_routers(llama)
     about = {"prompts": "random", "seed": 1}
